@@ -1,0 +1,45 @@
+# One command for each thing one does with this project. `make` alone lists them.
+
+bin := .venv/bin
+ready := .venv/.ready
+
+.PHONY: help setup check format test demo bench docs lock clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+setup: $(ready) ## make .venv from requirements.lock (PYTHON=..., PIP_FLAGS=... for an index of your own)
+
+$(ready): requirements.lock pyproject.toml tools/setup.sh
+	PYTHON="$(PYTHON)" PIP_FLAGS="$(PIP_FLAGS)" tools/setup.sh
+	@touch $@
+
+check: setup ## format, lint, types, walls, map
+	$(bin)/ruff format --check
+	$(bin)/ruff check
+	$(bin)/basedpyright
+	$(bin)/lint-imports
+	$(bin)/python tools/map.py --check
+
+format: setup ## put the code into its form, and fix what can be fixed
+	$(bin)/ruff format
+	$(bin)/ruff check --fix
+
+test: check ## check, and every test (TESTS='tests/test_pool.py -x' for a part)
+	$(bin)/python -m pytest $(TESTS)
+
+demo: setup ## the whole road on this machine
+	$(bin)/python examples/demo.py
+
+bench: setup ## run the benchmarks
+	$(bin)/python -m bench
+
+docs: setup ## write docs/map.md
+	$(bin)/python tools/map.py
+
+lock: setup ## write requirements.lock from what is installed
+	$(bin)/python tools/lock.py
+
+clean: ## remove everything that can be made again, .venv too
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
+	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

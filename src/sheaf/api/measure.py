@@ -1,0 +1,77 @@
+"""Measure this machine's workers and links, or take what was measured before."""
+
+import functools
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from sheaf import launch
+from sheaf.cluster import Cluster, assemble, available_cores, measure_rank, read, write
+from sheaf.cluster.machine import host_name, processor_name
+from sheaf.errors import ClusterError
+
+_QUICK_SIZES_BYTES = (2**10, 2**16, 2**20, 2**23)
+_SECONDS_BUDGET, _QUICK_SECONDS_BUDGET = 14.0, 3.5
+_FORMAT = 1  # raise it when what is measured changes: older files are then measured again
+
+
+def measure(
+    workers: int | None = None, *, out: Path | None = None, quick: bool = False, fresh: bool = False
+) -> Cluster:
+    """This machine as a cluster of ``workers`` workers (default: its accelerators, or its cores), measured.
+
+    What was measured before for the same machine, number of workers and torch is taken from the cache
+    (``$SHEAF_CACHE/clusters``, or ``~/.cache/sheaf/clusters``) unless ``fresh``. ``quick`` measures fewer and smaller
+    messages, in about a third of the time, and takes a full measurement where there is one. ``out`` writes the
+    cluster file there as well. Raises ClusterError, and WorkerFailed when a worker cannot be started.
+    """
+    workers = _default_workers() if workers is None else workers
+    if workers < 1:
+        raise ClusterError(f"workers={workers}: at least one worker is needed")
+    cluster = None if fresh else _cached(workers, quick=quick)
+    if cluster is None:
+        cluster = _measured(workers, quick=quick)
+        write(cluster, cache_file(workers, quick=quick))
+    if out is not None:
+        write(cluster, out)
+    return cluster
+
+
+def cache_file(workers: int, *, quick: bool) -> Path:
+    """Where the measurement of this machine with so many workers is kept."""
+    folder = Path(os.environ.get("SHEAF_CACHE") or Path.home() / ".cache" / "sheaf") / "clusters"
+    accelerators = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    known = [_FORMAT, host_name(), processor_name(), available_cores(), accelerators, workers, torch.__version__]
+    digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
+    machine = re.sub(r"[^A-Za-z0-9.-]+", "-", host_name())
+    return folder / f"{machine}-{workers}-{digest}{'-quick' if quick else ''}.toml"
+
+
+def _cached(workers: int, *, quick: bool) -> Cluster | None:
+    for also_quick in (False, True) if quick else (False,):
+        path = cache_file(workers, quick=also_quick)
+        if path.is_file():
+            try:
+                return read(path)
+            except ClusterError:  # cut short, or written by another version: it is measured again
+                continue
+    return None
+
+
+def _measured(workers: int, *, quick: bool) -> Cluster:
+    function = (
+        functools.partial(measure_rank, sizes_bytes=_QUICK_SIZES_BYTES, seconds_budget=_QUICK_SECONDS_BUDGET)
+        if quick
+        else functools.partial(measure_rank, seconds_budget=_SECONDS_BUDGET)
+    )
+    results = launch.run(function, workers, threads=max(1, available_cores() // workers), timeout_s=300.0)
+    return assemble(results, name=host_name())
+
+
+def _default_workers() -> int:
+    accelerators = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    return accelerators or available_cores()

@@ -1,0 +1,179 @@
+"""Rank every way to split a task over a machine or a cluster, with reasons."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from sheaf.api.measure import measure
+from sheaf.api.profiles import measured_profiles
+from sheaf.cluster import Cluster, read
+from sheaf.cluster.machine import host_name
+from sheaf.cost.placement import seats
+from sheaf.errors import PlanError, TaskError
+from sheaf.graph import ModelFacts, trace
+from sheaf.launch import FromFile
+from sheaf.plans import Plan
+from sheaf.search import Question, Ranking, broken, search
+from sheaf.search.space import microbatch_choices
+from sheaf.task import Task
+from sheaf.task.probe import elementwise
+
+MEASURED_UP_TO = 4  # workers: each number is measured; beyond, powers of two and the largest
+SIZES_MEASURED = 3  # microbatch sizes per number of workers, where the task leaves the size open
+
+
+def plan(
+    task: Task,
+    *,
+    workers: int | None = None,
+    cluster: Cluster | Path | str | None = None,
+    allow_relaxed: bool = False,  # noqa: ARG001 - every plan there is is exact
+    measured: bool = True,
+    quick: bool = False,
+    source: FromFile | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Ranking:
+    """Every plan for the task, best first, each with its predicted step time and memory; ``.best`` leads.
+
+    ``workers``  how many may be used; without a cluster, of this machine (default: its accelerators, or its cores)
+    ``cluster``  a Cluster, a cluster file, or the name of a known machine; None: this machine, measured
+    ``allow_relaxed``  also plans that do not compute the serial answer; there are none so far
+    ``measured``  on this machine, measure the model's blocks; otherwise, and elsewhere, a roofline prices them
+    ``quick``    measure this machine's links in a third of the time
+    ``source``   where each worker finds the task by itself, for a task that cannot be sent to it
+    ``note``     is told in a line what is being done
+
+    Raises TaskError for a model that cannot be traced, and for an open microbatch where its size decides the answer;
+    ClusterError, DataError, and WorkerFailed when measuring fails.
+    """
+    say = note or _nothing
+    question = ask(task, workers=workers, cluster=cluster, quick=quick, note=note)
+    roofline = search(question)
+    if not (measured and roofline.ranked and _is_here(question.cluster, given=cluster is not None)):
+        return roofline
+    profiles = {}
+    for busy in _company(question, roofline):
+        sizes = _sizes(task, question.batch, busy)
+        facts = [question.facts[size] for size in sizes if size in question.facts] or list(question.facts.values())
+        say(f"measuring the model's blocks on {busy} worker{'s' if busy > 1 else ''}")
+        found = measured_profiles(task, facts, busy, source=source)
+        profiles.update({(one.samples, busy): one for one in found})
+    return search(replace(question, profiles=profiles))
+
+
+def ask(
+    task: Task,
+    *,
+    workers: int | None = None,
+    cluster: Cluster | Path | str | None = None,
+    quick: bool = False,
+    note: Callable[[str], None] | None = None,
+) -> Question:
+    """What the planner must know before it prices anything: facts, cluster and what the optimizer allows."""
+    if workers is not None and workers < 1:
+        raise PlanError(f"workers={workers}: at least one worker is needed")
+    say = note or _nothing
+    batch = min(task.batch, task.num_samples)
+    say("tracing the model")
+    first = trace(task, task.microbatch or batch)
+    allowed(task, first)
+    if cluster is None:
+        say("measuring this machine, or taking what was measured before")
+        chosen = measure(workers, quick=quick)
+    else:
+        chosen = cluster if isinstance(cluster, Cluster) else read(cluster)
+    most = chosen.workers if workers is None else min(workers, chosen.workers)
+    facts = {first.samples: first}
+    if task.microbatch is None:
+        for busy in _busy(min(most, max(host.workers for host in chosen.hosts))):
+            for size in _sizes(task, batch, busy):
+                if size not in facts:
+                    facts[size] = trace(task, size)
+    return Question(
+        batch=batch,
+        facts=facts,
+        cluster=chosen,
+        microbatch=None if task.microbatch is None else min(task.microbatch, batch),
+        workers=workers,
+        elementwise=elementwise(task.optimizer),
+        precision=task.precision,
+    )
+
+
+def allowed(task: Task, facts: ModelFacts) -> None:
+    """Raise TaskError where the task leaves its microbatch open though the answer depends on it."""
+    if task.microbatch is not None or not (facts.draws or facts.batch_dependent):
+        return
+    name, what = (
+        (facts.batch_dependent[0], "computes with the statistics of a microbatch")
+        if facts.batch_dependent
+        else (facts.draws[0], "draws its random numbers microbatch by microbatch")
+    )
+    example = 2 ** max(0, (task.batch // 4).bit_length() - 1)
+    raise TaskError(
+        f"the task leaves microbatch open, but {name or 'the model itself'} {what}, so the answer would depend on the "
+        f"plan: give the task a microbatch, such as microbatch={example}"
+    )
+
+
+def resolve(task: Task, plan: Plan, facts: ModelFacts) -> Plan:
+    """The plan with its microbatch written in where the task leaves it open: one microbatch per worker.
+
+    Raises TaskError where the answer depends on the size, and PlanError where task and plan disagree.
+    """
+    allowed(task, facts)
+    if task.microbatch is not None:
+        if plan.microbatch not in (None, task.microbatch):
+            raise PlanError(
+                f"microbatch={plan.microbatch} in the plan, but the task says microbatch={task.microbatch}, which is "
+                "part of what is computed: drop it from the plan"
+            )
+        return plan
+    return plan if plan.microbatch is not None else plan.with_microbatch(-(-task.batch // plan.workers))
+
+
+def check(task: Task, plan: Plan, facts: ModelFacts, *, workers: int) -> Plan:
+    """The plan, resolved, when it can run the task on so many workers.
+
+    Raises PlanError listing every rule it breaks, memory apart, each with its remedy.
+    """
+    chosen = resolve(task, plan, facts)
+    found = broken(
+        chosen,
+        facts=facts,
+        workers=workers,
+        batch=task.batch,
+        microbatch=task.microbatch,
+        elementwise=not chosen.zero or elementwise(task.optimizer),
+    )
+    if found:
+        raise PlanError([f"{one.plan}: {one.reason}; use {one.remedy}" for one in found])
+    return chosen
+
+
+def _is_here(cluster: Cluster, *, given: bool) -> bool:
+    return not given or (cluster.name == host_name() and len(cluster.hosts) == 1 and cluster.hosts[0].count == 1)
+
+
+def _company(question: Question, ranking: Ranking) -> list[int]:
+    """With how many busy workers per host to measure: those that plans which fit have, as far as it pays."""
+    counts = {max(seat.busy for seat in seats(question.cluster, entry.plan.workers)) for entry in ranking.ranked}
+    return [busy for busy in _busy(max(counts)) if busy in counts or busy == max(counts)]
+
+
+def _busy(most: int) -> list[int]:
+    if most <= MEASURED_UP_TO:
+        return list(range(1, most + 1))
+    return sorted({*(2**power for power in range(most.bit_length()) if 2**power <= most), most})
+
+
+def _sizes(task: Task, batch: int, busy: int) -> Sequence[int]:
+    """Microbatch sizes to trace and measure for so many workers: the smallest, the largest and one between."""
+    if task.microbatch is not None:
+        return [min(task.microbatch, batch)]
+    choices = microbatch_choices(batch, busy)
+    return sorted({choices[0], choices[len(choices) // 2], choices[-1]})[:SIZES_MEASURED]
+
+
+def _nothing(_line: str) -> None:
+    """Tell nobody."""

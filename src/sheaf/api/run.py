@@ -1,0 +1,52 @@
+"""What a finished run gives back: its losses, its reports, its directory, its model."""
+
+import statistics
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sheaf.errors import RunError
+from sheaf.plans import Plan
+from sheaf.record import StepReport
+from sheaf.task import Task
+from sheaf.task.blueprint import Blueprint
+from sheaf.training.directory import MODEL
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run and what it left in its directory; of a resumed one all steps from the first.
+
+    ``stopped`` when it was asked to end before its last step; ``predicted_seconds_per_step`` is what the planner
+    promised, None when nobody asked it.
+    """
+
+    directory: Path
+    plan: Plan
+    reports: tuple[StepReport, ...]
+    stopped: bool = False
+    predicted_seconds_per_step: float | None = None
+    task: Task = field(repr=False)
+
+    @property
+    def losses(self) -> list[float]:
+        """The loss of every step."""
+        return [report.loss for report in self.reports]
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The median over all steps but the first, which warms up."""
+        seconds = [report.seconds for report in self.reports]
+        return statistics.median(seconds[1:] or seconds) if seconds else 0.0
+
+    def model(self) -> nn.Module:
+        """The trained model on the CPU, under its original parameter names.
+
+        Raises RunError when the directory no longer holds its weights.
+        """
+        path = self.directory / MODEL
+        if not path.is_file():
+            raise RunError(f"{path} is missing: the run was removed, or ended before it wrote its weights")
+        return Blueprint(replace(self.task, weights=path)).fill(torch.device("cpu"))

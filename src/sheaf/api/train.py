@@ -1,0 +1,219 @@
+"""Train a task under a plan: in this process, on workers of this machine, or among those that torchrun started."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sheaf import launch, training
+from sheaf.api.run import Run
+from sheaf.checkpoint import from_first
+from sheaf.cost.price import Price
+from sheaf.errors import PlanError, RunError, SheafError, TaskError
+from sheaf.launch import FromFile, World
+from sheaf.plans import Plan
+from sheaf.record import Record, StepReport, read_record, step_reports
+from sheaf.task import Task
+from sheaf.task.blueprint import Blueprint
+from sheaf.training.checks import memory_bytes
+from sheaf.training.directory import RECORD, read_plan
+
+AUTO = "auto"
+
+
+def train(
+    task: Task,
+    plan: Plan | Price | str | None = None,
+    *,
+    steps: int,
+    workers: int | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    save_every: int | None = None,
+    quiet: bool = False,
+    allow_relaxed: bool = False,
+    threads: int | None = None,
+    source: FromFile | None = None,
+) -> Run:
+    """Train until ``steps`` steps are done in all, and return what came of it.
+
+    ``plan``     a Plan, its text (``dp=2,zero=1``), a Price (its prediction is kept), or None or "auto": the best one
+    ``workers``  how many there may be; under torchrun as many as it started
+    ``out``      the run's directory; ``runs/<name>-<number>`` when left out
+    ``resume``   continue what ``out`` holds (its plan too, when none is given); starts where it holds nothing
+    ``save_every``  steps between checkpoints; 0: only at the end; None: as often as costs little
+    ``threads``  per worker; the cores shared out when left out
+    ``source``   where each worker finds the task by itself, for a task that cannot be sent to it
+
+    SIGINT and SIGTERM end it after the step under way, with a checkpoint.
+
+    Raises before any worker starts: PlanError (a plan that breaks rules, needs more workers than there are, or does
+    not fit into memory), TaskError, DataError, RunError (a directory in use). Raises while running: NonFiniteLoss,
+    DataError, and WorkerFailed for a worker that raised anything else, or died.
+    """
+    if steps < 1:
+        raise RunError(f"steps={steps}: at least one step is needed")
+    if resume and out is None:
+        raise RunError("resume needs the directory of the run to continue: give --out")
+    world = launch.join()
+    training.first_sample(task)
+    resumed = Path(out) if resume and out is not None else None
+    chosen, price = _plan(task, plan, world, workers, resumed, allow_relaxed, source)
+    training.affordable(Blueprint(task), chosen, memory_bytes())
+    if price is None:
+        chosen = _checked(task, chosen)
+    values = training.describe(task, chosen)
+    directory = Path(from_first(lambda: str(_directory(task, out))))
+    if world is None:
+        training.check(directory, values, resume=resume)
+    arguments: dict[str, Any] = {
+        "resume": resume,
+        "save_every": save_every,
+        "values": values,
+        "events": {"plan": {"plan": str(chosen), **({"predicted": price.seconds} if price is not None else {})}},
+        "observers": () if quiet else (functools.partial(_progress, steps, str(chosen)),),
+    }
+    outcome = _carry_out(task, chosen, steps, directory, world, threads, source, arguments)
+    if world is None or world.rank == 0:
+        _draw(directory)
+    reports = [report for report in step_reports(directory / RECORD) if report.step < outcome.steps]
+    return Run(
+        directory=directory,
+        plan=chosen,
+        reports=tuple(reports),
+        stopped=outcome.stopped,
+        predicted_seconds_per_step=None if price is None else price.step_seconds,
+        task=task,
+    )
+
+
+def _carry_out(
+    task: Task,
+    plan: Plan,
+    steps: int,
+    directory: Path,
+    world: World | None,
+    threads: int | None,
+    source: FromFile | None,
+    arguments: dict[str, Any],
+) -> training.Outcome:
+    if world is not None:
+        with launch.peers(world.rank):
+            return training.train_rank(task, plan, steps, directory, device=world.device, **arguments)
+    try:
+        if plan.serial:
+            return training.train_rank(task, plan, steps, directory, device=World.alone().device, **arguments)
+        given = task if source is None else source
+        return launch.run(_train_worker, plan.workers, given, plan, steps, directory, arguments, threads=threads)[0]
+    except SheafError as error:
+        _note_failure(directory, error)
+        raise
+
+
+def _train_worker(
+    given: Task | FromFile, plan: Plan, steps: int, directory: Path, arguments: dict[str, Any]
+) -> training.Outcome:
+    world = launch.join()
+    assert world is not None
+    task = given if isinstance(given, Task) else _loaded(given)
+    return training.train_rank(task, plan, steps, directory, device=world.device, **arguments)
+
+
+def _loaded(source: FromFile) -> Task:
+    found = source.load()
+    task = found() if callable(found) and not isinstance(found, Task) else found
+    if not isinstance(task, Task):
+        raise TaskError(
+            f"{source.name} in {source.file} gave a {type(task).__name__}; it must be or return a sheaf.Task"
+        )
+    return task
+
+
+def _plan(
+    task: Task,
+    plan: Plan | Price | str | None,
+    world: World | None,
+    workers: int | None,
+    resumed: Path | None,
+    allow_relaxed: bool,
+    source: FromFile | None,
+) -> tuple[Plan, Price | None]:
+    """The plan to run, the same on every worker, and its price where it is known."""
+    there_are = world.workers if world is not None else workers
+    price: Price | None = None
+    if isinstance(plan, Price):
+        chosen, price = plan.plan, plan
+    elif isinstance(plan, Plan):
+        chosen = plan
+    elif plan is not None and plan != AUTO:
+        chosen = Plan.parse(plan)
+    elif resumed is not None and (kept := read_plan(resumed)) is not None:
+        chosen = kept
+    else:
+        prices: list[Price] = []
+
+        def best() -> str:
+            from sheaf.api.plan import plan as rank
+
+            ranking = rank(task, workers=there_are, allow_relaxed=allow_relaxed, source=source)
+            # Those that torchrun started are there, with or without work.
+            fitting = [entry.price for entry in ranking.ranked if world is None or entry.plan.workers == world.workers]
+            prices.append(fitting[0] if fitting else ranking.best)
+            return prices[0].plan.to_toml()
+
+        chosen = Plan.from_toml(from_first(best))
+        price = prices[0] if prices else None
+    if there_are is not None and chosen.workers > there_are:
+        remedy = "start that many with torchrun" if world is not None else "raise --workers"
+        raise PlanError(f"{chosen} needs {chosen.workers} workers, there are {there_are}: {remedy}, or lower dp")
+    if world is not None and chosen.workers < world.workers:
+        raise PlanError(
+            f"{chosen} uses {chosen.workers} workers, torchrun started {world.workers}: "
+            f"start {chosen.workers}, or raise dp"
+        )
+    return chosen, price
+
+
+def _checked(task: Task, plan: Plan) -> Plan:
+    """The plan with its microbatch written in. Tracing runs the model and the loss once, without memory."""
+    from sheaf.api.plan import check
+    from sheaf.graph import trace
+
+    facts = trace(task, task.microbatch or plan.microbatch or -(-task.batch // plan.workers))
+    return check(task, plan, facts, workers=plan.workers)
+
+
+def _directory(task: Task, out: str | Path | None) -> Path:
+    if out is not None:
+        return Path(out)
+    name = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in task.name)
+    number = 1
+    while (path := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return path
+
+
+def _progress(steps: int, title: str, first_step: int) -> Callable[[StepReport], object]:
+    from sheaf.watch import Progress
+
+    return Progress(steps, title=title, first_step=first_step)
+
+
+def _draw(directory: Path) -> None:
+    """Leave the run's picture; a run without one is still a run."""
+    try:
+        from sheaf.watch import draw
+
+        draw(directory)
+    except Exception:  # noqa: BLE001  watching never stops a run
+        return
+
+
+def _note_failure(directory: Path, error: SheafError) -> None:
+    """Write into the record what worker 0 could not, because it was killed or another worker raised."""
+    path = directory / RECORD
+    if not path.exists() or any(line.get("kind") == "failed" for line in list(read_record(path))[-1:]):
+        return
+    record = Record(path)
+    record.event("failed", error=type(error).__name__, message=str(error))
+    record.close()

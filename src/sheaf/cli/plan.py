@@ -1,0 +1,85 @@
+"""``sheaf plan``: every plan worth pricing, ranked, with reasons."""
+
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sheaf.cli.answer import Answer
+from sheaf.cli.options import file_argument, json_option, workers_option
+from sheaf.cli.show import described
+from sheaf.units import pretty_bytes, pretty_seconds
+
+if TYPE_CHECKING:
+    from sheaf.cluster import Cluster
+    from sheaf.search import Ranking
+
+_ROWS = 12  # a longer ranking is cut unless asked for
+
+
+@click.command(short_help="Rank the plans for a task, with reasons.")
+@file_argument
+@workers_option
+@click.option("--cluster", "source", metavar="C.toml|NAME", help="Plan for this cluster instead of this machine.")
+@click.option("--allow-relaxed", is_flag=True, help="Also propose plans that do not compute the serial answer.")
+@click.option("--all", "everything", is_flag=True, help="Show every plan, however many there are.")
+@json_option
+def plan(
+    file: str, workers: int | None, source: str | None, allow_relaxed: bool, everything: bool, as_json: bool
+) -> None:
+    """Rank the plans for a task, with the step time and memory that each is expected to take, and why."""
+    with Answer(as_json=as_json) as answer:
+        from sheaf.api.measure import measure
+        from sheaf.api.plan import plan as rank
+        from sheaf.cli.files import load
+        from sheaf.cluster import read
+
+        task = load(file)
+        cluster = measure(workers) if source is None else read(source)
+        ranking = rank(task, workers=workers, cluster=cluster, allow_relaxed=allow_relaxed)
+        answer.give(
+            ranking.to_dict(), lambda console: show(ranking, cluster, console, rows=None if everything else _ROWS)
+        )
+
+
+def show(ranking: "Ranking", cluster: "Cluster | None", console: Console, *, rows: int | None = _ROWS) -> None:
+    """Print the cluster, the table, the winner's reason, and the refused plans; at most ``rows`` plans."""
+    if cluster is not None:
+        console.print("\n".join(described(cluster)), markup=False)
+        console.print()
+    if ranking.ranked:
+        console.print(_table(ranking, rows))
+        hidden = len(ranking.ranked) - rows if rows is not None else 0
+        if hidden > 0:
+            console.print(f"and {hidden} more, all slower: --all shows them", style="dim")
+        best = ranking.ranked[0]
+        console.print(Text.assemble("\n", (str(best.plan), "bold green"), f" leads: {best.reason}"))
+    for number, (reason, remedy, plans) in enumerate(ranking.refusals()):
+        if number == 0:
+            console.print("\nrefused", style="bold")
+        shown = ", ".join(plans[:4]) + (f" and {len(plans) - 4} more" if len(plans) > 4 else "")
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(Text("-"), Text.assemble((shown, "bold"), f": {reason}", (f"; {remedy}" if remedy else "", "dim")))
+        console.print(grid)
+
+
+def _table(ranking: "Ranking", rows: int | None) -> Table:
+    serial = next((entry.price.step_seconds for entry in ranking.ranked if entry.plan.serial), None)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("plan", overflow="fold")  # whole: it is what users copy
+    for heading in ("step", "speed", "memory"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("loses on", min_width=20)
+    for place, entry in enumerate(ranking.ranked[:rows]):
+        speed = "" if serial is None else f"{serial / entry.price.step_seconds:.2f}x"
+        table.add_row(
+            str(entry.plan),
+            pretty_seconds(entry.price.step_seconds),
+            speed,
+            pretty_bytes(entry.price.peak_bytes),
+            entry.loses_on,
+            style="bold green" if place == 0 else None,
+        )
+    return table

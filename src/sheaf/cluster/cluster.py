@@ -1,0 +1,91 @@
+"""Workers, devices and links as values; measured here or read from a file."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What one worker computes on.
+
+    ``flops_per_second`` maps a precision (fp64, fp32, bf16, fp16) to the matrix rate that is reached in practice on
+    large matrices with ``threads`` threads; a worker of a shared host reaches ``contention[n]`` of it while n workers
+    of the host are busy. ``thread_speedup`` maps a number of threads to the rate relative to one thread.
+    A CPU device's ``memory_bytes`` is its host's, which all workers of the host share.
+    """
+
+    name: str
+    kind: str  # "cpu" or "cuda", as in torch.device
+    flops_per_second: dict[str, float]
+    memory_bytes_per_second: float
+    memory_bytes: int
+    kernel_seconds: float = 0.0  # launching one kernel from eager Python
+    threads: int = 1
+    thread_speedup: dict[int, float] = field(default_factory=dict[int, float])
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """One measured collective: every worker passed ``size_bytes`` in (all_gather: the gathered size)."""
+
+    operation: str  # all_reduce, reduce_scatter, all_gather, broadcast, barrier
+    workers: int
+    size_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """How workers of one tier reach each other; ``timings`` win over latency and bandwidth where they exist."""
+
+    name: str
+    latency_seconds: float
+    bytes_per_second: float  # one direction, per worker
+    timings: tuple[Timing, ...] = ()
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """A kind of machine and how many there are of it."""
+
+    name: str
+    count: int
+    workers: int  # that may run on one such machine (CPU hosts: as many as cores unless asked otherwise)
+    device: Device
+    cores: int
+    memory_bytes: int  # of the machine, shared by CPU workers; where measured, what was free
+    speed: float = 1.0  # relative to the device's figures
+
+    def memory_per_worker(self, workers: int | None = None) -> int:
+        """Bytes that each of ``workers`` busy workers of one such machine may use (all of them unless given).
+
+        CPU workers share the machine's memory; an accelerator's worker has its own.
+        """
+        if self.device.kind != "cpu":
+            return self.device.memory_bytes
+        return self.memory_bytes // max(1, self.workers if workers is None else min(workers, self.workers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """A set of hosts, the link inside a host and the link between hosts.
+
+    ``contention`` maps n busy workers of one CPU host, each with its device's number of threads, to the share of its
+    lone speed that each reaches.
+    ``overlap`` is the share of communication that hides behind computation when there is enough of it.
+    """
+
+    name: str
+    backend: str  # gloo or nccl
+    hosts: tuple[Host, ...]
+    intra: Link
+    inter: Link | None = None
+    contention: dict[int, float] = field(default_factory=dict[int, float])
+    overlap: float = 0.0
+    source: str = ""
+
+    @property
+    def workers(self) -> int:
+        """All workers of all hosts."""
+        return sum(host.count * host.workers for host in self.hosts)

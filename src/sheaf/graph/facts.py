@@ -1,0 +1,147 @@
+"""What is known of a model before it runs: values only, as the cost model and the executors read them."""
+
+import math
+from dataclasses import dataclass
+
+LOSS = "<loss>"  # the name of the block that stands for the loss function
+GLUE = "<glue>"  # the name of the block that stands for work done in no block: the root's own operations
+
+
+@dataclass(frozen=True)
+class ParameterFact:
+    """One parameter: its canonical name, shape, and the other names under which modules share it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # "float32", as in torch.float32
+    itemsize_bytes: int
+    requires_grad: bool
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def num_elements(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        """What it weighs."""
+        return self.num_elements * self.itemsize_bytes
+
+
+@dataclass(frozen=True)
+class BufferFact:
+    """One buffer; ``updated`` when a training forward changes it."""
+
+    name: str
+    size_bytes: int
+    persistent: bool
+    updated: bool
+    module_kind: str
+
+
+@dataclass(frozen=True)
+class BlockFact:
+    """One block of the model, for one microbatch. Every parameter belongs to exactly one block.
+
+    ``*_flops`` are floating-point operations of matrix and convolution kernels; ``*_bytes`` what all kernels of that
+    direction read and write; ``saved_bytes`` what autograd keeps for backward beyond parameters and the block's own
+    inputs; ``signature`` is equal for blocks that do the same work on the same shapes.
+    """
+
+    name: str
+    kind: str
+    parameters: tuple[str, ...]
+    forward_flops: float
+    backward_flops: float
+    forward_bytes: float
+    backward_bytes: float
+    forward_kernels: int
+    backward_kernels: int
+    saved_bytes: int
+    input_bytes: int
+    output_bytes: int
+    parameter_bytes: int
+    signature: str
+    calls: int = 1  # 0: the model uses its parameters without calling it, or not at all
+    draws: bool = False
+    batch_dependent: bool = False
+    saved_input_bytes: int = 0  # of its inputs, what it keeps for backward and no earlier block has counted
+    fresh_input_bytes: int = 0  # of its inputs, what is no earlier block's input: kept when a block is recomputed
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Everything the planner knows of a task's model at one microbatch size.
+
+    ``blocks`` are in forward order and end with GLUE and LOSS. ``draws`` and ``batch_dependent`` name modules.
+    """
+
+    samples: int  # per microbatch
+    blocks: tuple[BlockFact, ...]
+    parameters: tuple[ParameterFact, ...]
+    buffers: tuple[BufferFact, ...]
+    draws: tuple[str, ...]
+    batch_dependent: tuple[str, ...]
+    batch_bytes: int  # one collated microbatch
+
+    @property
+    def num_parameters(self) -> int:
+        """Distinct parameter elements, shared ones once."""
+        return sum(parameter.num_elements for parameter in self.parameters)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of all distinct parameters."""
+        return sum(parameter.size_bytes for parameter in self.parameters)
+
+    @property
+    def trainable_bytes(self) -> int:
+        """Bytes of the parameters that get gradients."""
+        return sum(parameter.size_bytes for parameter in self.parameters if parameter.requires_grad)
+
+    @property
+    def saved_bytes(self) -> int:
+        """All that autograd keeps for backward of one microbatch beyond parameters and buffers, each storage once."""
+        return sum(block.saved_bytes + block.saved_input_bytes for block in self.blocks)
+
+    @property
+    def flops(self) -> float:
+        """Forward and backward operations of one microbatch."""
+        return sum(block.forward_flops + block.backward_flops for block in self.blocks)
+
+    def parameter(self, name: str) -> ParameterFact:
+        """The parameter of that canonical name."""
+        return next(parameter for parameter in self.parameters if parameter.name == name)
+
+    def block(self, name: str) -> BlockFact:
+        """The block of that name."""
+        return next(block for block in self.blocks if block.name == name)
+
+
+@dataclass(frozen=True)
+class BlockTime:
+    """Measured seconds of one block for one microbatch."""
+
+    forward_seconds: float
+    backward_seconds: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Times measured on a real worker while ``concurrency`` workers of the same host did the same.
+
+    ``blocks`` maps block names (GLUE and LOSS included) to times; ``optimizer_seconds_per_byte`` is the task's own
+    optimizer stepping on trainable parameters; ``fetch_seconds`` fetches and collates one microbatch;
+    ``host_seconds`` is what a step costs beside all that.
+    """
+
+    samples: int
+    concurrency: int
+    threads: int
+    precision: str
+    blocks: dict[str, BlockTime]
+    optimizer_seconds_per_byte: float
+    optimizer_state_bytes_per_byte: float
+    fetch_seconds: float
+    host_seconds: float

@@ -1,0 +1,276 @@
+"""From a task to the facts of its model: one microbatch, forward and backward, on tensors that hold no memory."""
+
+import hashlib
+import logging
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+from sheaf.errors import SheafError, TaskError
+from sheaf.graph import ops
+from sheaf.graph.counter import Counter, Tally
+from sheaf.graph.cut import cut, owners
+from sheaf.graph.example import converted, example, global_streams_kept, num_samples, precision
+from sheaf.graph.facts import GLUE, LOSS, BlockFact, BufferFact, ModelFacts, ParameterFact
+from sheaf.task import Task, arguments, as_loss
+from sheaf.task.blueprint import Blueprint
+from sheaf.units import pretty_bytes
+
+SMALL_BYTES = 2 * 2**30  # parameters up to which a model that fake tensors cannot run is traced for real
+CPU = torch.device("cpu")
+_ROOMS = Path(__file__).parents[1]
+_TOOLS = (Path(torch.__file__).parent, Path(jaxtyping.__file__).parent, _ROOMS / "graph", _ROOMS / "task")
+_HERE = ("<", *(str(path) for path in _TOOLS))  # files that are never the user's; "<" starts made-up ones
+
+
+def trace(task: Task, samples: int) -> ModelFacts:
+    """The facts of the task's model for microbatches of ``samples`` samples.
+
+    Model, loss and backward run once on fake tensors: nothing is allocated, however large the model. A model whose
+    path depends on values (``if x.sum() > 0``) is run for real when its parameters weigh less than 2 GiB.
+
+    Raises TaskError naming the module and the line when the model or the loss fails, and DataError when the samples
+    cannot be had.
+    """
+    batch = example(task, samples)
+    blueprint = Blueprint(task)
+    model, mode = blueprint.model, blueprint.mode
+    if task.precision == "fp64":
+        _widen(model, mode)
+    weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    try:
+        return _facts(task, samples, model, blueprint.names, batch, mode)
+    except SheafError:
+        raise
+    except _Failure as failure:
+        if weight_bytes > SMALL_BYTES:
+            raise TaskError(_too_large(failure, weight_bytes)) from failure.__cause__
+    try:
+        blueprint = Blueprint(task)
+        return _facts(task, samples, blueprint.fill(CPU), blueprint.names, batch, None)
+    except _Failure as failure:
+        raise TaskError(failure.told()) from failure.__cause__
+
+
+class _Failure(Exception):
+    """What the user's code raised, and where."""
+
+    def __init__(self, error: Exception, part: str, module: str, shapes: str) -> None:
+        super().__init__(str(error))
+        self.error, self.part, self.module, self.shapes = error, part, module, shapes
+
+    def told(self) -> str:
+        """The message for the user."""
+        text = str(self.error).strip().splitlines()
+        first = text[0] if text else ""
+        return (
+            f"{self.where()} raised {type(self.error).__name__}: {first}{_at(self.error)}; the batch is {self.shapes}"
+        )
+
+    def where(self) -> str:
+        """The part of the task that failed."""
+        return self.part if self.part == "the loss function" else f"{self.module} in {self.part}"
+
+
+def _facts(
+    task: Task,
+    samples: int,
+    model: nn.Module,
+    names: dict[str, tuple[str, ...]],
+    batch: Any,
+    mode: FakeTensorMode | None,
+) -> ModelFacts:
+    count = num_samples(task, samples)
+    model.train()
+    blocks = cut(model)
+    owned = owners(model)
+    counter = Counter(model, blocks)
+    buffers = {name: (id(buffer), buffer._version) for name, buffer in model.named_buffers()}
+    part = "the model's forward"
+    with ExitStack() as stack:
+        stack.enter_context(global_streams_kept())
+        if mode is not None:
+            stack.enter_context(_quiet())
+            batch = converted(batch, mode.from_tensor)
+            stack.enter_context(mode)
+        try:
+            positional, named = arguments(task, batch)
+            with counter.counting():
+                with precision(task, CPU):
+                    counter.give(GLUE, (positional, named))
+                    output = model(*positional, **named)
+                    part = "the loss function"
+                    with counter.within(LOSS, (output, batch)):
+                        loss = as_loss(task.loss(output, batch), count)
+                part = "the model's backward"
+                if loss.sum.requires_grad:
+                    loss.sum.backward()
+        except SheafError:
+            raise
+        except Exception as error:
+            raise _Failure(error, part, _module(model, counter.place), _shapes(batch)) from error
+        finally:
+            model.zero_grad(set_to_none=True)
+    updated = _updated(model, buffers, counter.changed)
+    return _gather(count, model, names, batch, counter, owned, updated)
+
+
+def _gather(
+    samples: int,
+    model: nn.Module,
+    names: dict[str, tuple[str, ...]],
+    batch: Any,
+    counter: Counter,
+    owned: dict[str, tuple[str, ...]],
+    updated: frozenset[str],
+) -> ModelFacts:
+    parameters = dict(model.named_parameters())
+    kinds = {name: type(module).__name__ for name, module in cut(model).items()} | {GLUE: "Glue", LOSS: "Loss"}
+    order = [name for name in counter.order if name != LOSS]
+    order += [name for name in owned if name not in order and name != GLUE]
+    blocks = tuple(
+        _block(name, kinds[name], counter.tally(name), owned.get(name, ()), parameters) for name in (*order, GLUE, LOSS)
+    )
+    return ModelFacts(
+        samples=samples,
+        blocks=blocks,
+        parameters=tuple(_parameter(name, parameters[name], aliases) for name, aliases in names.items()),
+        buffers=_buffers(model, updated),
+        draws=tuple(counter.draws),
+        batch_dependent=tuple(counter.batch_dependent),
+        batch_bytes=sum(ops.stored_bytes(tensor) for tensor in ops.tensors(batch)),
+    )
+
+
+def _block(
+    name: str, kind: str, tally: Tally, owned: tuple[str, ...], parameters: dict[str, nn.Parameter]
+) -> BlockFact:
+    forward, backward = tally.forward, tally.backward
+    return BlockFact(
+        name=name,
+        kind=kind,
+        parameters=owned,
+        forward_flops=forward.flops,
+        backward_flops=backward.flops,
+        forward_bytes=float(forward.moved_bytes),
+        backward_bytes=float(backward.moved_bytes),
+        forward_kernels=forward.kernels,
+        backward_kernels=backward.kernels,
+        saved_bytes=sum(tally.saved.values()),
+        input_bytes=tally.input_bytes,
+        output_bytes=tally.output_bytes,
+        parameter_bytes=sum(parameters[item].numel() * parameters[item].element_size() for item in owned),
+        signature=_signature(kind, tally, [parameters[item] for item in owned]),
+        calls=1 if name in (GLUE, LOSS) else tally.calls,
+        draws=tally.draws,
+        batch_dependent=tally.batch_dependent,
+        saved_input_bytes=sum(tally.saved_inputs.values()),
+        fresh_input_bytes=tally.fresh_input_bytes,
+    )
+
+
+def _signature(kind: str, tally: Tally, owned: list[nn.Parameter]) -> str:
+    shapes = [f"{parameter.dtype}{list(parameter.shape)}{parameter.requires_grad}" for parameter in owned]
+    done = [f"{work.flops:.0f}/{work.moved_bytes}/{work.kernels}" for work in (tally.forward, tally.backward)]
+    text = "\n".join([kind, str(tally.calls), *shapes, "", *tally.input_shapes, "", *done])
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def _parameter(name: str, parameter: nn.Parameter, aliases: tuple[str, ...]) -> ParameterFact:
+    return ParameterFact(
+        name=name,
+        shape=tuple(parameter.shape),
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        itemsize_bytes=parameter.element_size(),
+        requires_grad=parameter.requires_grad,
+        aliases=aliases,
+    )
+
+
+def _buffers(model: nn.Module, updated: frozenset[str]) -> tuple[BufferFact, ...]:
+    modules = dict(model.named_modules())
+    facts: list[BufferFact] = []
+    for name, buffer in model.named_buffers():
+        owner, _, short = name.rpartition(".")
+        facts.append(
+            BufferFact(
+                name=name,
+                size_bytes=buffer.numel() * buffer.element_size(),
+                persistent=short not in modules[owner]._non_persistent_buffers_set,
+                updated=name in updated,
+                module_kind=type(modules[owner]).__name__,
+            )
+        )
+    return tuple(facts)
+
+
+def _updated(model: nn.Module, before: dict[str, tuple[int, int]], changed: set[int]) -> frozenset[str]:
+    return frozenset(
+        name
+        for name, buffer in model.named_buffers()
+        if before.get(name) != (id(buffer), buffer._version) or changed.intersection(ops.storage_bytes([buffer]))
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging an error that is raised, and told to the user, anyway."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _widen(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Hold every floating-point fake of a model as float64; shared ones stay shared."""
+    made: dict[int, Tensor] = {}
+    with mode:
+        for module in model.modules():
+            registries: list[dict[str, Any]] = [module._parameters, module._buffers]
+            for registry in registries:
+                for name, tensor in registry.items():
+                    if tensor is not None and tensor.is_floating_point():
+                        wide = made.get(id(tensor))
+                        if wide is None:
+                            wide = torch.empty(tensor.shape, dtype=torch.float64)
+                            if isinstance(tensor, nn.Parameter):
+                                wide = nn.Parameter(wide, requires_grad=tensor.requires_grad)
+                            made[id(tensor)] = wide
+                        registry[name] = wide
+
+
+def _module(model: nn.Module, name: str) -> str:
+    kind = type(model.get_submodule(name)).__name__
+    return f"module {name} ({kind})" if name else f"the model ({kind})"
+
+
+def _shapes(batch: Any) -> str:
+    shapes = [f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for tensor in ops.tensors(batch)]
+    return ", ".join(shapes) if shapes else f"a {type(batch).__name__} without tensors"
+
+
+def _at(error: BaseException) -> str:
+    """The innermost line that belongs neither to torch nor to Sheaf."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_HERE)]
+    return f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
+
+
+def _too_large(failure: _Failure, weight_bytes: int) -> str:
+    error = failure.error
+    if not isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+        return failure.told()
+    return (
+        f"{failure.where()} reads a tensor's value{_at(error)}, which has no value while the model is traced without "
+        f"memory; with {pretty_bytes(float(weight_bytes))} of parameters it is too large to trace for real: "
+        "use torch.where or a mask in place of the branch, .item(), bool(), nonzero() or boolean index"
+    )

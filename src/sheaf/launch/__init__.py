@@ -1,0 +1,7 @@
+"""Start workers: several processes on this machine, or join those that torchrun started. Knows nothing of training."""
+
+from sheaf.launch.local import run
+from sheaf.launch.ship import FromFile
+from sheaf.launch.world import World, join, peers
+
+__all__ = ["FromFile", "World", "join", "peers", "run"]

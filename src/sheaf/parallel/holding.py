@@ -1,0 +1,105 @@
+"""How a worker holds parameters, gradients and optimizer state, and how gradients meet: one interface, three ways."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+Factor = Callable[[], float]  # what a gradient sum is multiplied by to be the step's gradient; may wait for others
+
+
+class AbstractHolding(ABC):
+    """What the step needs of any way to hold a model. Every method is called on every worker, in the same order.
+
+    Within a step: ``begin_step``; per microbatch ``arm``, backward, ``end_backward`` (or ``idle_round`` where another
+    worker has one microbatch more); ``finish``; ``norm`` and ``scale`` to clip; the optimizer's step; ``after_update``.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    lockstep: bool = False  # whether workers go through microbatches in rounds
+
+    @abstractmethod
+    def begin_step(self) -> None:
+        """Forget the last step's gradients."""
+
+    @abstractmethod
+    def arm(self, *, last: bool) -> None:
+        """A backward is about to run; ``last`` when it is this worker's last of the step."""
+
+    @abstractmethod
+    def end_backward(self) -> None:
+        """That backward has run."""
+
+    def idle_round(self) -> None:
+        """Take part in a round in which this worker has no microbatch."""
+        raise AssertionError("only holdings in lockstep have rounds")
+
+    @abstractmethod
+    def flush(self) -> None:
+        """No more backward in this step: start every collective that has not started."""
+
+    @abstractmethod
+    def finish(self, used: set[str]) -> None:
+        """Wait until gradients are the step's own; parameters that no microbatch used have none."""
+
+    @abstractmethod
+    def held(self) -> dict[str, Tensor]:
+        """By parameter name, the gradient (or the part of it) that this worker's optimizer sees."""
+
+    @abstractmethod
+    def after_update(self) -> None:
+        """The optimizer has stepped: make every worker's parameters current."""
+
+    @abstractmethod
+    def full_gradients(self) -> dict[str, Tensor]:
+        """Whole gradients by parameter name, on every worker (collective)."""
+
+    @abstractmethod
+    def full_parameters(self) -> dict[str, Tensor]:
+        """Whole parameters by canonical name, on every worker (collective)."""
+
+    @abstractmethod
+    def kept(self) -> dict[str, Tensor]:
+        """What this worker keeps in a checkpoint: parameters, or its shards of them, as they are in memory."""
+
+    @abstractmethod
+    def optimizer_names(self) -> dict[int, str]:
+        """The parameter name of each tensor that the optimizer steps, by its id."""
+
+    @property
+    @abstractmethod
+    def sharded(self) -> bool:
+        """Whether the gradients in ``held`` are disjoint pieces of the whole."""
+
+    @property
+    @abstractmethod
+    def touched(self) -> set[str]:
+        """Parameters that this worker's backwards gave a gradient in this step."""
+
+    def scale(self, coefficient: float) -> None:
+        """Multiply the step's gradients."""
+        gradients = list(self.held().values())
+        if gradients:
+            torch._foreach_mul_(gradients, coefficient)
+
+
+class Touched:
+    """Notes which parameters got a gradient, and tells a listener each time."""
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], listener: Callable[[str], object]) -> None:
+        self.names: set[str] = set()
+        self._listener = listener
+        self._handles: list[RemovableHandle] = []
+        for name, parameter in parameters:
+            if parameter.requires_grad:
+                self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(name)))
+
+    def _hook(self, name: str) -> Callable[[Tensor], None]:
+        def accumulated(_parameter: Tensor) -> None:
+            self.names.add(name)
+            self._listener(name)
+
+        return accumulated

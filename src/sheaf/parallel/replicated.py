@@ -1,0 +1,124 @@
+"""Everything on every worker: gradients are summed bucket by bucket while the last backward still runs.
+
+The bucketing and overlap are those of DistributedDataParallel (Li et al., 2020, arXiv:2006.15704).
+"""
+
+
+
+import torch
+from torch import Tensor
+
+from sheaf.cluster.primitives import Pending
+from sheaf.parallel.holding import AbstractHolding, Factor, Touched
+from sheaf.parallel.turnstile import Turnstile
+from sheaf.parallel.world import World
+from sheaf.plans.layout import Held, buckets
+from sheaf.task import Blueprint
+
+
+class Replicated(AbstractHolding):
+    """The whole model and optimizer on each worker; alone, it is what a plain training loop does."""
+
+    def __init__(self, blueprint: Blueprint, world: World, factor: Factor, bucket_bytes: int) -> None:
+        self._world, self._factor = world, factor
+        self.model = blueprint.fill(world.device)
+        self.parameters = dict(self.model.named_parameters())
+        self.optimizer = blueprint.task.optimizer(list(self.parameters.values()))
+        held = [
+            Held(name, value.numel(), str(value.dtype), value.requires_grad) for name, value in self.parameters.items()
+        ]
+        sizes = {str(value.dtype): value.itemsize for value in self.parameters.values()}
+        grouped = buckets(held, sizes, bucket_bytes) if world.workers > 1 else ()
+        self._buckets = [[member.name for member in bucket] for bucket in grouped]
+        self._bucket_of = {name: index for index, names in enumerate(self._buckets) for name in names}
+        self._flats = [self._flat(names) for names in self._buckets]
+        self._views = {
+            name: view
+            for names, flat in zip(self._buckets, self._flats, strict=True)
+            for name, view in zip(names, self._split(flat, names), strict=True)
+        }
+        self._pending: list[Pending] = []
+        self._turnstile = Turnstile([len(names) for names in self._buckets], self._launch)
+        self._touched = Touched(self.parameters.items(), self._ready)
+
+    @property
+    def sharded(self) -> bool:
+        return False
+
+    @property
+    def touched(self) -> set[str]:
+        return self._touched.names
+
+    def begin_step(self) -> None:
+        self._touched.names.clear()
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def arm(self, *, last: bool) -> None:
+        if last:
+            self._turnstile.arm()
+
+    def end_backward(self) -> None:
+        """Nothing: what is not ready may still become so."""
+
+    def flush(self) -> None:
+        if len(self._pending) < len(self._buckets):
+            if not self._turnstile.armed:
+                self._turnstile.arm()
+            self._turnstile.flush()
+
+    def finish(self, used: set[str]) -> None:
+        if self._world.workers == 1:
+            factor = self._factor()
+            if factor != 1.0:
+                self.scale(factor)
+            return
+        for pending in self._pending:
+            self._world.wait(pending)
+        self._pending.clear()
+        for name, view in self._views.items():
+            self.parameters[name].grad = view if name in used else None
+
+    def held(self) -> dict[str, Tensor]:
+        return {name: value.grad for name, value in self.parameters.items() if value.grad is not None}
+
+    def after_update(self) -> None:
+        """Nothing: every worker made the same update."""
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        return self.held()
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        return {name: value.detach() for name, value in self.parameters.items()}
+
+    def kept(self) -> dict[str, Tensor]:
+        return self.full_parameters()
+
+    def optimizer_names(self) -> dict[int, str]:
+        return {id(value): name for name, value in self.parameters.items()}
+
+    def _ready(self, name: str) -> None:
+        if self._buckets:
+            self._turnstile.ready(self._bucket_of[name])
+
+    def _launch(self, bucket: int) -> None:
+        factor = self._factor()
+        for name in self._buckets[bucket]:
+            gradient, view = self.parameters[name].grad, self._views[name]
+            if gradient is None:
+                view.zero_()
+            else:
+                torch.mul(gradient, factor, out=view)
+                self.parameters[name].grad = None
+        self._pending.append(self._world.all_reduce(self._flats[bucket], f"gradients of {self._buckets[bucket][-1]}"))
+
+    def _flat(self, names: list[str]) -> Tensor:
+        first = self.parameters[names[0]]
+        total = sum(self.parameters[name].numel() for name in names)
+        return torch.zeros(total, dtype=first.dtype, device=first.device)
+
+    def _split(self, flat: Tensor, names: list[str]) -> list[Tensor]:
+        sizes = [self.parameters[name].numel() for name in names]
+        return [
+            part.view(self.parameters[name].shape) for name, part in zip(names, flat.split(sizes), strict=True)
+        ]

@@ -1,0 +1,316 @@
+"""One global step under any plan: fetch, forward, backward, gradients meet, clip, update. The same call for all."""
+
+import resource
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from sheaf.errors import NonFiniteLoss
+from sheaf.parallel.exchange import Exchange, Told
+from sheaf.parallel.holding import AbstractHolding
+from sheaf.parallel.optimizers import load_named_state, named_state
+from sheaf.parallel.precision import LossScale, autocast
+from sheaf.parallel.shares import AbstractDealer, Dealt
+from sheaf.parallel.statistics import BatchStatistics
+from sheaf.parallel.world import World
+from sheaf.plans import Plan
+from sheaf.record import StepReport
+from sheaf.task import Microbatch, Order, Streams, Task, arguments, as_loss, fetch, key, moved
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """Looks at a step from inside; every worker must have one when any has."""
+
+    def gradients(self, step: int, gradients: dict[str, Tensor]) -> None:
+        """Whole gradients by parameter name, before clipping; parameters that nothing used are missing."""
+        ...
+
+
+@dataclass
+class Expectation:
+    """What one backward's loss sum is divided by: the last step's weight, so that gradients have their usual size.
+
+    The exact weight of a step is known only when its last forward has run; what departs is made up for at the end.
+    """
+
+    weight: float
+
+
+class Step:
+    """Runs one global step each time it is called, on every worker of the plan; made by ``sheaf.build``.
+
+    ``index`` is the number of the next step, ``position`` the (step, microbatch) that is running, ``model`` this
+    worker's module. A call raises NonFiniteLoss on every worker, before anything is updated, when a loss is no number.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        plan: Plan,
+        world: World,
+        holding: AbstractHolding,
+        dealer: AbstractDealer,
+        exchange: Exchange,
+        expectation: Expectation,
+        scale: LossScale,
+        streams: Streams,
+    ) -> None:
+        assert task.microbatch is not None
+        self.task, self.plan = task, plan
+        self.index = 0
+        self.position = (0, 0)
+        self._world, self._holding, self._dealer = world, holding, dealer
+        self._exchange, self._expectation, self._scale, self._streams = exchange, expectation, scale, streams
+        self._order = Order(task.num_samples, task.batch, task.microbatch, task.seed, shuffle=task.shuffle)
+        self._scheduler = task.scheduler(holding.optimizer) if task.scheduler is not None else None
+        merged = world.workers > 1 or plan.recompute != "none"
+        self._statistics = BatchStatistics(holding.model, world) if merged else None
+        self._floating = torch.float64 if task.precision == "fp64" else None
+        self._observer: Observer | None = None
+        self._compute_seconds = 0.0
+
+    @property
+    def model(self) -> nn.Module:
+        """This worker's module; under ZeRO-3 its parameters are empty between steps."""
+        return self._holding.model
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """This worker's optimizer, over whole parameters or over its slices."""
+        return self._holding.optimizer
+
+    @property
+    def rank(self) -> int:
+        """Which worker this is."""
+        return self._world.rank
+
+    @property
+    def workers(self) -> int:
+        """How many there are."""
+        return self._world.workers
+
+    def __call__(self) -> StepReport:
+        """Run the next global step; collective."""
+        start, waited = time.perf_counter(), self._world.waited_seconds
+        self._compute_seconds = 0.0
+        microbatches = self._order.step(self.index)
+        self._exchange.begin(len(microbatches))
+        if self._statistics is not None:
+            self._statistics.begin_step()
+        self._holding.begin_step()
+        self._run_all(microbatches)
+        self._holding.flush()
+        told = self._exchange.told()
+        used, computed = self._agree()
+        self._holding.finish(used)
+        told.check(self.index)
+        if self._observer is not None:
+            self._observer.gradients(self.index, self._holding.full_gradients())
+        updating = time.perf_counter()
+        norm, skipped = self._update()
+        optimizer_seconds = time.perf_counter() - updating
+        self._holding.after_update()
+        if self._statistics is not None:
+            self._statistics.apply(len(microbatches))
+        self._expectation.weight = told.weight
+        report = self._report(
+            microbatches,
+            told,
+            seconds=time.perf_counter() - start,
+            waited=self._world.waited_seconds - waited,
+            optimizer_seconds=optimizer_seconds,
+            computed=computed,
+            norm=norm,
+            skipped=skipped,
+        )
+        self.index += 1
+        return report
+
+    def request_stop(self) -> None:
+        """Make every worker's next report say ``stop``."""
+        self._exchange.stop = True
+
+    def observe(self, observer: Observer | None) -> None:
+        """Set who looks at gradients; call on every worker alike."""
+        self._observer = observer
+
+    @property
+    def state_owner(self) -> int:
+        """The worker whose ``state`` this worker loads: itself, or 0 where every worker holds the same."""
+        return self.rank if self._holding.sharded else 0
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that a later run needs to go on: tensors (none where another worker owns them), and JSON-able values."""
+        tensors, optimizer = named_state(self._holding.optimizer, self._holding.optimizer_names())
+        named = {f"parameter/{name}": value for name, value in self._holding.kept().items()}
+        named |= {f"buffer/{name}": value for name, value in self.model.named_buffers()}
+        named |= {f"optimizer/{name}": value for name, value in tensors.items()}
+        values = {
+            "index": self.index,
+            "expected_weight": self._expectation.weight,
+            "loss_scale": self._scale.value,
+            "good_steps": self._scale.good_steps,
+            "optimizer": optimizer,
+            "scheduler": self._scheduler.state_dict() if self._scheduler is not None else None,
+        }
+        return (named if self.state_owner == self.rank else {}), values
+
+    def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Go on where ``state`` of this worker's ``state_owner`` stood; collective."""
+        with torch.no_grad():
+            for name, value in self._holding.kept().items():
+                value.copy_(tensors[f"parameter/{name}"])
+            for name, value in self.model.named_buffers():
+                value.copy_(tensors[f"buffer/{name}"])
+        saved = {
+            name.removeprefix("optimizer/"): value for name, value in tensors.items() if name.startswith("optimizer/")
+        }
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(values["scheduler"])
+        load_named_state(self._holding.optimizer, self._holding.optimizer_names(), saved, values["optimizer"])
+        self.index = values["index"]
+        self._expectation.weight = values["expected_weight"]
+        self._scale.value, self._scale.good_steps = values["loss_scale"], values["good_steps"]
+        self._holding.after_update()
+
+    def full_state(self) -> dict[str, Tensor]:
+        """Whole weights and persistent buffers under their original names, on worker 0 (collective; {} elsewhere)."""
+        parameters = self._holding.full_parameters()
+        persistent = {
+            f"{name}.{key}" if name else key: value
+            for name, module in self.model.named_modules()
+            for key, value in module._buffers.items()
+            if value is not None and key not in module._non_persistent_buffers_set
+        }
+        return parameters | persistent if self.rank == 0 else {}
+
+    def close(self) -> None:
+        """Detach from the model."""
+        self._streams.close()
+
+    def _run_all(self, microbatches: tuple[Microbatch, ...]) -> None:
+        computed = 0
+        for microbatch, is_last in self._dealer.deal(self.index, microbatches):
+            batch = fetch(self.task, microbatch.samples, key(self.task.seed, "data", self.index, microbatch.index))
+            batch = moved(batch, self._world.device, self._floating)
+            start, waited = time.perf_counter(), self._world.waited_seconds
+            self._run(microbatch, batch, is_last)
+            self._compute_seconds += time.perf_counter() - start - (self._world.waited_seconds - waited)
+            computed += 1
+        if self._holding.lockstep:
+            assert isinstance(self._dealer, Dealt)
+            for _ in range(self._dealer.rounds(microbatches) - computed):
+                self._holding.idle_round()
+        if self._holding.lockstep or not computed:
+            self._exchange.send()
+
+    def _run(self, microbatch: Microbatch, batch: Any, is_last: Any) -> None:
+        self.position = (self.index, microbatch.index)
+        self._streams.enter(self.index, microbatch.index)
+        positional, named = arguments(self.task, batch)
+        statistics = self._statistics
+        with statistics.microbatch(microbatch.index) if statistics is not None else nullcontext():
+            with autocast(self.task, self._world.device):
+                output = self.model(*positional, **named)
+                loss = as_loss(self.task.loss(output, batch), len(microbatch.samples))
+            if statistics is not None:
+                statistics.collect(microbatch.index)
+            self._exchange.add(microbatch.index, loss.sum, loss.weight)
+            last = bool(is_last())
+            if last and not self._holding.lockstep:
+                self._exchange.send()
+            self._holding.arm(last=last)
+            if loss.sum.requires_grad:
+                seed = torch.full_like(loss.sum, self._scale.value / self._expectation.weight)
+                torch.autograd.backward([loss.sum], [seed])
+            self._holding.end_backward()
+
+    def _agree(self) -> tuple[set[str], list[float]]:
+        """Which parameters any worker's microbatches used, and how long each worker computed."""
+        touched = self._holding.touched
+        if self.workers == 1:
+            return touched, [self._compute_seconds]
+        names = list(self._names())
+        told = torch.zeros(len(names) + self.workers)
+        for position, name in enumerate(names):
+            told[position] = float(name in touched)
+        told[len(names) + self.rank] = self._compute_seconds
+        told = self._world.summed(told, "parameters used").tolist()
+        return {name for name, count in zip(names, told, strict=False) if count > 0}, told[len(names) :]
+
+    def _names(self) -> tuple[str, ...]:
+        return tuple(name for name, value in self.model.named_parameters() if value.requires_grad)
+
+    def _update(self) -> tuple[float | None, bool]:
+        norm: float | None = None
+        if self.task.clip is not None or self._scale.dynamic:
+            norm = self._norm()
+            overflowed = norm != norm or norm == float("inf")
+            if overflowed and not self._scale.dynamic:
+                advice = "The loss is a number but its gradient is not: look for sqrt or log at zero, or 0/0."
+                raise NonFiniteLoss(self.index, 0, norm, advice)
+            self._scale.update(overflowed=overflowed)
+            if overflowed:
+                return norm, True
+            if self.task.clip is not None and norm + 1e-6 > self.task.clip:
+                self._holding.scale(self.task.clip / (norm + 1e-6))
+        self._holding.optimizer.step()
+        if isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self._scheduler.step(self._exchange.told().loss)
+        elif self._scheduler is not None:
+            self._scheduler.step()
+        return norm, False
+
+    def _norm(self) -> float:
+        gradients = list(self._holding.held().values())
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        if not self._holding.sharded:
+            return float(norm)
+        square = self._world.summed(norm.detach().to("cpu", torch.float64).reshape(1) ** 2, "gradient norm")
+        return float(square.sqrt())
+
+    def _report(
+        self,
+        microbatches: tuple[Microbatch, ...],
+        told: Told,
+        *,
+        seconds: float,
+        waited: float,
+        optimizer_seconds: float,
+        computed: list[float],
+        norm: float | None,
+        skipped: bool,
+    ) -> StepReport:
+        idle = min(max(0.0, max(computed) - self._compute_seconds), waited)
+        terms = {
+            "compute": self._compute_seconds,
+            "wait": idle,
+            "communicate": waited - idle,
+            "optimizer": optimizer_seconds,
+        }
+        terms["host"] = max(0.0, seconds - sum(terms.values()))
+        return StepReport(
+            step=self.index,
+            loss=told.loss,
+            weight=told.weight,
+            samples=sum(len(microbatch.samples) for microbatch in microbatches),
+            seconds=seconds,
+            terms=terms,
+            gradient_norm=norm if self.task.clip is not None else None,
+            learning_rate=float(self._holding.optimizer.param_groups[0]["lr"]),
+            memory_bytes=_memory_bytes(self._world.device),
+            microbatches=told.counts,
+            skipped=skipped,
+            stop=told.stop,
+        )
+
+
+def _memory_bytes(device: torch.device) -> int:
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(torch.accelerator.max_memory_allocated(device))

@@ -1,0 +1,94 @@
+"""The order in which blocks of a model take turns, the same on every worker, and where a worker is in it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from sheaf.errors import PlanError
+from sheaf.task import Blueprint, Order, arguments, fetch, key
+
+
+class Turns:
+    """Walks a fixed sequence of units (a unit may have several turns); every worker walks all of it, in order.
+
+    ``visit(unit)`` starts what a turn needs, exactly once per turn on every worker whatever it runs itself, since
+    collectives match by order. A turn directly after one of the same unit needs nothing new, nor does the first of
+    all with ``first_held``.
+    """
+
+    def __init__(self, sequence: Sequence[str], visit: Callable[[str], object], *, first_held: bool = False) -> None:
+        self.sequence, self._visit, self._first_held = tuple(sequence), visit, first_held
+        self._taken = self._visited = len(self.sequence)
+
+    def begin(self) -> None:
+        """Start from the beginning."""
+        self._taken = self._visited = 0
+
+    def take(self, unit: str) -> None:
+        """Come to this unit's next turn, visiting what lies before it too. A unit out of turn is a PlanError."""
+        try:
+            turn = self.sequence.index(unit, self._taken)
+        except ValueError:
+            raise PlanError(
+                f"block {unit} runs in another order or more often than when the model was traced, so ZeRO-3 cannot "
+                "gather its parameters in step with the other workers: use zero=2"
+            ) from None
+        self._taken = turn + 1
+        self._visit_until(self._taken)
+
+    def look_ahead(self) -> None:
+        """Visit the next turn before it is taken."""
+        self._visit_until(self._taken + 1)
+
+    def repeats(self) -> bool:
+        """Whether the next turn is of the unit that has just had one."""
+        return 0 < self._taken < len(self.sequence) and self.sequence[self._taken] == self.sequence[self._taken - 1]
+
+    def finish(self) -> None:
+        """Visit all that is left."""
+        self._taken = len(self.sequence)
+        self._visit_until(self._taken)
+
+    @property
+    def done(self) -> bool:
+        """Whether every turn was taken."""
+        return self._taken == len(self.sequence)
+
+    def _visit_until(self, stop: int) -> None:
+        while self._visited < min(stop, len(self.sequence)):
+            turn, self._visited = self._visited, self._visited + 1
+            held = self._first_held if turn == 0 else self.sequence[turn] == self.sequence[turn - 1]
+            if not held:
+                self._visit(self.sequence[turn])
+
+
+def forward_order(blueprint: Blueprint, blocks: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """The blocks in the order in which a forward calls them, each as often as it is called.
+
+    Found by running the model's fake tensors on the first microbatch; where the model's control flow needs real
+    values, the order of definition.
+    """
+    task = blueprint.task
+    order: list[str] = []
+    handles = [
+        block.register_forward_pre_hook(lambda _module, _arguments, name=name: order.append(name))
+        for name, block in blocks.items()
+    ]
+    first = Order(task.num_samples, task.batch, task.microbatch or task.batch, task.seed, shuffle=task.shuffle).step(0)
+    batch = fetch(task, first[0].samples, key(task.seed, "data", 0, 0))
+    try:
+        positional, named = arguments(task, batch)
+        with blueprint.mode:
+            blueprint.model(*_faked(blueprint, positional), **_faked(blueprint, named))
+    except Exception:  # any control flow on values; the real forward will raise what is truly wrong
+        order = list(blocks)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(order)
+
+
+def _faked(blueprint: Blueprint, value: Any) -> Any:
+    return tree_map(lambda leaf: blueprint.mode.from_tensor(leaf) if hasattr(leaf, "untyped_storage") else leaf, value)

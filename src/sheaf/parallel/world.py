@@ -1,0 +1,98 @@
+"""The workers of a run, as one of them sees the others: collectives that are timed, and explained when they fail."""
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sheaf.cluster import primitives
+from sheaf.cluster.primitives import Pending
+from sheaf.errors import WorkerFailed
+
+
+class World:
+    """This worker's rank, how many there are, and the collectives between them.
+
+    ``waited_seconds`` adds up the time this worker stood still for others. A collective that fails raises
+    WorkerFailed with what this worker was doing, and what every worker that still answers was doing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        joined = dist.is_available() and dist.is_initialized()
+        self.workers = dist.get_world_size() if joined else 1
+        self.rank = dist.get_rank() if joined else 0
+        self.waited_seconds = 0.0
+        self._last: deque[str] = deque(maxlen=8)
+        # gathers of parameters and reductions of gradients interleave differently on different workers
+        self._gathers = dist.new_group() if self.workers > 1 else None
+
+    @property
+    def counter(self) -> dist.Store | None:
+        """The store that all workers share; None when alone."""
+        return dist.distributed_c10d._get_default_store() if self.workers > 1 else None
+
+    def all_reduce(self, tensor: Tensor, what: str) -> Pending:
+        """Start summing ``tensor`` over all workers, in place."""
+        with self._explained("all_reduce", what, tensor):
+            return primitives.start_all_reduce(tensor)
+
+    def reduce_scatter(self, output: Tensor, given: Tensor, what: str) -> Pending:
+        """Start summing ``given`` over all workers; this worker's part of it goes to ``output``."""
+        with self._explained("reduce_scatter", what, given):
+            return primitives.start_reduce_scatter(output, given)
+
+    def all_gather(self, output: Tensor, given: Tensor, what: str) -> Pending:
+        """Start gathering every worker's ``given`` into ``output``, in rank order."""
+        with self._explained("all_gather", what, output):
+            return primitives.start_all_gather(output, given, self._gathers)
+
+    def wait(self, pending: Pending) -> None:
+        """Finish a collective, and count the time."""
+        start = time.perf_counter()
+        with self._explained():
+            pending.wait()
+        self.waited_seconds += time.perf_counter() - start
+
+    def summed(self, values: Tensor, what: str) -> Tensor:
+        """The sum of a small CPU tensor over all workers, at once."""
+        if self.workers == 1:
+            return values
+        moved = values.to(self.device)
+        self.wait(self.all_reduce(moved, what))
+        return moved.cpu()
+
+    def barrier(self) -> None:
+        """Wait for every worker."""
+        self.summed(torch.zeros(1), "barrier")
+
+    @contextlib.contextmanager
+    def _explained(self, operation: str = "", what: str = "", tensor: Tensor | None = None) -> Iterator[None]:
+        if tensor is not None:
+            self._last.append(f"{operation} of {what} {tuple(tensor.shape)}")
+        try:
+            yield
+        except (RuntimeError, dist.DistBackendError) as error:
+            raise WorkerFailed(self._explanation(error)) from error
+
+    def _explanation(self, error: BaseException) -> str:
+        mine = self._last[-1] if self._last else "nothing yet"
+        lines = [f"worker {self.rank} of {self.workers} lost the others in {mine}: {str(error).splitlines()[0]}"]
+        with contextlib.suppress(Exception):  # the store may be gone with its host
+            store = self.counter
+            assert store is not None
+            store.set(f"sheaf/lost/{self.rank}", mine)
+            time.sleep(0.5)
+            for other in range(self.workers):
+                key = f"sheaf/lost/{other}"
+                if other != self.rank and store.check([key]):
+                    store.set_timeout(timedelta(seconds=1))
+                    lines.append(f"worker {other} also failed, in {store.get(key).decode()}")
+                elif other != self.rank:
+                    lines.append(f"worker {other} has not answered: look at it first")
+        return "\n".join(lines)

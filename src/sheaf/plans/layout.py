@@ -1,0 +1,137 @@
+"""Which slice of which tensor each worker holds: parameters laid end to end, cut into equal shards.
+
+The executors move these slices, the memory estimate counts them, and checkpoints name them: one definition.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+
+@dataclass(frozen=True)
+class Held:
+    """A parameter as far as layout cares: its name, how many numbers, of what dtype, and whether it is trained."""
+
+    name: str
+    num_elements: int
+    dtype: str
+    trained: bool = True
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements ``start`` to ``stop`` of a parameter, at ``offset`` within a worker's shard."""
+
+    name: str
+    start: int
+    stop: int
+    offset: int
+
+    @property
+    def num_elements(self) -> int:
+        """How many numbers it holds."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Parameters of one dtype laid end to end and padded so that every worker's shard has the same length."""
+
+    unit: str
+    parameters: tuple[Held, ...]
+    workers: int
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers in it, without padding."""
+        return sum(parameter.num_elements for parameter in self.parameters)
+
+    @property
+    def shard_elements(self) -> int:
+        """Numbers in one worker's shard."""
+        return -(-self.num_elements // self.workers)
+
+    @property
+    def padded_elements(self) -> int:
+        """Numbers in all shards together."""
+        return self.shard_elements * self.workers
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        """Where each parameter begins."""
+        offsets: dict[str, int] = {}
+        position = 0
+        for parameter in self.parameters:
+            offsets[parameter.name] = position
+            position += parameter.num_elements
+        return offsets
+
+    def pieces(self, worker: int) -> tuple[Piece, ...]:
+        """What of which parameter lies in a worker's shard.
+
+        >>> flat = Flat("block", (Held("a", 3, "float32"), Held("b", 4, "float32")), workers=2)
+        >>> flat.pieces(0), flat.pieces(1)[0].start
+        ((Piece(name='a', start=0, stop=3, offset=0), Piece(name='b', start=0, stop=1, offset=3)), 1)
+        """
+        low, high = worker * self.shard_elements, (worker + 1) * self.shard_elements
+        found: list[Piece] = []
+        for name, begin in self.offsets.items():
+            size = next(parameter.num_elements for parameter in self.parameters if parameter.name == name)
+            start, stop = max(begin, low), min(begin + size, high)
+            if start < stop:
+                found.append(Piece(name, start - begin, stop - begin, start - low))
+        return tuple(found)
+
+
+def flats(units: Iterable[tuple[str, Sequence[Held]]], workers: int) -> tuple[Flat, ...]:
+    """One flat per unit, dtype and trained or frozen; every parameter is in exactly one."""
+    made: list[Flat] = []
+    for unit, parameters in units:
+        kinds = sorted({(parameter.dtype, parameter.trained) for parameter in parameters})
+        for dtype, trained in kinds:
+            chosen = tuple(held for held in parameters if (held.dtype, held.trained) == (dtype, trained))
+            made.append(Flat(unit, chosen, workers))
+    return tuple(made)
+
+
+def buckets(parameters: Sequence[Held], bytes_of: dict[str, int], bucket_bytes: int) -> tuple[tuple[Held, ...], ...]:
+    """Trained parameters in reverse order (as backward makes their gradients), grouped to about ``bucket_bytes``.
+
+    A bucket holds one dtype. The first is a quarter of the size, so that communication starts early.
+
+    >>> held = [Held(name, 100, "float32") for name in "abcd"]
+    >>> [[p.name for p in bucket] for bucket in buckets(held, {"float32": 4}, 800)]
+    [['d'], ['c', 'b'], ['a']]
+    """
+    grouped: list[tuple[Held, ...]] = []
+    reverse = [parameter for parameter in reversed(parameters) if parameter.trained]
+    for dtype, same in groupby(reverse, key=lambda parameter: parameter.dtype):
+        current: list[Held] = []
+        size = 0
+        for parameter in same:
+            limit = bucket_bytes if grouped else bucket_bytes // 4
+            grown = size + parameter.num_elements * bytes_of[dtype]
+            if current and grown > limit:
+                grouped.append(tuple(current))
+                current, grown = [], parameter.num_elements * bytes_of[dtype]
+            current.append(parameter)
+            size = grown
+        if current:
+            grouped.append(tuple(current))
+    return tuple(grouped)
+
+
+def apportion(count: int, weights: Sequence[int | float]) -> tuple[int, ...]:
+    """``count`` microbatches among workers in proportion to ``weights``, by largest remainder.
+
+    >>> apportion(16, [11, 5]), apportion(7, [1, 1, 1]), apportion(2, [1, 1, 1])
+    ((11, 5), (3, 2, 2), (1, 1, 0))
+    """
+    total = sum(weights)
+    exact = [count * weight / total for weight in weights]
+    shares = [math.floor(part + 1e-9) for part in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda worker: (shares[worker] - exact[worker], worker))
+    for worker in by_remainder[: count - sum(shares)]:
+        shares[worker] += 1
+    return tuple(shares)

@@ -1,0 +1,90 @@
+"""What a search found: plans in order with reasons, and what was refused, and why."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from sheaf.cost.price import Price
+from sheaf.errors import PlanError
+from sheaf.plans import Plan
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One plan that can run: its price, and why it leads (``reason``) or what it loses on (``loses_on``)."""
+
+    price: Price
+    reason: str = ""
+    loses_on: str = ""
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that is priced."""
+        return self.price.plan
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry for JSON; times in seconds, sizes in bytes."""
+        words = {"reason": self.reason} if self.reason else {"loses_on": self.loses_on}
+        return {
+            "text": str(self.plan),
+            "seconds": dict(self.price.seconds),
+            "step_seconds": self.price.step_seconds,
+            "hidden_seconds": self.price.hidden_seconds,
+            "memory": dict(self.price.memory),
+            "peak_bytes": self.price.peak_bytes,
+            "traffic_bytes": self.price.traffic_bytes,
+            **words,
+        }
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A plan that is not proposed, why not, and the cheapest change that helps."""
+
+    plan: str
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Plans from best to worst, and the refused ones. ``cluster`` is its name; ``batch`` counts samples per step."""
+
+    ranked: tuple[Entry, ...]
+    refused: tuple[Refusal, ...]
+    cluster: str
+    batch: int
+    microbatch: int | None  # the task's; None where each plan says its own
+
+    @property
+    def best(self) -> Price:
+        """The plan that leads, with its price.
+
+        Raises PlanError with every reason when all plans were refused.
+        """
+        if not self.ranked:
+            broken = [f"{reason} ({', '.join(plans[:3])}): {remedy}" for reason, remedy, plans in self.refusals()]
+            raise PlanError(broken or ["there is no plan to choose from: give at least one worker"])
+        return self.ranked[0].price
+
+    def entry(self, plan: Plan | str) -> Entry | None:
+        """The entry of a plan, if it was ranked."""
+        return next((entry for entry in self.ranked if str(entry.plan) == str(plan)), None)
+
+    def refusals(self) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
+        """(reason, remedy, plans) with the plans of one reason together, for showing."""
+        together: dict[tuple[str, str], list[str]] = {}
+        for refusal in self.refused:
+            together.setdefault((refusal.reason, refusal.remedy), []).append(refusal.plan)
+        return tuple((reason, remedy, tuple(plans)) for (reason, remedy), plans in together.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything for ``--json``."""
+        return {
+            "plans": [entry.to_dict() for entry in self.ranked],
+            "refused": [
+                {"text": refusal.plan, "reason": refusal.reason, "remedy": refusal.remedy} for refusal in self.refused
+            ],
+            "cluster": self.cluster,
+            "batch": self.batch,
+            "microbatch": self.microbatch or (self.ranked[0].plan.microbatch if self.ranked else None),
+        }

@@ -1,0 +1,95 @@
+"""Which plans cannot run a task on a cluster, and what would help."""
+
+from sheaf.cluster.cluster import Cluster
+from sheaf.cost.memory import needed_bytes
+from sheaf.cost.placement import seats
+from sheaf.cost.price import Price
+from sheaf.graph.facts import ModelFacts
+from sheaf.plans import Plan
+from sheaf.search.ranking import Refusal
+from sheaf.search.words import largest_memory
+from sheaf.units import pretty_bytes
+
+MERGED_KINDS = ("BatchNorm", "SyncBatchNorm", "InstanceNorm", "LazyBatchNorm", "LazyInstanceNorm")
+
+
+def broken(
+    plan: Plan, *, facts: ModelFacts, workers: int, batch: int, microbatch: int | None, elementwise: bool
+) -> list[Refusal]:
+    """Every rule the plan breaks, memory apart; ``microbatch`` is the task's own, None where it leaves it open."""
+    found: list[Refusal] = []
+    text = str(plan)
+    size = microbatch or plan.microbatch or -(-batch // plan.workers)
+    if plan.workers > workers:
+        found.append(
+            Refusal(text, f"needs {plan.workers} workers, there are {workers}", f"dp={workers}, or give more workers")
+        )
+    if microbatch is not None and plan.microbatch not in (None, microbatch):
+        found.append(
+            Refusal(
+                text,
+                f"asks for microbatch={plan.microbatch}, the task says microbatch={microbatch}",
+                "drop microbatch from the plan: it is part of what is computed",
+            )
+        )
+    if size > batch:
+        found.append(
+            Refusal(text, f"a microbatch of {size} is larger than the batch of {batch}", f"use at most {batch}")
+        )
+    count = -(-batch // size)
+    if plan.workers > count:
+        smaller = batch // plan.workers
+        remedy = f"dp={count}" + (f", or microbatch={smaller} in the task" if smaller else ", or a larger batch")
+        found.append(
+            Refusal(
+                text,
+                f"{count} microbatch{'es' if count > 1 else ''} of {size} do not go round {plan.workers} workers",
+                remedy,
+            )
+        )
+    if plan.zero and not elementwise:
+        found.append(
+            Refusal(
+                text,
+                "the optimizer is not elementwise, and ZeRO steps flat slices of parameters",
+                "zero=0, or an elementwise optimizer such as AdamW or SGD",
+            )
+        )
+    unmerged = unmergeable(facts)
+    if plan.workers > 1 and unmerged:
+        found.append(
+            Refusal(
+                text,
+                f"training changes {unmerged[0]}, and Sheaf cannot merge what several workers make of it",
+                "one worker, or a module whose buffers training does not change",
+            )
+        )
+    return found
+
+
+def unmergeable(facts: ModelFacts) -> tuple[str, ...]:
+    """Buffers that training changes in a way that workers cannot merge in microbatch order."""
+    return tuple(
+        buffer.name for buffer in facts.buffers if buffer.updated and not buffer.module_kind.startswith(MERGED_KINDS)
+    )
+
+
+def too_large(price: Price, cluster: Cluster) -> str | None:
+    """Why a plan's peak does not fit its fullest seat; None when it fits with a tenth to spare."""
+    for seat in seats(cluster, price.plan.workers):
+        needed = needed_bytes(price.peak_bytes, seat.device_kind)
+        if needed > seat.available_bytes:
+            return (
+                f"needs {pretty_bytes(needed)} (with a tenth to spare) on each worker of {seat.host_name}, "
+                f"{pretty_bytes(seat.available_bytes)} are free; {largest_memory(price)}"
+            )
+    return None
+
+
+def memory_remedy(price: Price, fitting: list[Price]) -> str:
+    """The cheapest change that makes it fit: the fastest plan that does, with as many workers if there is one."""
+    same = [other for other in fitting if other.plan.workers == price.plan.workers]
+    choices = same or fitting
+    if choices:
+        return f"use {min(choices, key=lambda other: other.step_seconds).plan}"
+    return f"give each worker {pretty_bytes(needed_bytes(price.peak_bytes, 'cuda'))}, or more workers"

@@ -1,0 +1,65 @@
+"""Why a plan leads and what another loses on, in words."""
+
+from sheaf.cost.price import Price
+from sheaf.units import pretty_bytes, pretty_seconds
+
+TIE = 0.01  # plans whose times differ by less are equally fast
+TERM_WORDS = {
+    "compute": "computing",
+    "recompute": "running blocks forward again",
+    "all_reduce": "all-reduce that nothing hides",
+    "reduce_scatter": "reduce-scatter that nothing hides",
+    "all_gather": "all-gather that nothing hides",
+    "wait": "waiting for the slowest worker",
+    "optimizer": "optimizer",
+    "host": "fetching and bookkeeping",
+}
+MEMORY_WORDS = {"optimizer_state": "optimizer state"}
+
+
+def largest_difference(price: Price, than: Price) -> tuple[str, float]:
+    """The term in which ``price`` exceeds ``than`` most, and by how many seconds."""
+    return max(((term, price.seconds[term] - than.seconds[term]) for term in price.seconds), key=lambda pair: pair[1])
+
+
+def loses_on(price: Price, best: Price) -> str:
+    """What a plan loses on against the best."""
+    if price.step_seconds <= best.step_seconds * (1 + TIE):
+        return _tied(price, best)
+    term, seconds = largest_difference(price, best)
+    return f"{pretty_seconds(seconds)} more {TERM_WORDS[term]}"
+
+
+def reason(best: Price, serial: Price | None, runner_up: Price | None) -> str:
+    """Why the best plan leads."""
+    parts: list[str] = []
+    if best.plan.serial:
+        parts.append("fastest: one worker has nothing to send")
+    elif serial is None:
+        parts.append("fastest of the plans that fit; one worker alone cannot hold it")
+    else:
+        ratio = serial.step_seconds / best.step_seconds
+        parts.append(f"fastest: {ratio:.2f} times serial with {best.plan.workers} workers")
+    if runner_up is None:
+        parts.append("it is the only plan that fits")
+    elif runner_up.step_seconds <= best.step_seconds * (1 + TIE):
+        parts.append(f"{runner_up.plan} is as fast but {_tied(runner_up, best)}")
+    else:
+        parts.append(f"{runner_up.plan} has {loses_on(runner_up, best)}")
+    return "; ".join(parts)
+
+
+def largest_memory(price: Price) -> str:
+    """The term that takes most of a plan's memory, with its size."""
+    term = max(price.memory, key=lambda name: price.memory[name])
+    return (
+        f"{MEMORY_WORDS.get(term, term)} {'take' if term.endswith('s') else 'takes'} {pretty_bytes(price.memory[term])}"
+    )
+
+
+def _tied(price: Price, best: Price) -> str:
+    if price.plan.workers > best.plan.workers:
+        return f"needs {price.plan.workers} workers instead of {best.plan.workers}"
+    if price.peak_bytes > best.peak_bytes:
+        return f"needs {pretty_bytes(price.peak_bytes - best.peak_bytes)} more memory"
+    return "is longer to say"

@@ -1,0 +1,97 @@
+"""The task: what is computed, and nothing about who computes it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sheaf.errors import DataError, TaskError, nearest
+from sheaf.task.loss import Loss
+
+PRECISIONS: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A model, a loss, an optimizer and data: all that decides the answer.
+
+    ``model``       () -> nn.Module; called without memory, then filled tensor by tensor
+    ``loss``        (output, batch) -> sheaf.Loss(sum, weight), or a scalar mean over the batch's samples
+    ``optimizer``   (list of parameters) -> torch.optim.Optimizer
+    ``data``        anything with len() and [i]
+    ``batch``       samples per step
+    ``microbatch``  samples per microbatch; None lets the plan choose, where the answer cannot depend on it
+    ``inputs``      batch -> tuple of positional or dict of keyword arguments (default: the first item of a pair)
+    ``collate``     list of items -> batch (default: torch's default_collate)
+    ``weights``     a safetensors file to start from
+    ``scheduler``   optimizer -> torch.optim.lr_scheduler, stepped once per step
+    ``clip``        largest global gradient norm
+    ``precision``   fp32, bf16, fp16 (both by autocast over float32 weights; fp16 with loss scaling) or fp64
+
+    Raises TaskError listing everything that contradicts itself, and DataError for data without len(), [i] or items.
+    """
+
+    model: Callable[[], nn.Module]
+    loss: Callable[[Any, Any], Loss | Tensor]
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    data: Any
+    batch: int
+    microbatch: int | None = None
+    seed: int = 0
+    inputs: Callable[[Any], Sequence[Any] | dict[str, Any]] | None = None
+    collate: Callable[[list[Any]], Any] | None = None
+    shuffle: bool = True
+    weights: str | Path | None = None
+    scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None
+    clip: float | None = None
+    precision: str = "fp32"
+    name: str = "task"
+
+    def __post_init__(self) -> None:
+        broken = self._broken()
+        if broken:
+            raise TaskError(broken)
+        if not (hasattr(self.data, "__len__") and hasattr(self.data, "__getitem__")):
+            raise DataError(
+                f"data is a {type(self.data).__name__} without len() and [i]; "
+                "a stream has no order to split: wrap it in a list or a map-style dataset"
+            )
+        if len(self.data) == 0:
+            raise DataError(f"data ({type(self.data).__name__}) is empty; training needs at least one sample")
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples one epoch holds."""
+        return len(self.data)
+
+    def _broken(self) -> list[str]:
+        broken = [
+            f"{name} is {value!r}; it must be callable: {want}"
+            for name, value, want in (
+                ("model", self.model, "a function that builds the model, such as lambda: Net()"),
+                ("loss", self.loss, "(output, batch) -> sheaf.Loss or a scalar mean"),
+                ("optimizer", self.optimizer, "(parameters) -> torch.optim.Optimizer"),
+            )
+            if not callable(value) or isinstance(value, nn.Module | torch.optim.Optimizer)
+        ]
+        if self.batch < 1:
+            broken.append(f"batch={self.batch}: at least one sample per step is needed")
+        if self.microbatch is not None and not 1 <= self.microbatch:
+            broken.append(f"microbatch={self.microbatch}: at least one sample is needed")
+        if self.microbatch is not None and self.microbatch > self.batch >= 1:
+            broken.append(f"microbatch={self.microbatch} is larger than batch={self.batch}: lower it or raise batch")
+        if self.precision not in PRECISIONS:
+            broken.append(f"precision={self.precision!r}: {nearest(self.precision, PRECISIONS)}")
+        if self.clip is not None and not self.clip > 0:
+            broken.append(f"clip={self.clip}: the largest gradient norm must be above zero")
+        if self.weights is not None and not Path(self.weights).is_file():
+            broken.append(f"weights={str(self.weights)!r}: no such file; give a safetensors file")
+        return broken

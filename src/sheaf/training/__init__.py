@@ -1,0 +1,8 @@
+"""The loop over a step: record, watch, save, stop, resume."""
+
+from sheaf.training.checks import affordable, first_sample
+from sheaf.training.description import describe, digest
+from sheaf.training.directory import check, in_use
+from sheaf.training.loop import Outcome, train_rank
+
+__all__ = ["Outcome", "affordable", "check", "describe", "digest", "first_sample", "in_use", "train_rank"]

@@ -1,0 +1,6 @@
+"""Looking at a run: live progress in the terminal, a picture of the record. Watching never touches the run."""
+
+from sheaf.watch.picture import draw
+from sheaf.watch.progress import Progress
+
+__all__ = ["Progress", "draw"]

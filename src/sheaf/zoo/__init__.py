@@ -1,0 +1,1 @@
+"""Reference models in plain PyTorch, and tasks on real data that needs no download."""

@@ -1,0 +1,180 @@
+"""What a plan costs must move the right way when the world changes, and its terms must add up."""
+
+from dataclasses import replace
+
+import made
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sheaf.cost import BYTES_TERMS, SECONDS_TERMS, microbatch_sizes, price
+from sheaf.cost.communication import buckets, exposed, fabric, units
+from sheaf.cost.placement import contention, seats
+from sheaf.errors import PlanError
+from sheaf.graph.facts import BlockTime
+from sheaf.plans import Plan
+
+PLANS = (
+    "serial", "recompute=full", "dp=2", "dp=3", "dp=4", "dp=4,zero=1", "dp=4,zero=2", "dp=4,zero=3",
+    "dp=4,zero=3,recompute=full", "dp=4,shares=stolen", "dp=3,shares=3:2:1", "dp=3,shares=3:2:1,zero=2",
+)  # fmt: skip
+plans = st.sampled_from(PLANS)
+SIZES = microbatch_sizes(30, 4)
+
+
+def priced(text, facts=None, cluster=None, profile=None, sizes=SIZES):
+    plan = Plan.parse(text) if isinstance(text, str) else text
+    return price(plan, facts or made.facts(), cluster or made.cluster(), profile, microbatches=sizes)
+
+
+@pytest.mark.parametrize("text", PLANS)
+def test_terms_are_the_known_ones_never_negative_and_add_up(text):
+    found = priced(text)
+    assert tuple(found.seconds) == SECONDS_TERMS and tuple(found.memory) == BYTES_TERMS
+    assert min(found.seconds.values()) >= 0 and min(found.memory.values()) >= 0
+    assert found.step_seconds == pytest.approx(sum(found.seconds.values()))
+    assert found.peak_bytes == sum(found.memory.values())
+
+
+@settings(max_examples=15, deadline=None)
+@given(plans, st.floats(1e7, 1e10), st.floats(1.0, 100.0))
+def test_more_bandwidth_is_never_slower(plan, bandwidth, factor):
+    slow = priced(plan, cluster=made.cluster(bytes_per_second=bandwidth))
+    fast = priced(plan, cluster=made.cluster(bytes_per_second=bandwidth * factor))
+    assert fast.step_seconds <= slow.step_seconds * (1 + 1e-9)
+
+
+@settings(max_examples=15, deadline=None)
+@given(plans, st.floats(0, 1), st.floats(0, 1))
+def test_more_overlap_is_never_slower_and_only_moves_time_into_hiding(plan, low, high):
+    low, high = sorted((low, high))
+    less, more = (priced(plan, cluster=made.cluster(overlap=overlap)) for overlap in (low, high))
+    assert more.step_seconds <= less.step_seconds * (1 + 1e-9)
+    assert more.step_seconds + more.hidden_seconds == pytest.approx(less.step_seconds + less.hidden_seconds)
+
+
+@settings(max_examples=15, deadline=None)
+@given(blocks=st.integers(8, 16), workers=st.integers(2, 16), elements=st.integers(200_000, 3_000_000))
+def test_each_zero_stage_holds_no_more_than_the_one_before(blocks, workers, elements):
+    facts, cluster = made.facts(blocks, elements), made.cluster(16)
+    bucket = 4 * elements  # one block's worth: what is in flight is small beside what is sharded
+    peaks = [
+        priced(Plan(dp=workers, zero=zero, bucket_bytes=bucket), facts, cluster, sizes=(4,) * workers).peak_bytes
+        for zero in (0, 1, 2, 3)
+    ]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+@pytest.mark.parametrize("text", ["dp=2", "dp=2,zero=1", "dp=2,zero=2", "dp=2,zero=3"])
+def test_recomputing_takes_time_and_saves_activations(text):
+    without, with_it = priced(text), priced(text + ",recompute=full")
+    assert with_it.seconds["recompute"] > 0 == without.seconds["recompute"]
+    assert with_it.memory["activations"] < without.memory["activations"]
+
+
+def test_a_serial_step_is_the_profile_added_up():
+    facts = made.facts(blocks=3)
+    profile = made.profile(facts)
+    found = priced("serial", facts, profile=profile, sizes=(4, 4, 2))
+    blocks = len(facts.blocks) * 0.03
+    assert found.seconds["compute"] == pytest.approx(2.5 * blocks)
+    assert found.seconds["host"] == pytest.approx(2.5 * 1e-3 + 2e-3)
+    assert found.seconds["optimizer"] == pytest.approx(facts.trainable_bytes * 1e-9)
+    again = priced("recompute=full", facts, profile=profile, sizes=(4, 4, 2))
+    assert again.seconds["recompute"] == pytest.approx(2.5 * 3 * 0.01), "glue and loss do not run again"
+    assert found.traffic_bytes == 0
+
+
+def test_the_slowest_worker_sets_the_pace_and_the_first_one_waits():
+    facts = made.facts()
+    cluster = made.cluster(1, speeds=(1.0, 0.5))
+    found = priced("dp=2", facts, cluster, made.profile(facts), sizes=(4,) * 8)
+    one = len(facts.blocks) * 0.03
+    assert found.seconds["compute"] == pytest.approx(4 * one)
+    assert found.seconds["wait"] == pytest.approx(4 * (one + 1e-3))
+    fair = priced("dp=2,shares=5:3", facts, cluster, made.profile(facts), sizes=(4,) * 8)
+    stolen = priced("dp=2,shares=stolen", facts, cluster, made.profile(facts), sizes=(4,) * 8)
+    assert fair.step_seconds < found.step_seconds
+    assert stolen.step_seconds == pytest.approx(fair.step_seconds, rel=0.01), "stealing finds the fair shares by itself"
+
+
+def test_rounds_of_zero_2_wait_for_the_longest_share():
+    facts = made.facts()
+    found = priced("dp=3,zero=2", facts, profile=made.profile(facts), sizes=(4,) * 4)
+    assert found.seconds["wait"] == pytest.approx(len(facts.blocks) * 0.03 + 1e-3)
+
+
+def test_a_ring_all_reduce_sends_twice_what_is_not_ones_own():
+    facts = made.facts()
+    found = priced("dp=4", facts)
+    assert found.traffic_bytes == pytest.approx(2 * 3 / 4 * facts.trainable_bytes)
+    assert priced("dp=4,zero=1", facts).traffic_bytes == pytest.approx(found.traffic_bytes)
+    rounds = 2  # 8 microbatches among 4 workers
+    zero2 = priced("dp=4,zero=2", facts)
+    assert zero2.traffic_bytes == pytest.approx((rounds + 1) * 3 / 4 * facts.trainable_bytes)
+    gathers = rounds * (4 + 3) / 4  # before forward, and before backward all blocks but the last
+    assert priced("dp=4,zero=3", facts).traffic_bytes == pytest.approx((rounds + gathers) * 3 / 4 * facts.trainable_bytes)
+
+
+def test_workers_on_several_machines_use_the_link_between_them():
+    cluster = made.cluster(2, hosts=2)
+    inside = fabric(cluster, seats(cluster, 2))
+    between = fabric(cluster, seats(cluster, 4))
+    assert inside.links == (cluster.intra,) and cluster.inter in between.links
+    assert between.seconds("all_reduce", 10**8) > 5 * inside.seconds("all_reduce", 10**8)
+    lone = made.cluster(1, hosts=2)
+    assert fabric(lone, seats(lone, 2)).links == (lone.inter,)
+
+
+def test_the_last_piece_has_nothing_to_hide_behind():
+    assert exposed([1.0, 1.0, 1.0], 100.0, 1.0) == 1.0
+    assert exposed([1.0, 1.0, 1.0], 0.5, 1.0) == 2.5
+    assert exposed([1.0, 1.0, 1.0], 100.0, 0.5) == 2.0
+    assert exposed([], 1.0, 1.0) == 0.0
+
+
+def test_shared_and_uncalled_parameters_stay_gathered_under_zero_3():
+    facts = made.facts(blocks=3, block_elements=100, glue_elements=10)
+    tied = replace(facts.parameters[0], aliases=("head.weight",))
+    uncalled = replace(facts.blocks[1], calls=0)
+    facts = replace(
+        facts,
+        parameters=(tied, *facts.parameters[1:]),
+        blocks=(facts.blocks[0], uncalled, *facts.blocks[2:]),
+    )
+    held = units(facts)
+    assert held.block_bytes == (400,)
+    assert held.glue_bytes == 400 + 400 + 40
+
+
+def test_buckets_hold_every_trained_byte_once():
+    facts = made.facts(blocks=5, block_elements=1000)
+    frozen = replace(facts.parameters[2], requires_grad=False)
+    facts = replace(facts, parameters=(*facts.parameters[:2], frozen, *facts.parameters[3:]))
+    assert sum(buckets(facts, 8000)) == facts.trainable_bytes == 16000
+
+
+def test_cpu_workers_share_the_machine():
+    cluster = made.cluster(4)
+    device = replace(cluster.hosts[0].device, kind="cpu")
+    host = replace(cluster.hosts[0], device=device, cores=4)
+    cluster = replace(cluster, hosts=(host,), contention={2: 0.9, 4: 0.6})
+    lone, four = seats(cluster, 1)[0], seats(cluster, 4)[3]
+    assert four.flops_per_second == pytest.approx(0.6e11)
+    assert lone.flops_per_second == pytest.approx(4 * 0.6e11), "a lone worker keeps all cores busy with its threads"
+    assert four.available_bytes == host.memory_bytes // 4
+    assert contention(cluster, 3, 4) == pytest.approx(0.75)
+    assert contention(cluster, 8, 4) == pytest.approx(0.3)
+
+
+def test_a_profile_of_a_slower_host_is_slower():
+    facts = made.facts()
+    cluster = made.cluster(1, speeds=(1.0, 0.25))
+    profile = replace(made.profile(facts), blocks={"b0": BlockTime(0.1, 0.2)}, fetch_seconds=0.0)
+    found = priced("dp=2", facts, cluster, profile, sizes=(4, 4))
+    assert found.seconds["wait"] == pytest.approx(0.3 * 3)
+
+
+def test_more_workers_than_seats_are_refused_in_words():
+    with pytest.raises(PlanError, match=r"needs 4 workers and made has 2: lower dp"):
+        priced("dp=4", cluster=made.cluster(2))

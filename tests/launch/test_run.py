@@ -1,0 +1,185 @@
+"""Workers for real: values, failures, signals, scripts without a main guard. Each start costs about two seconds."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import worker_functions
+
+from sheaf import launch
+from sheaf.errors import NonFiniteLoss, RunError, TaskError, WorkerFailed
+
+HERE = Path(__file__).parent
+SOURCE = Path(launch.__file__).parents[2]
+
+
+def test_values_come_back_by_rank_and_output_is_told_apart(capsys):
+    workers = launch.run(worker_functions.place, 2, threads=1, scale=2.0)
+    assert [worker["rank"] for worker in workers] == [0, 1]
+    assert {worker["workers"] for worker in workers} == {2}
+    assert [worker["sum"] for worker in workers] == [6.0, 6.0]
+    assert {(worker["threads"], worker["omp"]) for worker in workers} == {(1, "1")}
+    if not torch.accelerator.is_available():
+        assert {worker["device"] for worker in workers} == {"cpu"}
+    assert workers[0]["parent"] == workers[1]["parent"] != os.getpid()
+    assert not any(psutil.pid_exists(worker["pid"]) for worker in workers)
+    told = capsys.readouterr()
+    assert told.out == "out of 0\n"
+    assert sorted(told.err.splitlines()) == ["[worker 1] err of 1", "err of 0"]
+
+
+def test_closures_of_a_test_and_lines_of_every_worker():
+    lines = []
+    offset = 5
+
+    def own():
+        print("line")
+        print("no newline", end="")
+        return torch.distributed.get_rank() + offset
+
+    assert launch.run(own, 3, on_line=lambda rank, line: lines.append((rank, line))) == [5, 6, 7]
+    assert sorted(lines) == [(rank, line) for rank in range(3) for line in ("line", "no newline")]
+
+
+def test_a_sheaf_error_keeps_its_type_and_says_which_worker():
+    with pytest.raises(NonFiniteLoss) as caught:
+        launch.run(worker_functions.fail, 2, "sheaf")
+    assert (caught.value.step, caught.value.microbatch) == (7, 3)
+    assert "raised by worker 1 of 2" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("other", r"worker 1 of 2 raised KeyError: 'missing'(.|\n)*worker_functions.py"),
+        ("exit", "worker 1 of 2 ended with exit code 5 before it returned"),
+        ("kill", "worker 1 of 2 was killed by SIGKILL"),
+    ],
+)
+def test_other_failures_name_the_worker(kind, told):
+    began = time.monotonic()
+    with pytest.raises(WorkerFailed, match=told):
+        launch.run(worker_functions.fail, 2, kind)
+    assert time.monotonic() - began < 30
+    assert not psutil.Process().children(recursive=True) or _no_nursery_left()
+
+
+def _no_nursery_left():
+    return not [child for child in psutil.Process().children() if "sheaf.launch.nursery" in " ".join(child.cmdline())]
+
+
+def test_a_worker_that_hangs_is_found_by_its_stack():
+    with pytest.raises(WorkerFailed) as caught:
+        launch.run(worker_functions.fail, 2, "hang", timeout_s=12.0)
+    told = str(caught.value)
+    assert "longer than 12 s; look at worker 1 first" in told
+    assert told.index("worker 1:") < told.index("worker 0:")
+    assert "in fail" in told
+    assert "in barrier" in told
+    assert "nursery" not in told
+    assert _no_nursery_left()
+
+
+def test_a_script_without_a_main_guard(tmp_path):
+    script = tmp_path / "plain.py"
+    script.write_text(
+        textwrap.dedent("""
+            import helper_beside_the_script
+            import torch, torch.distributed as dist
+            from sheaf import launch
+
+            torch.ones(512, 512) @ torch.ones(512, 512)  # OpenMP is awake in this process
+
+            class Result:
+                def __init__(self, value): self.value = value
+
+            def work(x):
+                t = torch.full((), float(x))
+                dist.all_reduce(t)
+                return Result(t.item() + helper_beside_the_script.ONE)
+
+            results = launch.run(work, 2, 4)
+            assert all(type(result) is Result for result in results)
+            print("got", [result.value for result in results])
+        """)
+    )
+    (tmp_path / "helper_beside_the_script.py").write_text("ONE = 1\n")
+    done = subprocess.run(
+        [sys.executable, script],
+        env=os.environ | {"PYTHONPATH": str(SOURCE)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "got [9.0, 9.0]\n"), done.stderr
+
+
+def test_a_function_loaded_from_a_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import sheaf.launch\n\nBASE = 40\n\ndef work(x):\n    return BASE + x\n")
+    assert launch.run(launch.FromFile(str(file), "work").load(), 1, 2) == [42]  # travels by value
+    assert launch.run(lambda source: source.load()(3), 1, launch.FromFile(str(file), "work")) == [43]  # is read there
+    with pytest.raises(TaskError, match="did you mean work"):
+        launch.FromFile(str(file), "wrk").load()
+    with pytest.raises(TaskError, match="not a Python file"):
+        launch.FromFile(str(tmp_path / "none.py"), "work").load()
+
+
+def test_what_cannot_travel_is_told_before_anything_starts():
+    began = time.monotonic()
+    with pytest.raises(RunError, match=r"cannot be sent to them.*lock.*FILE.py:NAME"):
+        launch.run(worker_functions.place, 2, threading.Lock())
+    assert time.monotonic() - began < 1.5
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
+def test_a_signal_reaches_every_worker_once_and_they_may_end_by_themselves(tmp_path, number, name):
+    parent = _parent(tmp_path, "until_asked")
+    _pids(tmp_path)
+    parent.send_signal(number)
+    out, err = parent.communicate(timeout=20)
+    assert (parent.returncode, out) == (0, f"{[[name], [name]]}\n"), err
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)])
+def test_no_worker_outlives_its_launcher(tmp_path, number, status):
+    parent = _parent(tmp_path, "for_ever")
+    pids = _pids(tmp_path)
+    parent.send_signal(number)
+    parent.communicate(timeout=20)
+    assert parent.returncode == status
+    deadline = time.monotonic() + 5
+    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def _parent(directory, function):
+    code = (
+        "import pathlib, sys, worker_functions; from sheaf import launch\n"
+        f"print(launch.run(worker_functions.{function}, 2, pathlib.Path(sys.argv[1])))"
+    )
+    path = os.pathsep.join([str(SOURCE), str(HERE)])
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(directory)],
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _pids(directory):
+    deadline = time.monotonic() + 30
+    while len(list(directory.glob("pid_?"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.1)
+    return [int(path.read_text()) for path in sorted(directory.glob("pid_?"))]

@@ -1,0 +1,62 @@
+"""Which optimizers may step slices apart from each other."""
+
+import pytest
+import torch
+from torch import nn
+
+from sheaf.task.probe import elementwise
+
+
+class Normed(torch.optim.SGD):
+    """Scales each update by the norm over all its parameters, as LAMB and gradient clipping do."""
+
+    def step(self, closure=None):
+        held = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack([p.grad.norm() for p in held]).norm()
+        for p in held:
+            p.grad.div_(norm)
+        return super().step(closure)
+
+
+def by_shape(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    matrices = [p for p in parameters if p.ndim > 1]
+    vectors = [p for p in parameters if p.ndim < 2]
+    return torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.5}], lr=0.1)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: torch.optim.AdamW(p, lr=0.1),
+        lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True, foreach=True),
+        lambda p: torch.optim.Adagrad(p, lr=0.1, initial_accumulator_value=0.1),
+        lambda p: torch.optim.RMSprop(p, lr=0.1, centered=True),
+        by_shape,
+    ],
+    ids=["sgd", "adamw", "amsgrad", "adagrad", "rmsprop", "groups-by-shape"],
+)
+def test_elementwise(optimizer):
+    assert elementwise(optimizer)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.Adafactor(p, lr=0.1),
+        lambda p: Normed(p, lr=0.1),
+        lambda p: torch.optim.LBFGS(p),
+        lambda p: torch.optim.SparseAdam(p),
+        lambda p: torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=0.1),
+    ],
+    ids=["adafactor", "norm-over-all", "closure", "sparse", "parameters-of-its-own"],
+)
+def test_not_elementwise(optimizer):
+    assert not elementwise(optimizer)
+
+
+def test_the_probe_leaves_the_random_stream_alone():
+    torch.manual_seed(3)
+    before = torch.default_generator.get_state()
+    elementwise(lambda p: torch.optim.SGD(p, lr=float(torch.rand(()))))
+    assert torch.equal(before, torch.default_generator.get_state())

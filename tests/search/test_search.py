@@ -1,0 +1,175 @@
+"""The search must find what pricing everything finds, refuse what cannot run, and say why."""
+
+import json
+from dataclasses import replace
+
+import made
+import pytest
+
+from sheaf.cost.memory import needed_bytes
+from sheaf.errors import PlanError
+from sheaf.graph.facts import BufferFact
+from sheaf.plans import Plan
+from sheaf.search import Question, broken, candidates, search
+from sheaf.search.measured import profile_for
+from sheaf.search.space import microbatch_choices, weighted_shares
+
+
+def question(**changes) -> Question:
+    return Question(**{"batch": 32, "facts": {4: made.facts()}, "cluster": made.cluster(4), "microbatch": 4, **changes})
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        question(),
+        question(microbatch=None, batch=6, workers=2),
+        question(cluster=made.cluster(1, speeds=(1.0, 0.45)), microbatch=2),
+        question(cluster=made.cluster(bytes_per_second=1e6)),
+        question(cluster=made.cluster(memory_bytes=21_000_000)),
+        question(batch=7, microbatch=3),
+    ],
+    ids=["plain", "open", "unequal", "slow-link", "small", "ragged"],
+)
+def test_the_best_is_what_pricing_everything_finds(asked):
+    memory = asked.cluster.hosts[0].device.memory_bytes
+    prices = {}
+    for plan in candidates(asked):
+        faults = broken(
+            plan, facts=asked.facts[4], workers=asked.available, batch=asked.batch, microbatch=asked.microbatch, elementwise=True
+        )
+        priced = asked.price(plan)
+        if not faults and needed_bytes(priced.peak_bytes, "cuda") <= memory:
+            prices[str(plan)] = priced
+    ranking = search(asked)
+    fastest = min(one.step_seconds for one in prices.values())
+    assert ranking.best.step_seconds <= fastest * 1.01 * (1 if asked.microbatch else 1.01)
+    assert {str(entry.plan) for entry in ranking.ranked} <= set(prices)
+    if asked.microbatch:
+        assert {str(entry.plan) for entry in ranking.ranked} == set(prices)
+    assert not {refusal.plan for refusal in ranking.refused} & {str(entry.plan) for entry in ranking.ranked}
+
+
+def test_ties_go_to_fewer_workers_then_less_memory():
+    free = question(cluster=made.cluster(3, overlap=1.0, bytes_per_second=1e15, latency_seconds=0.0))
+    ranked = search(free).ranked
+    fastest = min(entry.price.step_seconds for entry in ranked)
+    tied = [entry for entry in ranked if entry.price.step_seconds <= fastest * 1.01]
+    assert len(tied) > 2 and tied == list(ranked[: len(tied)])
+    keys = [(entry.plan.workers, entry.price.peak_bytes, len(str(entry.plan))) for entry in tied]
+    assert keys == sorted(keys)
+    assert ranked[0].price.step_seconds > fastest, "here the fastest needs more memory than one as fast"
+
+
+def test_nothing_that_does_not_fit_is_proposed_and_the_remedy_fits():
+    ranking = search(question(cluster=made.cluster(memory_bytes=21_000_000)))
+    assert ranking.ranked
+    assert all(needed_bytes(entry.price.peak_bytes, "cuda") <= 21_000_000 for entry in ranking.ranked)
+    serial = next(refusal for refusal in ranking.refused if refusal.plan == "serial")
+    assert "with a tenth to spare" in serial.reason and "optimizer state takes 7.63 MiB" in serial.reason
+    remedy = Plan.parse(serial.remedy.removeprefix("use "))
+    assert ranking.entry(remedy) is not None
+
+
+def test_when_nothing_fits_best_says_so():
+    ranking = search(question(cluster=made.cluster(memory_bytes=1_000_000)))
+    assert ranking.ranked == ()
+    with pytest.raises(PlanError, match=r"serial.*give each worker .* MiB"):
+        _ = ranking.best
+
+
+def test_cpu_workers_of_one_host_are_refused_by_their_sum():
+    cluster = made.cluster(4)
+    host = replace(cluster.hosts[0], device=replace(cluster.hosts[0].device, kind="cpu"), memory_bytes=800 * 2**20)
+    ranking = search(question(cluster=replace(cluster, hosts=(host,))))
+    assert {entry.plan.workers for entry in ranking.ranked} == {1, 2}
+    assert any(refusal.plan.startswith("dp=4") for refusal in ranking.refused)
+
+
+def test_an_optimizer_that_is_not_elementwise_has_no_zero():
+    ranking = search(question(elementwise=False))
+    assert all(entry.plan.zero == 0 for entry in ranking.ranked)
+    refused = [refusal for refusal in ranking.refused if "zero" in refusal.plan]
+    assert refused and all("not elementwise" in refusal.reason for refusal in refused)
+
+
+def test_buffers_that_nobody_can_merge_keep_a_model_on_one_worker():
+    counter = BufferFact("memory.seen", 8, persistent=True, updated=True, module_kind="Memory")
+    running = BufferFact("norm.running_mean", 8, persistent=True, updated=True, module_kind="BatchNorm2d")
+    alone = search(question(facts={4: made.facts(buffers=(counter, running))}))
+    assert all(entry.plan.serial for entry in alone.ranked)
+    assert any("memory.seen" in refusal.reason for refusal in alone.refused)
+    assert search(question(facts={4: made.facts(buffers=(running,))})).best.plan.workers == 4
+
+
+def test_more_workers_than_microbatches_are_refused_with_both_remedies():
+    ranking = search(question(batch=12, microbatch=6))
+    four = next(refusal for refusal in ranking.refused if refusal.plan == "dp=4")
+    assert four.reason == "2 microbatches of 6 do not go round 4 workers"
+    assert four.remedy == "dp=2, or microbatch=3 in the task"
+
+
+def test_a_plan_by_hand_has_all_its_faults_listed():
+    found = broken(
+        Plan.parse("dp=8,zero=1,microbatch=64"), facts=made.facts(), workers=4, batch=32, microbatch=None,
+        elementwise=False,
+    )  # fmt: skip
+    assert [fault.reason.split(",")[0] for fault in found] == [
+        "needs 8 workers",
+        "a microbatch of 64 is larger than the batch of 32",
+        "1 microbatch of 64 do not go round 8 workers",
+        "the optimizer is not elementwise",
+    ]
+
+
+def test_unequal_workers_get_shares_by_speed():
+    best = search(question(cluster=made.cluster(1, speeds=(1.0, 0.45)), microbatch=2)).best
+    assert best.plan.shares == "11:5"
+    assert weighted_shares((1.0, 1.0, 2.0), 10) == "2:2:1"
+
+
+def test_the_open_microbatch_is_chosen_and_written_into_the_plan():
+    # Launching kernels costs the same for a microbatch of any size, so larger ones win.
+    cluster = made.cluster(4)
+    device = replace(cluster.hosts[0].device, kernel_seconds=1e-3)
+    quick = replace(cluster, hosts=(replace(cluster.hosts[0], device=device),))
+    best = search(question(microbatch=None, batch=8, cluster=quick, workers=2)).best
+    assert best.plan.microbatch == 4 and best.plan.dp == 2
+    assert microbatch_choices(32, 4) == (1, 2, 4, 8)
+
+
+def test_measured_times_are_taken_for_the_size_and_company_of_the_plan():
+    facts = {size: made.facts(samples=size) for size in (2, 8)}
+    profiles = {
+        (size, busy): made.profile(facts[size], concurrency=busy, block_seconds=0.01 * size * busy)
+        for size in facts
+        for busy in (1, 4)
+    }
+    assert profile_for(profiles, 5, 1).blocks["b0"].forward_seconds == pytest.approx(0.05)
+    assert profile_for(profiles, 5, 3).concurrency == 4
+    assert profile_for(profiles, 16, 1).samples == 8
+    assert profile_for({}, 4, 1) is None
+    crowded = search(question(facts=facts, profiles=profiles, microbatch=2))
+    assert crowded.best.plan.workers == 1, "four busy workers are each four times slower here"
+
+
+def test_what_is_said_of_a_hand_made_cluster():
+    ranking = search(question(cluster=made.cluster(2)))
+    assert [(str(entry.plan), entry.reason or entry.loses_on) for entry in ranking.ranked] == GOLDEN
+
+
+GOLDEN: list[tuple[str, str]] = []
+
+
+def test_json_has_the_promised_shape():
+    values = json.loads(json.dumps(search(question(batch=12, microbatch=6)).to_dict()))
+    assert set(values) == {"plans", "refused", "cluster", "batch", "microbatch"}
+    first, second = values["plans"][:2]
+    shared = {
+        "text", "seconds", "step_seconds", "hidden_seconds", "memory", "peak_bytes", "traffic_bytes",
+    }  # fmt: skip
+    assert set(first) == shared | {"reason"} and set(second) == shared | {"loses_on"}
+    assert first["step_seconds"] == pytest.approx(sum(first["seconds"].values()))
+    assert first["peak_bytes"] == sum(first["memory"].values())
+    assert values["refused"] and set(values["refused"][0]) == {"text", "reason", "remedy"}
+    assert values["cluster"] == "made" and values["microbatch"] == 6

@@ -1,0 +1,213 @@
+"""sheaf.train and sheaf.fit, with real steps: in this process, on launched workers, under torchrun."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from train_script import SlowRows, loss, rows, task
+
+import sheaf.errors
+from sheaf.api.fit import fit
+from sheaf.api.train import train
+from sheaf.checkpoint import latest
+from sheaf.errors import DataError, NonFiniteLoss, PlanError, RunError, TaskError
+from sheaf.launch import FromFile
+from sheaf.record import read_record
+
+HERE = Path(__file__).parent
+SCRIPT = HERE / "train_script.py"
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(sheaf.errors.__file__).parents[1])}
+
+
+@pytest.fixture(autouse=True)
+def _random_state_kept():
+    state = torch.get_rng_state()
+    yield
+    torch.set_rng_state(state)
+
+
+def test_a_run_in_this_process(tmp_path):
+    run = train(task(), "serial", steps=6, out=tmp_path / "run", quiet=True)
+    assert len(run.losses) == 6
+    assert run.losses[-1] < run.losses[0]
+    assert run.seconds_per_step > 0
+    assert run.predicted_seconds_per_step is None
+    assert not run.stopped
+    assert {"task.json", "plan.toml", "record.jsonl", "model.safetensors"} <= {p.name for p in run.directory.iterdir()}
+    model = run.model().eval()
+    error = torch.stack([(model(x) - y).square().mean() for x, y in rows()]).mean().item()
+    assert error < 1.5 * run.losses[0]
+
+
+def test_launched_workers_compute_the_same_losses_and_are_resumed(tmp_path):
+    serial = train(task(), "serial", steps=8, out=tmp_path / "serial", quiet=True)
+    train(task(), "dp=2,zero=2", steps=3, out=tmp_path / "parts", quiet=True)
+    resumed = train(task(), steps=8, out=tmp_path / "parts", quiet=True, resume=True)  # its own plan
+    assert str(resumed.plan) == "dp=2,zero=2"
+    assert resumed.losses == pytest.approx(serial.losses, rel=1e-5)
+    for name, value in serial.model().state_dict().items():
+        torch.testing.assert_close(resumed.model().state_dict()[name], value)
+
+
+def test_a_resumed_serial_run_is_bit_for_bit_the_uninterrupted_one(tmp_path):
+    whole = train(task(), "serial", steps=9, out=tmp_path / "whole", quiet=True)
+    train(task(), "serial", steps=4, out=tmp_path / "parts", quiet=True)
+    parts = train(task(), "serial", steps=9, out=tmp_path / "parts", quiet=True, resume=True)
+    assert parts.losses == whole.losses
+
+
+def test_sigterm_ends_workers_cleanly_and_the_run_goes_on_later(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, str(SCRIPT), str(out), "dp=2", "400", "slow"]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    record = out / "record.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and (not record.exists() or record.read_text().count('"step"') < 6):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    told, complaints = process.communicate(timeout=60)
+    steps, stopped, _ = told.split()
+    assert (process.returncode, stopped) == (0, "True"), complaints
+    assert 3 <= int(steps) < 400
+    assert latest(out).path.name == f"step_{int(steps):06d}"
+    run = train(task(data=SlowRows(rows())), "dp=2", steps=int(steps) + 2, out=out, quiet=True, resume=True)
+    assert len(run.losses) == int(steps) + 2
+    assert [line["step"] for line in read_record(record) if line["kind"] == "resume"] == [int(steps)]
+
+
+@pytest.mark.whole
+def test_torchrun_starts_it_too(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(SCRIPT), str(tmp_path / "run"), "dp=2", "4"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    serial = train(task(), "serial", steps=4, out=tmp_path / "serial", quiet=True)
+    told = [line.split() for line in done.stdout.splitlines()]
+    assert [words[:2] for words in told] == [["4", "False"]] * 2
+    assert float(told[0][2]) == pytest.approx(serial.losses[-1], rel=1e-5)
+
+
+def test_a_task_that_cannot_be_sent_is_found_by_each_worker(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        f"import sys, threading\nsys.path.insert(0, {str(HERE)!r})\nimport train_script\n"
+        "lock = threading.Lock()\n\n"
+        "def loss(output, batch):\n    with lock:\n        return train_script.loss(output, batch)\n\n"
+        "def task():\n    return train_script.task(loss=loss)\n"
+    )
+    source = FromFile(str(file), "task")
+    given = source.load()()
+    with pytest.raises(RunError, match="cannot be sent"):
+        train(given, "dp=2", steps=2, out=tmp_path / "refused", quiet=True)
+    assert len(train(given, "dp=2", steps=2, out=tmp_path / "run", quiet=True, source=source).losses) == 2
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tmp_path):
+    def breaks(output, batch):
+        return loss(output, batch) * (float("nan") if batch[0].sum() > 4.0 else 1.0)
+
+    with pytest.raises(NonFiniteLoss) as caught:
+        train(task(loss=breaks, shuffle=False), "dp=2", steps=50, out=tmp_path, quiet=True, save_every=1)
+    assert caught.value.step > 0, "the data must be good at first"
+    assert latest(tmp_path).path.name == f"step_{caught.value.step:06d}"
+    failed = [line for line in read_record(tmp_path / "record.jsonl") if line["kind"] == "failed"]
+    assert [line["error"] for line in failed] == ["NonFiniteLoss"]
+
+
+class Gone(list):
+    """Data whose last item is gone."""
+
+    def __getitem__(self, index):
+        if index == len(self) - 1:
+            raise OSError("disk gone")
+        return super().__getitem__(index)
+
+
+def test_data_that_breaks_on_a_worker_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"data\[23\] raised OSError: disk gone"):
+        train(task(data=Gone(rows()), shuffle=False), "dp=2", steps=20, out=tmp_path, quiet=True)
+    assert latest(tmp_path).path is not None
+    assert [line["kind"] for line in read_record(tmp_path / "record.jsonl")][-1] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("changed", "settings", "error", "told"),
+    [
+        ({}, {"plan": "dp=4", "workers": 2}, PlanError, r"dp=4 needs 4 workers, there are 2"),
+        ({}, {"plan": "dp=2,zer=1"}, PlanError, "did you mean zero"),
+        ({}, {"plan": "serial", "steps": 0}, RunError, "at least one step"),
+        ({}, {"plan": "serial", "resume": True, "out": None}, RunError, "give --out"),
+        ({"model": lambda: 1 / 0}, {"plan": "dp=2"}, TaskError, "division by zero"),
+        ({"data": Gone(rows(1))}, {"plan": "dp=2"}, DataError, r"data\[0\]"),
+        ({"model": lambda: nn.Linear(4, 1 << 42, device="meta")}, {"plan": "dp=2"}, PlanError, "does not fit"),
+    ],
+)
+def test_what_is_wrong_is_told_before_a_worker_starts(tmp_path, monkeypatch, changed, settings, error, told):
+    monkeypatch.setattr("sheaf.launch.run", lambda *_, **__: pytest.fail("a worker was started"))
+    with pytest.raises(error, match=told):
+        train(task(**changed), **({"steps": 2, "out": tmp_path / "run", "quiet": True} | settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_in_use_is_refused_before_a_worker_starts(tmp_path, monkeypatch):
+    train(task(), "serial", steps=1, out=tmp_path, quiet=True)
+    monkeypatch.setattr("sheaf.launch.run", lambda *_, **__: pytest.fail("a worker was started"))
+    with pytest.raises(RunError, match="already holds a run"):
+        train(task(), "dp=2", steps=2, out=tmp_path, quiet=True)
+    with pytest.raises(RunError, match="seed: saved 3, given 4"):
+        train(task(seed=4), "serial", steps=2, out=tmp_path, quiet=True, resume=True)
+
+
+def test_runs_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [train(task(name="my line"), "serial", steps=1, quiet=True) for _ in range(2)]
+    assert [str(run.directory) for run in runs] == ["runs/my_line-1", "runs/my_line-2"]
+
+
+def test_fit_trains_the_module_it_is_given(tmp_path):
+    inputs = torch.stack([x for x, _ in rows()])
+    targets = inputs.sum(1, keepdim=True).numpy()
+    model = nn.Linear(4, 1)
+    nn.init.constant_(model.weight, 0.5)
+    before = nn.functional.mse_loss(model(inputs), torch.as_tensor(targets)).item()
+    run = fit(
+        model,
+        inputs,
+        targets,
+        loss=nn.MSELoss(),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        batch=24,
+        epochs=5,
+        plan="dp=2",
+        out=tmp_path / "run",
+        quiet=True,
+    )
+    assert run.losses[0] == pytest.approx(before, rel=1e-5)
+    assert len(run.losses) == 5
+    after = nn.functional.mse_loss(model(inputs), torch.as_tensor(targets)).item()
+    assert after < run.losses[-1]
+    assert torch.equal(run.model().weight, model.weight)
+
+
+def test_fit_takes_a_builder_and_says_what_does_not_match(tmp_path):
+    arguments = {
+        "loss": nn.functional.mse_loss,
+        "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        "batch": 4,
+        "plan": "serial",
+        "quiet": True,
+    }
+    inputs = np.ones((6, 3), dtype=np.float32)
+    run = fit(lambda: nn.Linear(3, 1), inputs, inputs[:, :1], out=tmp_path / "run", **arguments)
+    assert len(run.losses) == 2
+    with pytest.raises(DataError, match="6 inputs and 5 targets"):
+        fit(lambda: nn.Linear(3, 1), inputs, inputs[:5, :1], **arguments)
+    with pytest.raises(DataError, match="inputs is one number"):
+        fit(lambda: nn.Linear(3, 1), 3.0, inputs, **arguments)
