@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sheaf import checkpoint
@@ -118,6 +118,7 @@ def test_the_crash_test_covers_a_whole_save(tmp_path, monkeypatch):
     assert 10 <= moments < 26
 
 
+@settings(deadline=None, max_examples=30)
 @given(position=st.integers(0, 10_000), cut=st.booleans())
 def test_any_damage_is_noticed(tmp_path_factory, position, cut):
     directory = tmp_path_factory.mktemp("damage")

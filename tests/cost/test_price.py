@@ -30,8 +30,10 @@ def priced(text, facts=None, cluster=None, profile=None, sizes=SIZES):
 @pytest.mark.parametrize("text", PLANS)
 def test_terms_are_the_known_ones_never_negative_and_add_up(text):
     found = priced(text)
-    assert tuple(found.seconds) == SECONDS_TERMS and tuple(found.memory) == BYTES_TERMS
-    assert min(found.seconds.values()) >= 0 and min(found.memory.values()) >= 0
+    assert tuple(found.seconds) == SECONDS_TERMS
+    assert tuple(found.memory) == BYTES_TERMS
+    assert min(found.seconds.values()) >= 0
+    assert min(found.memory.values()) >= 0
     assert found.step_seconds == pytest.approx(sum(found.seconds.values()))
     assert found.peak_bytes == sum(found.memory.values())
 
@@ -113,14 +115,17 @@ def test_a_ring_all_reduce_sends_twice_what_is_not_ones_own():
     zero2 = priced("dp=4,zero=2", facts)
     assert zero2.traffic_bytes == pytest.approx((rounds + 1) * 3 / 4 * facts.trainable_bytes)
     gathers = rounds * (4 + 3) / 4  # before forward, and before backward all blocks but the last
-    assert priced("dp=4,zero=3", facts).traffic_bytes == pytest.approx((rounds + gathers) * 3 / 4 * facts.trainable_bytes)
+    assert priced("dp=4,zero=3", facts).traffic_bytes == pytest.approx(
+        (rounds + gathers) * 3 / 4 * facts.trainable_bytes
+    )
 
 
 def test_workers_on_several_machines_use_the_link_between_them():
     cluster = made.cluster(2, hosts=2)
     inside = fabric(cluster, seats(cluster, 2))
     between = fabric(cluster, seats(cluster, 4))
-    assert inside.links == (cluster.intra,) and cluster.inter in between.links
+    assert inside.links == (cluster.intra,)
+    assert cluster.inter in between.links
     assert between.seconds("all_reduce", 10**8) > 5 * inside.seconds("all_reduce", 10**8)
     lone = made.cluster(1, hosts=2)
     assert fabric(lone, seats(lone, 2)).links == (lone.inter,)

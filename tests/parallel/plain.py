@@ -47,7 +47,7 @@ def plain(task: Task, steps: int) -> Run:
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(task.precision)
     run, scale = Run(), 2.0**16 if task.precision == "fp16" else 1.0
     for step in range(steps):
-        optimizer.zero_grad()
+        model.zero_grad()
         total, weight = 0.0, 0.0
         for microbatch in order.step(step):
             torch.manual_seed(key(task.seed, "data", step, microbatch.index))

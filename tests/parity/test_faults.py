@@ -28,7 +28,7 @@ def test_same_sums_are_identical(tried):
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16"])
 def test_other_order_is_rounding(tried, precision):
-    verdict = tried(Faults(), steps=4, precision=precision)
+    verdict = tried(Faults(), steps=2, precision=precision)
     assert verdict.verdict == "rounding", str(verdict)
     assert 0 < verdict.step_errors["gradient"] <= 10 * verdict.step_noise["gradient"]
 
@@ -57,7 +57,7 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_is_wrong_and_named(tried, name):
     faults, kind, module = FAULTS[name]
-    verdict = tried(faults, clip=0.01)
+    verdict = tried(faults, clip=0.01, steps=1)
     assert verdict.verdict == "wrong", str(verdict)
     assert verdict.first_departure["kind"] == kind, str(verdict)
     if module is not None:
@@ -66,8 +66,8 @@ def test_fault_is_wrong_and_named(tried, name):
 
 
 def test_small_fault_of_a_late_step_is_not_hidden_by_growth(tried):
-    verdict = tried(Faults(step=4, scaled={"layers.0.value.bias": 1.001}), steps=5)
+    verdict = tried(Faults(step=2, scaled={"layers.0.value.bias": 1.001}), steps=3)
     assert verdict.verdict == "wrong", str(verdict)
-    assert verdict.first_departure["step"] == 4
+    assert verdict.first_departure["step"] == 2
     assert verdict.first_departure["module"] == "layers.0.value.bias"
     assert verdict.first_departure["noise"] < 1e-4

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sheaf.parity.compare import GRADIENT, LOSS, MISSING, OUTPUT, WEIGHT, Key, departures, difference, largest, norm
@@ -25,12 +25,14 @@ def steps(draw):
     return Step(step=0, apart={key: share[key] * noise[key] for key in KEYS}, noise=noise, size=size)
 
 
+@settings(deadline=None)
 @given(steps())
 def test_no_further_than_the_noise_is_never_wrong(step):
     assert first_departure(step) is None
     assert judge([step], [step], "p").verdict == ("identical" if step.identical else "rounding")
 
 
+@settings(deadline=None)
 @given(steps(), st.sampled_from(KEYS), st.floats(1e-3, 1e3))
 def test_far_beyond_every_noise_is_wrong_and_named(step, key, relative):
     apart = {**step.apart, key: relative * step.size[key]}
@@ -41,6 +43,7 @@ def test_far_beyond_every_noise_is_wrong_and_named(step, key, relative):
     assert found["allowed"] < relative
 
 
+@settings(deadline=None)
 @given(steps(), st.sampled_from(KEYS), st.sampled_from([2.0**-20, 2.0**20]))
 def test_units_do_not_matter(step, key, unit):
     scaled = [{k: v * unit for k, v in values.items()} for values in (step.apart, step.noise, step.size)]
@@ -49,6 +52,7 @@ def test_units_do_not_matter(step, key, unit):
     assert other.worst(other.apart, GRADIENT) == pytest.approx(step.worst(step.apart, GRADIENT))
 
 
+@settings(deadline=None)
 @given(steps(), st.sampled_from(KEYS))
 def test_missing_is_wrong_whatever_the_noise(step, key):
     wrong = Step(step=0, apart={**step.apart, key: MISSING}, noise=step.noise, size=step.size)
@@ -133,6 +137,7 @@ def test_equal_observations_are_nothing_apart():
     assert largest([{Key(LOSS, ""): 1.0}, {Key(LOSS, ""): 3.0}, {}]) == {Key(LOSS, ""): 3.0}
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=20), st.floats(-1e3, 1e3, width=32))
 def test_difference_is_a_norm(values, shift):
     tensor = torch.tensor(values)

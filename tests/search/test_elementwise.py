@@ -45,8 +45,8 @@ def test_elementwise(optimizer):
     [
         lambda p: torch.optim.Adafactor(p, lr=0.1),
         lambda p: Normed(p, lr=0.1),
-        lambda p: torch.optim.LBFGS(p),
-        lambda p: torch.optim.SparseAdam(p),
+        torch.optim.LBFGS,
+        torch.optim.SparseAdam,
         lambda p: torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=0.1),
     ],
     ids=["adafactor", "norm-over-all", "closure", "sparse", "parameters-of-its-own"],

@@ -1,6 +1,7 @@
 """The loop over a fake step: what it leaves behind, how it stops, that a resumed run is the same run."""
 
 import functools
+import itertools
 import json
 import threading
 
@@ -42,7 +43,7 @@ def kinds(directory):
 
 def test_a_run_leaves_its_task_plan_record_checkpoint_and_weights(tmp_path):
     out = tmp_path / "run"
-    outcome = train_rank(make_task(), SERIAL, 4, out, build=FakeStep)
+    outcome = train_rank(make_task(), SERIAL, 4, out, save_every=0, build=FakeStep)
     assert (outcome.first, outcome.steps, outcome.stopped) == (0, 4, False)
     assert Plan.from_toml((out / "plan.toml").read_text()) == SERIAL
     task = json.loads((out / "task.json").read_text())
@@ -149,6 +150,16 @@ def test_checkpoints_are_saved_as_often_as_asked(tmp_path):
     train_rank(make_task(), SERIAL, 7, tmp_path, save_every=3, keep=5, build=FakeStep)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step_000003", "step_000006", "step_000007"]
+
+
+def test_by_default_the_first_step_is_saved_and_then_as_often_as_is_cheap(tmp_path):
+    build = functools.partial(FakeStep, seconds=0.005)
+    train_rank(make_task(), SERIAL, 30, tmp_path, build=build)
+    saves = [line for line in read_record(tmp_path / "record.jsonl") if line["kind"] == "checkpoint"]
+    assert saves[0]["step"] == 1
+    assert saves[-1]["step"] == 30
+    for one, other in itertools.pairwise(saves[:-1]):
+        assert (other["step"] - one["step"]) * 0.006 > 15 * one["seconds"]
 
 
 def test_a_broken_observer_does_not_stop_the_run(tmp_path, capfd):

@@ -34,16 +34,16 @@ def _random_state_kept():
 
 
 def test_a_run_in_this_process(tmp_path):
-    run = train(task(), "serial", steps=6, out=tmp_path / "run", quiet=True)
-    assert len(run.losses) == 6
-    assert run.losses[-1] < run.losses[0]
+    run = train(task(), "serial", steps=50, out=tmp_path / "run", quiet=True)
+    assert len(run.losses) == 50
+    assert sum(run.losses[-5:]) < 0.5 * sum(run.losses[:5])
     assert run.seconds_per_step > 0
     assert run.predicted_seconds_per_step is None
     assert not run.stopped
     assert {"task.json", "plan.toml", "record.jsonl", "model.safetensors"} <= {p.name for p in run.directory.iterdir()}
     model = run.model().eval()
     error = torch.stack([(model(x) - y).square().mean() for x, y in rows()]).mean().item()
-    assert error < 1.5 * run.losses[0]
+    assert error < 0.5 * sum(run.losses[:5]) / 5
 
 
 def test_launched_workers_compute_the_same_losses_and_are_resumed(tmp_path):
@@ -69,7 +69,11 @@ def test_sigterm_ends_workers_cleanly_and_the_run_goes_on_later(tmp_path):
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     record = out / "record.jsonl"
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and (not record.exists() or record.read_text().count('"step"') < 6):
+    while (
+        process.poll() is None
+        and time.monotonic() < deadline
+        and (not record.exists() or record.read_text().count('"step"') < 6)
+    ):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     told, complaints = process.communicate(timeout=60)
@@ -110,13 +114,15 @@ def test_a_task_that_cannot_be_sent_is_found_by_each_worker(tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tmp_path):
+    bad = rows()[12][0]
+
     def breaks(output, batch):
-        return loss(output, batch) * (float("nan") if batch[0].sum() > 4.0 else 1.0)
+        return loss(output, batch) * (float("nan") if (batch[0] == bad).all(1).any() else 1.0)
 
     with pytest.raises(NonFiniteLoss) as caught:
         train(task(loss=breaks, shuffle=False), "dp=2", steps=50, out=tmp_path, quiet=True, save_every=1)
-    assert caught.value.step > 0, "the data must be good at first"
-    assert latest(tmp_path).path.name == f"step_{caught.value.step:06d}"
+    assert (caught.value.step, caught.value.microbatch) == (2, 1)
+    assert latest(tmp_path).path.name == "step_000002"
     failed = [line for line in read_record(tmp_path / "record.jsonl") if line["kind"] == "failed"]
     assert [line["error"] for line in failed] == ["NonFiniteLoss"]
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
+
 from sheaf.errors import RunError
 from sheaf.record import Record, StepReport
 from sheaf.watch import draw, picture

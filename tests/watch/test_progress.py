@@ -7,6 +7,7 @@ import os
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sheaf.record import StepReport
 from sheaf.watch import Progress
 from sheaf.watch.progress import cells_of, sparkline

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sheaf.zoo.models import GPT, MLP, ResNet
 from torch import nn
+
+from sheaf.zoo.models import GPT, MLP, ResNet
 
 
 def count(model: nn.Module) -> int:

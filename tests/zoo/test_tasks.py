@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sheaf.errors import TaskError
 from sheaf.task import Order, arguments, as_loss, fetch
 from sheaf.zoo.tasks import digits, digits_mlp, digits_resnet, mlp_784, text, text_gpt

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from sheaf import launch
 from sheaf.cluster.machine import available_cores
-from sheaf.graph import BlockTime, ModelFacts, Profile, kept, profile
+from sheaf.graph import BlockTime, ModelFacts, Profile, cache, profile
 from sheaf.launch import FromFile
 from sheaf.task import Task
 
@@ -27,7 +27,7 @@ def measured_profiles(
     profiles, by the same key; ``fresh`` measures again.
     """
     threads = max(1, available_cores() // workers)
-    known = {} if fresh else {one.samples: kept._read(_path(task, one, workers, threads), one) for one in facts}
+    known = {} if fresh else {one.samples: cache._read(_path(task, one, workers, threads), one) for one in facts}
     missing = [one for one in facts if known.get(one.samples) is None]
     if missing:
         budget_seconds = max(LEAST_SECONDS, BUDGET_SECONDS / len(missing))
@@ -45,7 +45,7 @@ def measured_profiles(
         for index, one in enumerate(missing):
             combined = median([row[index] for row in rows])
             with suppress(OSError):  # a folder that cannot be written to is done without
-                kept._write(_path(task, one, workers, threads), combined)
+                cache._write(_path(task, one, workers, threads), combined)
             known[one.samples] = combined
     return [found for one in facts if (found := known[one.samples]) is not None]
 
@@ -98,5 +98,5 @@ def _barrier() -> None:
 
 
 def _path(task: Task, facts: ModelFacts, workers: int, threads: int) -> Path:
-    name = kept.cache_key(task, facts, threads=threads, concurrency=workers)
-    return kept.cache_folder() / f"{name}-together.json"
+    name = cache.cache_key(task, facts, threads=threads, concurrency=workers)
+    return cache.cache_folder() / f"{name}-together.json"

@@ -35,6 +35,12 @@ def console(*, stderr: bool = False) -> Console:
     return made
 
 
+def note(line: str) -> None:
+    """Say on standard error what is being done; on worker 0 only."""
+    if leads():
+        print(f"{line} ...", file=sys.stderr, flush=True)
+
+
 class Answer:
     """Takes a verb's one answer and prints it when the block ends.
 
@@ -53,7 +59,7 @@ class Answer:
         """The answer as values for JSON, and as a function that prints it for people."""
         self._values, self._show = values, show
 
-    def __enter__(self) -> "Answer":
+    def __enter__(self) -> "Answer":  # noqa: PYI034  beartype knows no Self
         if self.as_json:
             sys.stdout.flush()
             if _is_descriptor_1():

@@ -115,7 +115,7 @@ def _offers(module: ModuleType, path: Path, name: str) -> str:
     if not tasks and not functions:
         return "it holds no Task and no function: define `def task(): return sheaf.Task(...)`"
     lists = [f"{kind} {', '.join(names)}" for kind, names in (("Tasks", tasks), ("functions", functions)) if names]
-    close = nearest(name, tasks + functions)
+    close = nearest(name, tasks + functions) if name != DEFAULT else ""
     close = f"{close} " if close.startswith("did you mean") else ""
     return f"{close}it holds {' and '.join(lists)}: write {path}:NAME"
 

@@ -19,10 +19,10 @@ _BAD_INPUT = (TaskError, DataError, PlanError, ClusterError, RunError)
 class _Verbs(click.Group):
     """The verbs, each loaded when it is asked for."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(VERBS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in VERBS:
             return None
         return getattr(importlib.import_module(f"sheaf.cli.{cmd_name}"), cmd_name)

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sheaf.cli.answer import Answer
+from sheaf.cli.answer import Answer, note
 from sheaf.cli.options import file_argument, json_option, workers_option
 from sheaf.cli.show import described
 from sheaf.units import pretty_bytes, pretty_seconds
@@ -33,12 +33,20 @@ def plan(
     with Answer(as_json=as_json) as answer:
         from sheaf.api.measure import measure
         from sheaf.api.plan import plan as rank
-        from sheaf.cli.files import load
+        from sheaf.cli.files import load, own_source
         from sheaf.cluster import read
 
         task = load(file)
+        note(f"the cluster: {source or 'this machine, measured'}")
         cluster = measure(workers) if source is None else read(source)
-        ranking = rank(task, workers=workers, cluster=cluster, allow_relaxed=allow_relaxed)
+        ranking = rank(
+            task,
+            workers=workers,
+            cluster=cluster,
+            allow_relaxed=allow_relaxed,
+            source=own_source(task, file),
+            note=note,
+        )
         answer.give(
             ranking.to_dict(), lambda console: show(ranking, cluster, console, rows=None if everything else _ROWS)
         )
@@ -53,7 +61,7 @@ def show(ranking: "Ranking", cluster: "Cluster | None", console: Console, *, row
         console.print(_table(ranking, rows))
         hidden = len(ranking.ranked) - rows if rows is not None else 0
         if hidden > 0:
-            console.print(f"and {hidden} more, all slower: --all shows them", style="dim")
+            console.print(f"and {hidden} more; `sheaf plan --all` shows every one", style="dim")
         best = ranking.ranked[0]
         console.print(Text.assemble("\n", (str(best.plan), "bold green"), f" leads: {best.reason}"))
     for number, (reason, remedy, plans) in enumerate(ranking.refusals()):
@@ -68,7 +76,7 @@ def show(ranking: "Ranking", cluster: "Cluster | None", console: Console, *, row
 def _table(ranking: "Ranking", rows: int | None) -> Table:
     serial = next((entry.price.step_seconds for entry in ranking.ranked if entry.plan.serial), None)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("plan", overflow="fold")  # whole: it is what users copy
+    table.add_column("plan", no_wrap=True)  # whole: it is what users copy
     for heading in ("step", "speed", "memory"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("loses on", min_width=20)

@@ -1,4 +1,4 @@
-"""``sheaf verify``: does a plan compute what one process computes?"""
+"""``sheaf verify``: whether a plan computes what one process computes."""
 
 import click
 

@@ -11,7 +11,6 @@ from sheaf.plans import layout
 from sheaf.plans.layout import Held
 
 ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER = "all_reduce", "reduce_scatter", "all_gather"
-REPORT_BYTES = 64  # a step's loss, weight, times and flags
 COUNTER_SECONDS = 100e-6  # one round trip to the counter from which microbatches are stolen
 
 

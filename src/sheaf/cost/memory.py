@@ -66,16 +66,19 @@ def _gradients(plan: Plan, facts: ModelFacts) -> int:
     if plan.zero == 2:
         return shard + max(buckets(facts, plan.bucket_bytes), default=0)
     held = units(facts)
-    whole = sum(sorted((*held.block_trainable_bytes, held.glue_trainable_bytes), reverse=True)[:GATHERED_BLOCKS])
-    return shard + min(facts.trainable_bytes, whole)
+    return shard + max(held.block_trainable_bytes, default=0) + held.glue_trainable_bytes
 
 
 def _workspace(plan: Plan, facts: ModelFacts, scale: float) -> int:
     travelling = 0
     if plan.dp > 1 and plan.zero == 0:
         travelling = facts.trainable_bytes  # all-reduced buckets are kept from step to step
-    elif plan.zero in (1, 2):
-        largest = sorted(buckets(facts, plan.bucket_bytes), reverse=True)[:BUCKETS_IN_FLIGHT]
+    elif plan.zero:
+        held = units(facts)
+        sent = (*held.block_trainable_bytes, held.glue_trainable_bytes)
+        largest = sorted(sent if plan.zero == 3 else buckets(facts, plan.bucket_bytes), reverse=True)[
+            :BUCKETS_IN_FLIGHT
+        ]
         travelling = sum(largest) + -(-sum(largest) // plan.dp)
     # A block's backward holds the gradients of its output and of its input at once.
     passing = max((block.output_bytes + block.input_bytes for block in facts.blocks), default=0)

@@ -87,7 +87,7 @@ def _shared(cluster: Cluster, host: Host, busy: int) -> float:
     return speedup * contention(cluster, everyone, cores) / contention(cluster, max(1.0, own), cores)
 
 
-def contention(cluster: Cluster, busy: int | float, cores: int | float) -> float:
+def contention(cluster: Cluster, busy: float, cores: float) -> float:
     """The share of its lone speed that each of ``busy`` workers of one CPU host reaches; ``cores`` fit side by side.
 
     Measured shares are interpolated; without any, workers share the cores evenly. Beyond the most that was measured,
@@ -102,6 +102,6 @@ def contention(cluster: Cluster, busy: int | float, cores: int | float) -> float
     return _interpolated(known, busy)
 
 
-def _interpolated(known: tuple[tuple[int, float], ...], where: int | float) -> float:
+def _interpolated(known: tuple[tuple[int, float], ...], where: float) -> float:
     """Straight lines between known points, flat outside them."""
     return float(np.interp(where, [at for at, _ in known], [value for _, value in known]))

@@ -13,7 +13,6 @@ from sheaf.cost.communication import (
     ALL_REDUCE,
     COUNTER_SECONDS,
     REDUCE_SCATTER,
-    REPORT_BYTES,
     Fabric,
     buckets,
     exposed,
@@ -48,8 +47,18 @@ def step_times(
     stepped = facts.trainable_bytes / (plan.dp if plan.zero else 1)
     times.seconds["optimizer"] = stepped * max(pace.optimizer_seconds_per_byte for pace in paces)
     times.seconds["host"] += max(pace.host_seconds for pace in paces)
-    times.seconds["all_reduce"] += fabric.seconds(ALL_REDUCE, REPORT_BYTES)
+    _told(times, plan, facts, fabric, len(sizes))
     return times
+
+
+def _told(times: StepTimes, plan: Plan, facts: ModelFacts, fabric: Fabric, num_microbatches: int) -> None:
+    """What workers tell each other each step: losses, which parameters were used, batch statistics to merge."""
+    told = [8 * (2 * num_microbatches + plan.workers + 1), 4 * (len(facts.parameters) + plan.workers)]
+    merged = sum(buffer.size_bytes for buffer in facts.buffers if buffer.updated)
+    if merged:
+        told.append(num_microbatches * merged)
+    for size in told:
+        times.seconds["all_reduce"] += fabric.seconds(ALL_REDUCE, size)
 
 
 def own_seconds(plan: Plan, pace: Pace, size: int) -> float:

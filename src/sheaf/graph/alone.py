@@ -1,5 +1,6 @@
 """Times one block alone, with real parameters and made-up inputs, for models that do not fit as a whole."""
 
+import copy
 import enum
 import statistics
 import time
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_map
 
 from sheaf.errors import SheafError
 from sheaf.graph import ops
@@ -76,7 +77,30 @@ def _keep(name: str, calls: dict[str, Call]) -> Any:
 
 
 def _specs(value: Any) -> Any:
-    return tree_map_only(Tensor, lambda tensor: Spec(tuple(tensor.shape), tensor.dtype, tensor.requires_grad), value)
+    def spec(tensor: Any) -> Any:
+        return Spec(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+
+    return tree_map(lambda leaf: _rebuilt(leaf, spec, {}), value)
+
+
+def _rebuilt(value: Any, change: Callable[[Any], Any], done: dict[int, Any]) -> Any:
+    """A copy of an object that carries tensors between blocks, such as a cache of keys, with each tensor changed."""
+    if isinstance(value, (Tensor, Spec)):
+        return change(value)
+    if isinstance(value, _PLAIN) or callable(value):
+        return value
+    if id(value) not in done:
+        if isinstance(value, list | tuple):
+            done[id(value)] = type(value)(_rebuilt(item, change, done) for item in value)
+        elif isinstance(value, dict):
+            done[id(value)] = type(value)({name: _rebuilt(item, change, done) for name, item in value.items()})
+        elif hasattr(value, "__dict__"):
+            done[id(value)] = new = copy.copy(value)
+            for name, item in vars(value).items():
+                new.__dict__[name] = _rebuilt(item, change, done)
+        else:
+            return value
+    return done[id(value)]
 
 
 def time_block(
@@ -102,7 +126,7 @@ def time_block(
         def forward() -> list[Tensor]:
             streams.enter(0, 0)
             with precision(task, device):
-                fresh_args, fresh_kwargs = tree_map(_fresh, (args, kwargs))
+                fresh_args, fresh_kwargs = tree_map(lambda leaf: _rebuilt(leaf, _same, {}), (args, kwargs))
                 return ops.tensors(module(*fresh_args, **fresh_kwargs))
 
         return _timed(forward, device, budget_seconds, depth)
@@ -161,17 +185,11 @@ def _made(value: Any, module: nn.Module | None, device: torch.device) -> Any:
             return torch.ones(spec.shape, dtype=torch.bool, device=device)
         return torch.randint(highest, spec.shape, device=device).to(spec.dtype)
 
-    return tree_map_only(Spec, make, value)
+    return tree_map(lambda leaf: _rebuilt(leaf, make, {}), value)
 
 
-def _fresh(leaf: Any) -> Any:
-    """A new object of the class of one that carries state between blocks, such as a cache of keys and values."""
-    if isinstance(leaf, (Tensor, *_PLAIN)) or callable(leaf):
-        return leaf
-    try:
-        return type(leaf)()
-    except TypeError:
-        return leaf
+def _same(tensor: Any) -> Any:
+    return tensor
 
 
 def _install(blueprint: Blueprint, module: nn.Module, device: torch.device) -> Any:

@@ -8,19 +8,21 @@ whatever the block's output looked like.
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sheaf.cluster.primitives import Pending
+from sheaf.errors import PlanError
 from sheaf.graph.facts import GLUE
 from sheaf.parallel.flat import FlatTensors
 from sheaf.parallel.holding import AbstractHolding, Factor, Touched
 from sheaf.parallel.optimizers import sliced_optimizer
+from sheaf.parallel.rehearsal import Rehearsal, home, rehearse, watching
 from sheaf.parallel.sharded import gathered
-from sheaf.parallel.turns import Turns, forward_order
+from sheaf.parallel.turns import Turns
 from sheaf.parallel.turnstile import Turnstile
 from sheaf.parallel.world import World
 from sheaf.plans.layout import Held, Piece, flats
@@ -36,6 +38,7 @@ class Unit:
         self.name, self.parts = name, parts
         self.gathers: list[Pending] | None = None  # None: freed
         self.open_reductions = 0
+        self.running = False
 
 
 class Gathered(AbstractHolding):
@@ -45,8 +48,9 @@ class Gathered(AbstractHolding):
 
     def __init__(self, blueprint: Blueprint, world: World, factor: Factor, blocks: dict[str, nn.Module], *, hooks: bool):
         self._world, self._factor, self._hooks = world, factor, hooks
-        named = unit_members(blueprint, blocks)
-        order = [name for name in forward_order(blueprint, blocks) if name in named]
+        rehearsal = rehearse(blueprint, blocks)
+        named = unit_members(blueprint, blocks, rehearsal)
+        order = [name for name in rehearsal.order if name in named]
         order += [name for name in named if name not in order and name != GLUE]
         shapes = {name: fake.shape for name, fake in blueprint.parameters.items()}
         self._flats = [
@@ -76,7 +80,7 @@ class Gathered(AbstractHolding):
         self._trained = self._reduction_order(order)
         self._flat_of = {name: index for index, flat in enumerate(self._trained) for name in flat.names}
         self._pending: deque[tuple[Pending, Tensor | None, Tensor]] = deque()
-        self._launched, self._used, self._backward = 0, set[str](), False
+        self._launched, self._used, self._backward, self._watched = 0, set[str](), False, False
         self._forward_turns = Turns(order, self._visit)
         self._backward_turns = Turns(order[::-1], self._visit, first_held=True)  # forward leaves its last block there
         self._turnstile = Turnstile([len(flat.names) for flat in self._trained], self._launch)
@@ -139,6 +143,13 @@ class Gathered(AbstractHolding):
             tensor.grad = self._gradients[name] if name in used else None
         for unit in self._units.values():
             self._release(unit)
+
+    def forward_context(self) -> AbstractContextManager[object]:
+        """The first forward is watched: reading a freed parameter would end the process, or worse."""
+        if self._watched:
+            return nullcontext()
+        self._watched = True
+        return watching(self._refuse_freed)
 
     def held(self) -> dict[str, Tensor]:
         """The pieces of gradients that this worker's optimizer sees."""
@@ -205,8 +216,10 @@ class Gathered(AbstractHolding):
                 self._arrive(unit)
                 turns.look_ahead()
             keep = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack) if self._hooks else nullcontext()
+            unit.running = True
             with keep:
                 output = forward(*positional, **named)
+            unit.running = False
             if not self._backward and not turns.done and not turns.repeats():
                 self._release(unit)
             return output
@@ -229,6 +242,14 @@ class Gathered(AbstractHolding):
                 self._backward_turns.take(unit.name)
             self._arrive(unit)
             self._backward_turns.look_ahead()
+
+    def _refuse_freed(self, tensor: Tensor) -> None:
+        unit = self._unit_of_storage.get(tensor.untyped_storage()._cdata)
+        if unit is not None and not unit.running:
+            raise PlanError(
+                f"a parameter of {unit.name} is used while {unit.name} is not running, and the model's control flow hid "
+                "that from the planner, so ZeRO-3 had freed it: use zero=2"
+            )
 
     def _visit(self, name: str) -> None:
         """A unit's turn has come, or passed on this worker: start its gather."""
@@ -277,21 +298,15 @@ class Gathered(AbstractHolding):
             total.add_(part)
 
 
-def unit_members(blueprint: Blueprint, blocks: dict[str, nn.Module]) -> dict[str, list[Held]]:
-    """Which parameters each unit holds: a block its own, GLUE all that are shared between blocks or in none."""
-    owner: dict[str, set[str]] = {}
-    canonical = {alias: name for name, aliases in blueprint.names.items() for alias in (name, *aliases)}
-    for block_name, block in blocks.items():
-        for name, _ in block.named_parameters(remove_duplicate=False):
-            owner.setdefault(canonical[f"{block_name}.{name}" if block_name else name], set()).add(block_name)
+def unit_members(
+    blueprint: Blueprint, blocks: dict[str, nn.Module], rehearsal: Rehearsal
+) -> dict[str, list[Held]]:
+    """Which parameters each unit holds: a block those that only it uses, GLUE all others, whole for the whole step."""
     members: dict[str, list[Held]] = {}
-    for name, fake in blueprint.parameters.items():
-        owners = owner.get(name, set())
-        # a parameter also reached from outside its block (tied, or used by the root) must stay whole for the step
-        inside = len(owners) == 1 and all(
-            alias.startswith(f"{next(iter(owners))}.") or next(iter(owners)) == "" for alias in blueprint.names[name]
-        )
-        unit = next(iter(owners)) if inside else GLUE
+    for name, block in home(blueprint, blocks, rehearsal).items():
+        fake = blueprint.parameters[name]
         dtype = str(blueprint.dtype_of(fake)).removeprefix("torch.")
-        members.setdefault(unit, []).append(Held(name, fake.numel(), dtype, fake.requires_grad))
+        members.setdefault(GLUE if block is None else block, []).append(
+            Held(name, fake.numel(), dtype, fake.requires_grad)
+        )
     return members

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,10 @@ class AbstractHolding(ABC):
     @abstractmethod
     def touched(self) -> set[str]:
         """Parameters that this worker's backwards gave a gradient in this step."""
+
+    def forward_context(self) -> AbstractContextManager[object]:
+        """What the next forward runs in."""
+        return nullcontext()
 
     def scale(self, coefficient: float) -> None:
         """Multiply the step's gradients."""

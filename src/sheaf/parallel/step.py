@@ -215,7 +215,7 @@ class Step:
         positional, named = arguments(self.task, batch)
         statistics = self._statistics
         with statistics.microbatch(microbatch.index) if statistics is not None else nullcontext():
-            with autocast(self.task, self._world.device):
+            with autocast(self.task, self._world.device), self._holding.forward_context():
                 output = self.model(*positional, **named)
                 loss = as_loss(self.task.loss(output, batch), len(microbatch.samples))
             if statistics is not None:

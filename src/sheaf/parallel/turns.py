@@ -1,13 +1,8 @@
 """The order in which blocks of a model take turns, the same on every worker, and where a worker is in it."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-from torch import nn
-from torch.utils._pytree import tree_map
+from collections.abc import Callable, Sequence
 
 from sheaf.errors import PlanError
-from sheaf.task import Blueprint, Order, arguments, fetch, key
 
 
 class Turns:
@@ -62,33 +57,3 @@ class Turns:
             held = self._first_held if turn == 0 else self.sequence[turn] == self.sequence[turn - 1]
             if not held:
                 self._visit(self.sequence[turn])
-
-
-def forward_order(blueprint: Blueprint, blocks: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """The blocks in the order in which a forward calls them, each as often as it is called.
-
-    Found by running the model's fake tensors on the first microbatch; where the model's control flow needs real
-    values, the order of definition.
-    """
-    task = blueprint.task
-    order: list[str] = []
-    handles = [
-        block.register_forward_pre_hook(lambda _module, _arguments, name=name: order.append(name))
-        for name, block in blocks.items()
-    ]
-    first = Order(task.num_samples, task.batch, task.microbatch or task.batch, task.seed, shuffle=task.shuffle).step(0)
-    batch = fetch(task, first[0].samples, key(task.seed, "data", 0, 0))
-    try:
-        positional, named = arguments(task, batch)
-        with blueprint.mode:
-            blueprint.model(*_faked(blueprint, positional), **_faked(blueprint, named))
-    except Exception:  # any control flow on values; the real forward will raise what is truly wrong
-        order = list(blocks)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return tuple(order)
-
-
-def _faked(blueprint: Blueprint, value: Any) -> Any:
-    return tree_map(lambda leaf: blueprint.mode.from_tensor(leaf) if hasattr(leaf, "untyped_storage") else leaf, value)

@@ -84,7 +84,8 @@ class Reordered(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Reorder the operations that are known; leave the others."""
-        return self._rules.get(func, func)(*args, **(kwargs or {}))
+        operation: Callable[..., Any] = self._rules.get(func) or func
+        return operation(*args, **(kwargs or {}))
 
     def _mm(self, left: Tensor, right: Tensor) -> Tensor:
         return _aten.mm(self._order(left, 1), self._order(right, 0))

@@ -66,11 +66,11 @@ class _Serial:
         before = self._weights()
         losses = self._gradients(step)
         weight = math.fsum(weight for _, weight in losses.values())
-        skipped = self._divide(weight)
-        gradients = {} if skipped else {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+        skipped = overflowed = self._divide(weight)
+        gradients = {} if overflowed else {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
         gradients = _copied({name: gradient.to_dense() for name, gradient in gradients.items()})
         if followed:
-            skipped_own, skipped = skipped, followed[1].skipped
+            skipped = followed[1].skipped
             self._take(followed[1].gradients)
         loss = math.fsum(total for total, _ in losses.values()) / weight
         if not skipped:
@@ -84,7 +84,7 @@ class _Serial:
         return Observation(
             step=step,
             loss=loss,
-            skipped=skipped_own if followed else skipped,
+            skipped=overflowed,
             losses=losses,
             prints=self.prints.take(),
             moves={name: _norm(after[name] - before[name]) for name in after},

@@ -56,12 +56,12 @@ def broken(
             )
         )
     unmerged = unmergeable(facts)
-    if plan.workers > 1 and unmerged:
+    if unmerged and (plan.workers > 1 or plan.recompute != "none"):
         found.append(
             Refusal(
                 text,
-                f"training changes {unmerged[0]}, and Sheaf cannot merge what several workers make of it",
-                "one worker, or a module whose buffers training does not change",
+                f"training changes {unmerged[0]}, which can neither be merged between workers nor computed twice",
+                "serial, or a module whose buffers training does not change",
             )
         )
     return found

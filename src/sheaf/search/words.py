@@ -25,7 +25,7 @@ def largest_difference(price: Price, than: Price) -> tuple[str, float]:
 def loses_on(price: Price, best: Price) -> str:
     """What a plan loses on against the best."""
     if price.step_seconds <= best.step_seconds * (1 + TIE):
-        return _tied(price, best)
+        return f"as fast within 1 %, but {_tied(price, best)}"
     term, seconds = largest_difference(price, best)
     return f"{pretty_seconds(seconds)} more {TERM_WORDS[term]}"
 
@@ -43,7 +43,7 @@ def reason(best: Price, serial: Price | None, runner_up: Price | None) -> str:
     if runner_up is None:
         parts.append("it is the only plan that fits")
     elif runner_up.step_seconds <= best.step_seconds * (1 + TIE):
-        parts.append(f"{runner_up.plan} is as fast but {_tied(runner_up, best)}")
+        parts.append(f"{runner_up.plan} is {loses_on(runner_up, best)}")
     else:
         parts.append(f"{runner_up.plan} has {loses_on(runner_up, best)}")
     return "; ".join(parts)
@@ -62,4 +62,4 @@ def _tied(price: Price, best: Price) -> str:
         return f"needs {price.plan.workers} workers instead of {best.plan.workers}"
     if price.peak_bytes > best.peak_bytes:
         return f"needs {pretty_bytes(price.peak_bytes - best.peak_bytes)} more memory"
-    return "is longer to say"
+    return "is longer to write"

@@ -143,8 +143,8 @@ def _loss(axes: Axes, run: _Run) -> None:
         return
     finite = losses[np.isfinite(losses)]
     smooth = len(steps) >= _SMOOTH_FROM
-    faint = {"lw": 0.8, "alpha": 0.45} if smooth else {"lw": 1.6, "alpha": 1.0}
-    axes.plot(steps, losses, color=_MEASURED, marker=_dot(steps), **faint)
+    width, alpha = (0.8, 0.45) if smooth else (1.6, 1.0)
+    axes.plot(steps, losses, color=_MEASURED, marker=_dot(steps), lw=width, alpha=alpha)
     if smooth:
         span = len(steps) // 20
         axes.plot(steps, _trailing_mean(losses, span), color=_MEASURED, lw=2, label=f"mean of {span} steps")

@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -83,16 +84,12 @@ class Progress:
         """Show the last step if it was not, and give the terminal back; harmless when called again."""
         if self.silent:
             return
-        try:
+        with suppress(Exception):
             if self._last is not None and not self._last_is_shown:
                 self._show(self._last, time.monotonic())
-            if self._live is not None:
-                self._live.stop()
-        except Exception:  # noqa: BLE001
-            pass
         self._fall_silent()
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "Progress":  # noqa: PYI034  beartype knows no Self
         return self
 
     def __exit__(
@@ -112,10 +109,8 @@ class Progress:
         self.silent = True
         live, self._live = self._live, None
         if live is not None:
-            try:
+            with suppress(Exception):
                 live.stop()
-            except Exception:  # noqa: BLE001
-                return
 
     @property
     def _step_seconds(self) -> float:

@@ -128,7 +128,7 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=_STD)
-            if isinstance(module, nn.Linear) and module.bias is not None:
+            if isinstance(module, nn.Linear) and module is not self.head:
                 nn.init.zeros_(module.bias)
         # Each block adds to the residual stream twice; GPT-2 scales what is added so that the sum keeps its size.
         for block in self.blocks:

@@ -1,6 +1,7 @@
 """A multilayer perceptron: 784-10-10 unless told otherwise (the size of the classic MNIST example)."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ class MLP(nn.Module):
         super().__init__()
         if len(sizes) < 2:
             raise ValueError(f"sizes={tuple(sizes)}: give at least how many numbers go in and how many come out")
-        self.layers = nn.ModuleList([nn.Linear(inputs, outputs) for inputs, outputs in zip(sizes, sizes[1:])])  # noqa: B905
+        self.layers = nn.ModuleList([nn.Linear(inputs, outputs) for inputs, outputs in pairwise(sizes)])
         self.activation = nn.ReLU()
         self.dropout = nn.Dropout(dropout)
         for layer in self.layers:

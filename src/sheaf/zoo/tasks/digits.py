@@ -29,9 +29,9 @@ def images_and_labels() -> tuple[Float[Tensor, "1797 1 8 8"], Int[Tensor, "1797"
         from sklearn.datasets import load_digits
     except ImportError:
         raise TaskError('the digits come with scikit-learn, which is not installed: pip install "sheaf[zoo]"') from None
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32) / _INK
-    return images[:, None], torch.tensor(digits.target, dtype=torch.int64)
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / _INK
+    return images, torch.tensor(labels, dtype=torch.int64)
 
 
 def enlarged(images: Float[Tensor, "samples 1 _ _"], side: int) -> Float[Tensor, "samples 1 side side"]:

@@ -1,0 +1,112 @@
+"""A forward on fake tensors before the first real one: in which order blocks run, and who uses whose parameters."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map
+
+from sheaf.task import Blueprint, Order, arguments, fetch, key
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """``order``: the blocks as forward calls them, each as often as it is called; ``outside``: parameters that are
+    used while none of the blocks they live in is running, by canonical name.
+    """
+
+    order: tuple[str, ...]
+    outside: frozenset[str]
+
+
+def rehearse(blueprint: Blueprint, blocks: Mapping[str, nn.Module]) -> Rehearsal:
+    """Run the blueprint's fake model on the first microbatch of the first step.
+
+    Where control flow needs real values the rehearsal ends there: blocks that it did not reach follow in the order of
+    definition. The same on every worker.
+    """
+    task = blueprint.task
+    order: list[str] = []
+    running: list[str] = []
+    outside: set[str] = set()
+    homes = _homes(blueprint, blocks)
+    names = {fake.untyped_storage()._cdata: name for name, fake in blueprint.parameters.items()}
+
+    def uses(tensor: Tensor) -> None:
+        name = names.get(tensor.untyped_storage()._cdata)
+        if name is not None and not homes[name] & set(running):
+            outside.add(name)
+
+    first = Order(task.num_samples, task.batch, task.microbatch or task.batch, task.seed, shuffle=task.shuffle).step(0)
+    batch = fetch(task, first[0].samples, key(task.seed, "data", 0, 0))
+    positional, named = tree_map(
+        lambda leaf: blueprint.mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, arguments(task, batch)
+    )
+    with _running(blocks, order, running):
+        try:
+            with blueprint.mode, _Arguments(uses):
+                blueprint.model(*positional, **named)
+        except Exception:  # noqa: BLE001 - control flow on values; what is truly wrong, the real forward will raise
+            order = list(dict.fromkeys(order)) + [name for name in blocks if name not in order]
+    return Rehearsal(tuple(order), frozenset(outside))
+
+
+class _Arguments(TorchDispatchMode):
+    """Shows every tensor that an operation is given."""
+
+    def __init__(self, show: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self._show = show
+
+    def __torch_dispatch__(
+        self, function: OpOverload, types: Any, arguments: Any = (), keywords: dict[str, Any] | None = None
+    ) -> Any:
+        for leaf in tree_iter((arguments, keywords or {})):
+            if isinstance(leaf, Tensor):
+                self._show(leaf)
+        return function(*arguments, **(keywords or {}))
+
+
+def watching(show: Callable[[Tensor], object]) -> TorchDispatchMode:
+    """A context in which ``show`` sees every tensor before an operation reads it."""
+    return _Arguments(show)
+
+
+@contextmanager
+def _running(blocks: Mapping[str, nn.Module], order: list[str], running: list[str]) -> Iterator[None]:
+    def enter(name: str) -> Callable[..., None]:
+        return lambda _module, _arguments: (order.append(name), running.append(name))[0]
+
+    handles = [block.register_forward_pre_hook(enter(name)) for name, block in blocks.items()]
+    handles += [
+        block.register_forward_hook(lambda _module, _arguments, _output: (running.pop(), None)[1])
+        for block in blocks.values()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _homes(blueprint: Blueprint, blocks: Mapping[str, nn.Module]) -> dict[str, set[str]]:
+    """The blocks in which each parameter lives, by canonical name."""
+    canonical = {alias: name for name, aliases in blueprint.names.items() for alias in (name, *aliases)}
+    homes: dict[str, set[str]] = {name: set() for name in blueprint.names}
+    for block_name, block in blocks.items():
+        for name, _ in block.named_parameters(remove_duplicate=False):
+            homes[canonical[f"{block_name}.{name}" if block_name else name]].add(block_name)
+    return homes
+
+
+def home(blueprint: Blueprint, blocks: Mapping[str, nn.Module], rehearsal: Rehearsal) -> dict[str, str | None]:
+    """The one block that alone uses a parameter, by canonical name; None where there is none such."""
+    homes = _homes(blueprint, blocks)
+    return {
+        name: next(iter(found)) if len(found) == 1 and name not in rehearsal.outside else None
+        for name, found in homes.items()
+    }

@@ -1,0 +1,176 @@
+"""The command line: verbs, exit codes, and one JSON object where it is asked for."""
+
+import json
+import os
+import subprocess
+import sys
+
+import click
+import pytest
+
+from sheaf.cli import answer, main, options
+from sheaf.cli.answer import Answer
+from sheaf.errors import NonFiniteLoss, PlanError, TaskError, WorkerFailed
+from sheaf.plans import Plan
+
+
+def run(*arguments, monkeypatch=None):
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    return ended.value.code
+
+
+def raising(error):
+    @click.command()
+    @options.json_option
+    def verb(as_json):
+        with Answer(as_json=as_json):
+            raise error
+
+    return verb
+
+
+@pytest.fixture
+def verb(monkeypatch):
+    """Put a command in the place of a verb."""
+
+    def replaced(command, name="known"):
+        monkeypatch.setattr(f"sheaf.cli.{name}.{name}", command)
+
+    return replaced
+
+
+def test_help_names_every_verb(capsys):
+    assert run("--help") == 0
+    out = capsys.readouterr().out
+    for name in ("plan", "train", "verify", "measure", "known"):
+        assert f"  {name} " in out
+
+
+@pytest.mark.parametrize("name", ["plan", "train", "verify", "measure", "known"])
+def test_every_verb_has_help_and_json(name, capsys):
+    assert run(name, "--help") == 0
+    assert "--json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["trian", "x.py"], "did you mean train?"),
+        (["train", "x.py", "--stesp", "3"], "--steps"),
+        (["verify", "x.py"], "--plan"),
+    ],
+)
+def test_what_is_mistyped_is_named(arguments, hint, capsys):
+    assert run(*arguments) == 2
+    assert hint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb_name", ["plan", "train", "verify"])
+def test_a_file_that_is_not_there(verb_name, tmp_path, capsys):
+    arguments = [verb_name, str(tmp_path / "none.py"), *(["--plan", "dp=2"] if verb_name != "plan" else [])]
+    assert run(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "no such file" in err
+    assert "Traceback" not in err
+
+
+def test_an_unknown_plan_key_names_the_nearest(capsys):
+    assert run("verify", "x.py", "--plan", "dpp=2", "--json") == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"error": "'dpp' is not a key of a plan; did you mean dp?", "kind": "PlanError"}
+    assert "did you mean dp?" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (TaskError("odd"), 2),
+        (PlanError(["odd", "even"]), 2),
+        (WorkerFailed("odd"), 1),
+        (NonFiniteLoss(3, 1, float("nan")), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_errors_become_messages_and_codes(error, code, verb, capsys):
+    verb(raising(error))
+    assert run("known") == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert str(error) in err
+    assert "Traceback" not in err
+
+
+def test_only_worker_0_tells_of_bad_input(verb, capsys, monkeypatch):
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost")):
+        monkeypatch.setenv(name, value)
+    verb(raising(TaskError("odd")))
+    assert run("known", "--json") == 2
+    assert capsys.readouterr() == ("", "")
+    verb(raising(WorkerFailed("mine alone")))
+    assert run("known", "--json") == 1
+    assert capsys.readouterr() == ("", "sheaf: worker 1: mine alone\n")
+
+
+def test_json_is_all_there_is_on_stdout(capsys):
+    with Answer(as_json=True) as given:
+        print("chatter")
+        given.give({"losses": [1.0, float("inf")], "plan": Plan.parse("dp=2")}, lambda _console: None)
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"losses": [1.0, None], "plan": "dp=2"}
+    assert err == "chatter\n"
+
+
+def test_json_is_all_there_is_on_stdout_though_other_processes_write_to_it():
+    code = (
+        "import os, subprocess, sys\n"
+        "from sheaf.cli.answer import Answer\n"
+        "with Answer(as_json=True) as given:\n"
+        "    print('python')\n"
+        "    os.write(1, b'descriptor\\n')\n"
+        "    subprocess.run(['echo', 'child'])\n"
+        "    given.give({'a': 1}, lambda console: None)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == '{"a": 1}\n'
+    assert sorted(done.stderr.split()) == ["child", "descriptor", "python"]
+
+
+def test_people_get_text(capsys):
+    with Answer(as_json=False) as given:
+        given.give({"a": 1}, lambda console: console.print("words " * 30))
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100
+    assert "{" not in out
+
+
+def test_a_reader_that_went_away_is_no_traceback():
+    command = f"{sys.executable} -m sheaf known | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
+def test_python_m_sheaf_is_quick_and_does_not_load_torch():
+    code = "import sys; import sheaf.cli.main; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+    assert answer.rank() == 0 or "RANK" in os.environ
+
+
+def test_known_clusters_are_listed(capsys):
+    assert run("known") == 0
+    assert "h100-dgx: 8 workers on H100" in capsys.readouterr().out
+    assert run("known", "--json") == 0
+    assert "h100-dgx" in json.loads(capsys.readouterr().out)["known"]
+
+
+def test_plans_are_read_from_text_and_files(tmp_path):
+    path = tmp_path / "plan.toml"
+    path.write_text(Plan.parse("dp=2,zero=1").to_toml())
+    assert options.read_plan(str(path)) == options.read_plan("dp=2,zero=1") == Plan.parse("dp=2,zero=1")
+    with pytest.raises(PlanError, match=r"did you mean .*plan\.toml"):
+        options.read_plan(str(tmp_path / "plam.toml"))
+    (tmp_path / "broken.toml").write_text("dp = = 2")
+    with pytest.raises(PlanError, match="not TOML"):
+        options.read_plan(str(tmp_path / "broken.toml"))

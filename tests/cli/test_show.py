@@ -1,0 +1,77 @@
+"""The table of plans reads well in 100 columns, and keeps every plan's text whole."""
+
+import io
+
+from rich.console import Console
+
+from sheaf.cli.plan import show
+from sheaf.cli.show import described
+from sheaf.cluster import read
+from sheaf.cost.price import Price
+from sheaf.plans import Plan
+from sheaf.search import Entry, Ranking, Refusal
+
+LONG = "dp=2,shares=stolen,recompute=full,microbatch=16"
+
+
+def entry(text, seconds, **words):
+    price = Price(Plan.parse(text), {"compute": seconds}, {"parameters": 2**20}, 0.0)
+    return Entry(price, **words)
+
+
+def shown(ranking, cluster=None, rows=12, width=100):
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    show(ranking, cluster, console, rows=rows)
+    return console.file.getvalue()
+
+
+def ranking(ranked, refused=()):
+    return Ranking(ranked=tuple(ranked), refused=tuple(refused), cluster="here", batch=32, microbatch=4)
+
+
+def test_a_ranking_tells_times_speeds_and_reasons():
+    text = shown(
+        ranking(
+            [
+                entry("dp=2", 0.2, reason="fastest: 1.80 times serial with 2 workers"),
+                entry("serial", 0.36, loses_on="160 ms more computing"),
+                entry(LONG, 0.4, loses_on="60 ms more running blocks forward again, and so on and so on"),
+            ],
+            [Refusal(plan, "zero=3 needs room", "use zero=1") for plan in ("dp=2,zero=3", "dp=2,zero=2")],
+        ),
+        read("cpu-1gbit"),
+    )
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[0].startswith("cpu-1gbit: 4 hosts of 1 worker")
+    rows = {line.split()[0]: line for line in lines if "MiB" in line}
+    assert list(rows) == ["dp=2", "serial", LONG]  # whole: it is what users copy
+    assert rows["dp=2"].split()[1:] == ["200", "ms", "1.80x", "1.00", "MiB"]
+    assert "1.00x" in rows["serial"]
+    assert rows["serial"].rstrip().endswith("160 ms more computing")
+    assert "dp=2 leads: fastest: 1.80 times serial with 2 workers" in text
+    assert "- dp=2,zero=3, dp=2,zero=2: zero=3 needs room; use zero=1" in text
+
+
+def test_a_long_ranking_is_cut_and_says_so():
+    plans = [entry(f"dp={workers}", 1 / workers) for workers in range(20, 1, -1)]
+    assert "and 7 more" in shown(ranking(plans))
+    text = shown(ranking(plans), rows=None)
+    assert "and 7 more" not in text
+    assert "dp=2 " in text
+
+
+def test_without_a_plan_the_refusals_are_told():
+    text = shown(ranking([], [Refusal(f"dp={number}", "too large", "more memory") for number in range(1, 7)]))
+    assert "dp=1, dp=2, dp=3, dp=4 and 2 more: too large; more memory" in text
+    assert "leads" not in text
+
+
+def test_speed_is_left_out_where_one_worker_cannot_run_it():
+    assert "x" not in shown(ranking([entry("dp=2,zero=3", 0.2, reason="fits")])).split("leads")[0]
+
+
+def test_clusters_are_described_in_few_lines():
+    assert len(described(read("cpu-1gbit"))) == 3
+    assert described(read("h100-dgx"))[-1].startswith("nccl: NVLink 4")
+    assert "16 hosts of 8 workers" in described(read("h100-dgx", hosts=16))[0]

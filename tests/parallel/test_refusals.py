@@ -1,0 +1,176 @@
+"""What a step refuses, and that it says why before anything is updated."""
+
+import math
+
+import pytest
+import torch
+from plain import mlp_float64, norm_resnet
+from pool import RankRaised
+from torch import Tensor, nn
+
+from sheaf.errors import DataError, NonFiniteLoss, PlanError
+from sheaf.parallel import build
+from sheaf.plans import Plan
+
+
+def first_steps(task, plan: str, steps: int = 1):
+    from sheaf.parallel import build
+    from sheaf.plans import Plan
+
+    step = build(task, Plan.parse(plan))
+    for _ in range(steps):
+        step()
+    return step.index
+
+
+def refused(ranks, task, plan: str, steps: int = 1) -> Exception:
+    with pytest.raises(RankRaised) as caught:
+        ranks(first_steps, 2, task, plan, steps)
+    return caught.value.exception
+
+
+def test_a_plan_for_another_number_of_workers():
+    with pytest.raises(PlanError, match="the plan dp=2 is for 2 workers and 1 are here"):
+        build(mlp_float64(), Plan(dp=2))
+
+
+def test_two_different_microbatches():
+    with pytest.raises(PlanError, match=r"the plan says microbatch=2 and the task microbatch=3"):
+        build(mlp_float64(), Plan(microbatch=2))
+
+
+def test_an_optimizer_whose_slices_depend_on_each_other(ranks):
+    muon = mlp_float64(optimizer=lambda ps: torch.optim.Muon([p for p in ps if p.ndim == 2]))
+    error = refused(ranks, muon, "dp=2,zero=1")
+    assert isinstance(error, PlanError)
+    assert "an elementwise optimizer such as AdamW" in str(error)
+    assert ranks(first_steps, 2, muon, "dp=2") == [1, 1]
+
+
+def test_sparse_gradients_between_workers(ranks):
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = nn.Embedding(5, 5, sparse=True)
+
+        def forward(self, given: Tensor) -> Tensor:
+            return self.rows(given[:, 0].long().abs() % 5)
+
+    error = refused(ranks, mlp_float64(model=Sparse), "dp=2")
+    assert isinstance(error, PlanError)
+    assert "rows makes sparse gradients" in str(error)
+
+
+def test_a_norm_that_runs_twice_in_a_forward(ranks):
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.out = nn.BatchNorm1d(12), nn.Linear(12, 5)
+
+        def forward(self, given: Tensor) -> Tensor:
+            return self.out(self.norm(self.norm(given)))
+
+    error = refused(ranks, mlp_float64(model=Twice), "dp=2")
+    assert isinstance(error, PlanError)
+    assert "norm runs 2 times in one forward" in str(error)
+
+
+def test_zero_3_with_a_parameter_reached_from_behind_a_branch_on_data(ranks):
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.out = nn.Linear(12, 5), nn.Linear(5, 5)
+
+        def forward(self, given: Tensor) -> Tensor:
+            hidden = self.into(given)
+            if hidden.sum() < 1e9:
+                hidden = hidden @ self.out.weight
+            return self.out(hidden)
+
+    error = refused(ranks, mlp_float64(model=Hidden), "dp=2,zero=3")
+    assert isinstance(error, PlanError)
+    assert "a parameter of out is used while out is not running" in str(error)
+    assert ranks(first_steps, 2, mlp_float64(model=Hidden), "dp=2,zero=2") == [1, 1]
+
+
+def test_a_buffer_that_forward_changes(ranks):
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(12, 5)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, given: Tensor) -> Tensor:
+            self.seen += len(given)
+            return self.out(given)
+
+    error = refused(ranks, mlp_float64(model=Counting), "dp=2")
+    assert isinstance(error, PlanError)
+    assert "changes the buffer seen" in str(error)
+    assert first_steps(mlp_float64(model=Counting), "serial") == 1
+
+
+@pytest.mark.parametrize("plan", ["dp=2", "dp=2,zero=3"])
+def test_a_loss_that_is_no_number_stops_every_worker_before_the_update(ranks, plan):
+    def diverging() -> tuple[str, int, int, bool]:
+        step = build(task, Plan.parse(plan))
+        step()
+        before = {name: value.clone() for name, value in step._holding.full_parameters().items()}
+        try:
+            step()
+        except NonFiniteLoss as error:
+            after = step._holding.full_parameters()
+            same = all(torch.equal(before[name], after[name]) for name in before)
+            return str(error), error.step, error.microbatch, same
+        raise AssertionError("a NaN went by")
+
+    from sheaf.parallel import build
+    from sheaf.plans import Plan
+
+    from sheaf.task import Order
+
+    good = mlp_float64()
+    poisoned = Order(45, 14, 3, 0, shuffle=True).step(1)[3].samples[0]
+    data = [(x * math.nan if index == poisoned else x, y) for index, (x, y) in enumerate(good.data)]
+    task = mlp_float64(data=data)
+    for message, step, microbatch, same in ranks(diverging, 2):
+        assert (step, microbatch, same) == (1, 3, True)
+        assert message.startswith("the loss of microbatch 3 at step 1 is nan; the step was not applied")
+
+
+def test_an_item_that_raises_is_named(ranks):
+    class Broken(list):
+        def __getitem__(self, index):
+            if index == 17:
+                raise OSError("cannot read")
+            return super().__getitem__(index)
+
+    error = refused(ranks, mlp_float64(data=Broken(mlp_float64().data)), "dp=2", steps=4)
+    assert isinstance(error, DataError)
+    assert str(error) == "data[17] raised OSError: cannot read"
+
+
+def test_a_lost_worker_is_named_by_the_others(ranks):
+    def lonely() -> str:
+        import os
+
+        import torch.distributed as dist
+
+        from sheaf.errors import WorkerFailed
+        from sheaf.parallel import build
+        from sheaf.plans import Plan
+
+        step = build(task, Plan.parse("dp=3"))
+        step()
+        if dist.get_rank() == 2:
+            os.kill(os.getpid(), 9)
+        try:
+            step()
+        except WorkerFailed as error:
+            print(error)
+            raise
+        return "went on"
+
+    task = norm_resnet()
+    with pytest.raises(Exception, match=r"rank 2|worker 2"):
+        ranks(lonely, 3)
