@@ -174,3 +174,50 @@ def test_plans_are_read_from_text_and_files(tmp_path):
     (tmp_path / "broken.toml").write_text("dp = = 2")
     with pytest.raises(PlanError, match="not TOML"):
         options.read_plan(str(tmp_path / "broken.toml"))
+
+
+EXAMPLE = os.path.join(os.path.dirname(__file__), "..", "..", "examples", "digits_mlp.py")
+
+
+def test_train_answers_with_losses_and_says_when_it_was_stopped(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("sklearn")
+    out = tmp_path / "run"
+    assert run("train", EXAMPLE, "--plan", "serial", "--steps", "3", "--out", str(out), "--json") == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["losses"][0] > values["losses"][-1]
+    assert (values["plan"], values["stopped"], values["directory"]) == ("serial", False, str(out))
+    assert values["seconds_per_step"] > 0
+    assert {"predicted_seconds_per_step"} <= set(values)
+    assert (out / "picture.png").is_file()
+    assert run("train", EXAMPLE, "--plan", "serial", "--steps", "3", "--out", str(out)) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.whole
+def test_verify_answers_and_its_exit_code_is_the_verdict(capsys):
+    pytest.importorskip("sklearn")
+    assert run("verify", EXAMPLE, "--plan", "dp=2", "--steps", "2", "--json") == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["verdict"] in ("identical", "rounding")
+    assert {"max_loss_error", "max_gradient_error", "max_weight_error", "noise", "first_departure"} <= set(values)
+
+
+@pytest.mark.whole
+@pytest.mark.timeout(300)
+def test_under_torchrun_only_worker_0_answers(tmp_path):
+    pytest.importorskip("sklearn")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "sheaf",
+        "train",
+    ]
+    command += [EXAMPLE, "--plan", "dp=2", "--steps", "2", "--out", str(tmp_path / "run"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["losses"]) == 2

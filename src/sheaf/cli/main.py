@@ -9,10 +9,10 @@ from typing import Any
 import click
 
 from sheaf.cli.answer import leads, rank
+from sheaf.cli.options import BAD_INPUT, FAILED, INTERRUPTED
 from sheaf.errors import ClusterError, DataError, PlanError, RunError, SheafError, TaskError, nearest
 
 VERBS = ("plan", "train", "verify", "measure", "known")
-BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 _BAD_INPUT = (TaskError, DataError, PlanError, ClusterError, RunError)
 
 

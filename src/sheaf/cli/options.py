@@ -8,6 +8,7 @@ from sheaf.errors import PlanError, nearest
 from sheaf.plans import Plan
 
 AUTO = "auto"
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130  # exit codes
 
 file_argument = click.argument("file", metavar="FILE.py[:NAME]")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object; progress goes to stderr.")

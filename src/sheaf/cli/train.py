@@ -7,7 +7,7 @@ import click
 from rich.console import Console
 
 from sheaf.cli.answer import Answer, leads
-from sheaf.cli.options import AUTO, file_argument, json_option, read_plan, workers_option
+from sheaf.cli.options import AUTO, INTERRUPTED, file_argument, json_option, read_plan, workers_option
 from sheaf.units import pretty_seconds
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     "--save-every", type=click.IntRange(min=0), metavar="N", help="Steps between checkpoints (0: at the end)."
 )
 @json_option
+@click.pass_context
 def train(
+    context: click.Context,
     file: str,
     plan_text: str,
     workers: int | None,
@@ -58,6 +60,7 @@ def train(
             source=own_source(task, file),
         )
         answer.give(_values(done), lambda console: _show(done, console))
+    context.exit(INTERRUPTED if done.stopped else 0)
 
 
 def _values(run: "Run") -> dict[str, object]:
@@ -67,6 +70,7 @@ def _values(run: "Run") -> dict[str, object]:
         "seconds_per_step": run.seconds_per_step,
         "predicted_seconds_per_step": run.predicted_seconds_per_step,
         "directory": str(run.directory),
+        "stopped": run.stopped,
     }
 
 
@@ -77,4 +81,6 @@ def _show(run: "Run", console: Console) -> None:
         said = run.predicted_seconds_per_step
         predicted = f", predicted {pretty_seconds(said)}" if said else ""
         console.print(f"{pretty_seconds(run.seconds_per_step)} per step{predicted}")
-    console.print(f"the run is in {run.directory}", soft_wrap=True)
+    console.print(f"the run is in {run.directory}", markup=False, soft_wrap=True)
+    if run.stopped:
+        console.print(f"it was stopped; the same command with --out {run.directory} --resume goes on", markup=False)

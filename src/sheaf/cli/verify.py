@@ -3,7 +3,7 @@
 import click
 
 from sheaf.cli.answer import Answer
-from sheaf.cli.options import file_argument, json_option, read_plan
+from sheaf.cli.options import FAILED, file_argument, json_option, read_plan
 
 
 @click.command(short_help="Prove that a plan computes what one process does.")
@@ -24,4 +24,4 @@ def verify(context: click.Context, file: str, plan_text: str, steps: int, as_jso
         plan = read_plan(plan_text)
         verdict = run(load(file), plan, steps=steps)
         answer.give(verdict.to_dict(), lambda console: console.print(str(verdict), markup=False))
-    context.exit(0 if verdict.exact else 1)
+    context.exit(0 if verdict.exact else FAILED)

@@ -80,7 +80,8 @@ class Gathered(AbstractHolding):
         self._trained = self._reduction_order(order)
         self._flat_of = {name: index for index, flat in enumerate(self._trained) for name in flat.names}
         self._pending: deque[tuple[Pending, Tensor | None, Tensor]] = deque()
-        self._launched, self._used, self._backward, self._watched = 0, set[str](), False, False
+        self._launched, self._used = 0, set[str]()
+        self._backward = self._watched = self._gathering = False
         self._forward_turns = Turns(order, self._visit)
         self._backward_turns = Turns(order[::-1], self._visit, first_held=True)  # forward leaves its last block there
         self._turnstile = Turnstile([len(flat.names) for flat in self._trained], self._launch)
@@ -245,7 +246,7 @@ class Gathered(AbstractHolding):
 
     def _refuse_freed(self, tensor: Tensor) -> None:
         unit = self._unit_of_storage.get(tensor.untyped_storage()._cdata)
-        if unit is not None and not unit.running:
+        if unit is not None and not unit.running and not self._gathering:
             raise PlanError(
                 f"a parameter of {unit.name} is used while {unit.name} is not running, and the model's control flow hid "
                 "that from the planner, so ZeRO-3 had freed it: use zero=2"
@@ -258,9 +259,11 @@ class Gathered(AbstractHolding):
             for flat in unit.parts:
                 flat.allocate()
         self._arrive(unit)
+        self._gathering = True
         unit.gathers = [
             self._world.all_gather(flat.whole, flat.shard, f"parameters of {unit.name}") for flat in unit.parts
         ]
+        self._gathering = False
 
     def _arrive(self, unit: Unit) -> None:
         for gather in unit.gathers or ():

@@ -20,6 +20,7 @@ from sheaf.units import pretty_bytes, pretty_seconds
 
 PICTURE = "picture.png"
 _DPI = 130
+_NOTHING_SECONDS = 1e-7  # what a clock cannot tell from nothing
 MEASURED_TERMS = ("compute", "communicate", "wait", "optimizer", "host")
 # The planner names each collective; a step measures them together, and recomputation within computing.
 _MEASURED_AS = {
@@ -233,7 +234,7 @@ def _comparison(measured_seconds: float, predicted_seconds: float | None) -> str
 
 def _label(axes: Axes, seconds: float, place_x: float, place_y: float) -> None:
     axes.annotate(
-        pretty_seconds(seconds) if seconds > 0 else "0", (place_x, place_y), xytext=(4, 0),
+        pretty_seconds(seconds) if seconds >= _NOTHING_SECONDS else "0", (place_x, place_y), xytext=(4, 0),
         textcoords="offset points", va="center", fontsize=8.5, color=_INK,
     )  # fmt: skip
 
