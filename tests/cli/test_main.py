@@ -206,18 +206,8 @@ def test_verify_answers_and_its_exit_code_is_the_verdict(capsys):
 @pytest.mark.timeout(300)
 def test_under_torchrun_only_worker_0_answers(tmp_path):
     pytest.importorskip("sklearn")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "sheaf",
-        "train",
-    ]
-    command += [EXAMPLE, "--plan", "dp=2", "--steps", "2", "--out", str(tmp_path / "run"), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    verb = ["-m", "sheaf", "train", EXAMPLE, "--plan", "dp=2", "--steps", "2", "--out", str(tmp_path / "run"), "--json"]
+    done = subprocess.run([*launcher, *verb], capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["losses"]) == 2

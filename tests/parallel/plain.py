@@ -143,7 +143,10 @@ def ragged_gpt(**changes: Any) -> Task:
     from sheaf.zoo.models.gpt import GPT
 
     generator = torch.Generator().manual_seed(2)
-    texts = [torch.randint(0, 40, (int(length),), generator=generator) for length in torch.randint(3, 14, (26,), generator=generator)]
+    texts = [
+        torch.randint(0, 40, (int(length),), generator=generator)
+        for length in torch.randint(3, 14, (26,), generator=generator)
+    ]
 
     def collate(items: list[Tensor]) -> Tensor:
         return nn.utils.rnn.pad_sequence(items, batch_first=True, padding_value=40)

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 from plain import mlp_float64, norm_resnet
-from pool import RankRaised
 from torch import Tensor, nn
 
+from pool import RankRaised
 from sheaf.errors import DataError, NonFiniteLoss, PlanError
 from sheaf.parallel import build
 from sheaf.plans import Plan
@@ -126,7 +126,6 @@ def test_a_loss_that_is_no_number_stops_every_worker_before_the_update(ranks, pl
 
     from sheaf.parallel import build
     from sheaf.plans import Plan
-
     from sheaf.task import Order
 
     good = mlp_float64()

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-import sheaf
 from sheaf.errors import WorkerFailed
 from sheaf.launch import failures, wire
 from sheaf.launch.output import Output
@@ -201,7 +200,7 @@ class _Crew:
 
 
 def _start(threads: int, control: socket.socket, descriptors: list[int]) -> subprocess.Popen[bytes]:
-    root = str(Path(sheaf.__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     # OpenBLAS starts its threads when it is imported, and a process with threads must not be forked.
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1"}

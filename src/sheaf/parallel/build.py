@@ -48,7 +48,7 @@ def build(task: Task, plan: Plan, *, device: torch.device | None = None) -> Step
     streams = Streams(holding.model, task.seed, world.device)
     if plan.recompute == "full":
         recompute(blocks.values(), streams)
-    deal = dealer(plan, world.rank, world.counter, f"sheaf/stolen/{next_build(world)}")
+    deal = dealer(plan, world.rank, world.counter, f"sheaf/stolen/{_next_build()}")
     return Step(task, plan, world, holding, deal, exchange, expectation, scale, streams)
 
 
@@ -79,7 +79,7 @@ def default_device() -> torch.device:
 _builds = 0
 
 
-def next_build(world: World) -> int:
+def _next_build() -> int:
     """How many steps were built in this process before; the same on every worker, as building is collective."""
     global _builds  # noqa: PLW0603 - a name for the shared counter that no earlier step of this group used
     _builds += 1

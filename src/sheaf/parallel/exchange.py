@@ -59,7 +59,7 @@ class Exchange:
         self._losses.clear()
         self._pending = self._sent = self._told = None
 
-    def add(self, microbatch: int, total: Tensor, weight: Tensor | float | int) -> None:
+    def add(self, microbatch: int, total: Tensor, weight: Tensor | float) -> None:
         """One microbatch of this worker; the numbers are read when they are sent."""
         weight = weight.detach() if isinstance(weight, Tensor) else weight
         self._losses.append((microbatch, total.detach(), weight))

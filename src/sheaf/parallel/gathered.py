@@ -46,7 +46,9 @@ class Gathered(AbstractHolding):
 
     lockstep = True
 
-    def __init__(self, blueprint: Blueprint, world: World, factor: Factor, blocks: dict[str, nn.Module], *, hooks: bool):
+    def __init__(
+        self, blueprint: Blueprint, world: World, factor: Factor, blocks: dict[str, nn.Module], *, hooks: bool
+    ):
         self._world, self._factor, self._hooks = world, factor, hooks
         rehearsal = rehearse(blueprint, blocks)
         named = unit_members(blueprint, blocks, rehearsal)
@@ -57,9 +59,7 @@ class Gathered(AbstractHolding):
             FlatTensors(flat, world.rank, shapes, world.device, apart=True)
             for flat in flats(named.items(), world.workers)
         ]
-        self._units = {
-            name: Unit(name, [flat for flat in self._flats if flat.flat.unit == name]) for name in named
-        }
+        self._units = {name: Unit(name, [flat for flat in self._flats if flat.flat.unit == name]) for name in named}
         self._unit_of_storage = {
             flat.storage: unit for name, unit in self._units.items() if name != GLUE for flat in unit.parts
         }
@@ -111,7 +111,7 @@ class Gathered(AbstractHolding):
             self._visit(GLUE)
             self._arrive(self._units[GLUE])
 
-    def arm(self, *, last: bool) -> None:
+    def arm(self, *, last: bool) -> None:  # noqa: ARG002 - every round reduces
         """Backward is about to run: let go of blocks that forward skipped, and walk the turns in reverse."""
         self._turn_around()
 
@@ -248,8 +248,8 @@ class Gathered(AbstractHolding):
         unit = self._unit_of_storage.get(tensor.untyped_storage()._cdata)
         if unit is not None and not unit.running and not self._gathering:
             raise PlanError(
-                f"a parameter of {unit.name} is used while {unit.name} is not running, and the model's control flow hid "
-                "that from the planner, so ZeRO-3 had freed it: use zero=2"
+                f"a parameter of {unit.name} is used while {unit.name} is not running, and control flow on data hid "
+                "that from the rehearsal, so ZeRO-3 had freed it: use zero=2"
             )
 
     def _visit(self, name: str) -> None:
@@ -301,9 +301,7 @@ class Gathered(AbstractHolding):
             total.add_(part)
 
 
-def unit_members(
-    blueprint: Blueprint, blocks: dict[str, nn.Module], rehearsal: Rehearsal
-) -> dict[str, list[Held]]:
+def unit_members(blueprint: Blueprint, blocks: dict[str, nn.Module], rehearsal: Rehearsal) -> dict[str, list[Held]]:
     """Which parameters each unit holds: a block those that only it uses, GLUE all others, whole for the whole step."""
     members: dict[str, list[Held]] = {}
     for name, block in home(blueprint, blocks, rehearsal).items():

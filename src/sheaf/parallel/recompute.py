@@ -1,4 +1,7 @@
-"""Recomputation: a block keeps its input only, and runs forward again in backward (Chen et al., 2016, arXiv:1604.06174)."""
+"""Recomputation: a block keeps its input only, and runs forward again in backward.
+
+Chen et al., 2016, "Training Deep Nets with Sublinear Memory Cost" (arXiv:1604.06174).
+"""
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext

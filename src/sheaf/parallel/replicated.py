@@ -3,8 +3,6 @@
 The bucketing and overlap are those of DistributedDataParallel (Li et al., 2020, arXiv:2006.15704).
 """
 
-
-
 import torch
 from torch import Tensor
 
@@ -119,6 +117,4 @@ class Replicated(AbstractHolding):
 
     def _split(self, flat: Tensor, names: list[str]) -> list[Tensor]:
         sizes = [self.parameters[name].numel() for name in names]
-        return [
-            part.view(self.parameters[name].shape) for name, part in zip(names, flat.split(sizes), strict=True)
-        ]
+        return [part.view(self.parameters[name].shape) for name, part in zip(names, flat.split(sizes), strict=True)]

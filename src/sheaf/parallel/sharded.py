@@ -5,7 +5,6 @@ Rajbhandari et al., 2020, "ZeRO: Memory Optimizations Toward Training Trillion P
 
 from collections import deque
 
-
 import torch
 from torch import Tensor
 

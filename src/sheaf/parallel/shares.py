@@ -21,7 +21,7 @@ class Counter(Protocol):
 
 
 class AbstractDealer(ABC):
-    """Hands a worker its microbatches of a step, each with a question to ask before its backward: is it the last?"""
+    """Hands a worker its microbatches of a step, each with a function that tells, before backward, if it is the last."""
 
     @abstractmethod
     def deal(self, step: int, microbatches: Sequence[Microbatch]) -> Iterator[tuple[Microbatch, Callable[[], bool]]]:
@@ -38,7 +38,11 @@ class Dealt(AbstractDealer):
         """The most microbatches any worker has: how many rounds workers in lockstep take."""
         return max(apportion(len(microbatches), self._weights))
 
-    def deal(self, step: int, microbatches: Sequence[Microbatch]) -> Iterator[tuple[Microbatch, Callable[[], bool]]]:
+    def deal(
+        self,
+        step: int,  # noqa: ARG002 - the same deal every step
+        microbatches: Sequence[Microbatch],
+    ) -> Iterator[tuple[Microbatch, Callable[[], bool]]]:
         """This worker's contiguous run."""
         shares = apportion(len(microbatches), self._weights)
         start = sum(shares[: self._worker])

@@ -27,9 +27,7 @@ class BatchStatistics:
             if isinstance(module, _Norm) and module.track_running_stats and module.running_mean is not None
         }
         self._others = {
-            name: buffer
-            for name, buffer in model.named_buffers()
-            if name.rpartition(".")[0] not in self._layers
+            name: buffer for name, buffer in model.named_buffers() if name.rpartition(".")[0] not in self._layers
         }
         self._versions = {name: buffer._version for name, buffer in self._others.items()}
         self._found: dict[int, Tensor] = {}
@@ -39,7 +37,7 @@ class BatchStatistics:
         self._found.clear()
 
     @contextmanager
-    def microbatch(self, index: int) -> Iterator[None]:
+    def microbatch(self) -> Iterator[None]:
         """Run a microbatch's forward and backward inside; its statistics are set aside.
 
         Raises PlanError when a layer runs twice in one forward, or another buffer changes: neither can be merged.
@@ -47,7 +45,8 @@ class BatchStatistics:
         kept = {name: (layer.running_mean, layer.running_var, layer.num_batches_tracked, layer.momentum)
                 for name, layer in self._layers.items()}  # fmt: skip
         for layer in self._layers.values():
-            assert layer.running_mean is not None and layer.running_var is not None
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
             layer.running_mean = torch.zeros_like(layer.running_mean)
             layer.running_var = torch.zeros_like(layer.running_var)
             layer.num_batches_tracked = torch.zeros((), dtype=torch.int64, device=layer.running_mean.device)
@@ -62,7 +61,8 @@ class BatchStatistics:
         """Forward has run: take the statistics it left (called inside ``microbatch``, before backward)."""
         parts: list[Tensor] = []
         for name, layer in self._layers.items():
-            assert layer.running_mean is not None and layer.running_var is not None
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
             assert layer.num_batches_tracked is not None
             calls = int(layer.num_batches_tracked)
             if calls > 1:
@@ -108,7 +108,9 @@ def _size(layer: _Norm) -> int:
 
 
 def _update(layer: _Norm, mean: Tensor, variance: Tensor) -> None:
-    assert layer.running_mean is not None and layer.running_var is not None and layer.num_batches_tracked is not None
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    assert layer.num_batches_tracked is not None
     layer.num_batches_tracked += 1
     factor = layer.momentum if layer.momentum is not None else 1.0 / float(layer.num_batches_tracked)
     for running, batch in ((layer.running_mean, mean), (layer.running_var, variance)):

@@ -214,7 +214,7 @@ class Step:
         self._streams.enter(self.index, microbatch.index)
         positional, named = arguments(self.task, batch)
         statistics = self._statistics
-        with statistics.microbatch(microbatch.index) if statistics is not None else nullcontext():
+        with statistics.microbatch() if statistics is not None else nullcontext():
             with autocast(self.task, self._world.device), self._holding.forward_context():
                 output = self.model(*positional, **named)
                 loss = as_loss(self.task.loss(output, batch), len(microbatch.samples))
@@ -249,16 +249,17 @@ class Step:
     def _update(self) -> tuple[float | None, bool]:
         norm: float | None = None
         if self.task.clip is not None or self._scale.dynamic:
-            norm = self._norm()
-            overflowed = norm != norm or norm == float("inf")
+            total = self._norm()
+            norm, overflowed = float(total), not bool(total.isfinite())
             if overflowed and not self._scale.dynamic:
                 advice = "The loss is a number but its gradient is not: look for sqrt or log at zero, or 0/0."
                 raise NonFiniteLoss(self.index, 0, norm, advice)
             self._scale.update(overflowed=overflowed)
             if overflowed:
                 return norm, True
-            if self.task.clip is not None and norm + 1e-6 > self.task.clip:
-                self._holding.scale(self.task.clip / (norm + 1e-6))
+            if self.task.clip is not None:  # in the gradients' precision, as torch.nn.utils.clip_grad_norm_ does
+                coefficient = (self.task.clip / (total + 1e-6)).clamp(max=1.0)
+                self._holding.scale(float(coefficient))
         self._holding.optimizer.step()
         if isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             self._scheduler.step(self._exchange.told().loss)
@@ -266,13 +267,13 @@ class Step:
             self._scheduler.step()
         return norm, False
 
-    def _norm(self) -> float:
+    def _norm(self) -> Tensor:
         gradients = list(self._holding.held().values())
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        norm = torch.nn.utils.get_total_norm(gradients).detach() if gradients else torch.zeros(())
         if not self._holding.sharded:
-            return float(norm)
-        square = self._world.summed(norm.detach().to("cpu", torch.float64).reshape(1) ** 2, "gradient norm")
-        return float(square.sqrt())
+            return norm
+        square = self._world.summed(norm.to("cpu", torch.float64).reshape(1) ** 2, "gradient norm")
+        return square.sqrt()[0].to(norm.dtype)
 
     def _report(
         self,

@@ -30,7 +30,7 @@ class World:
         self.waited_seconds = 0.0
         self._last: deque[str] = deque(maxlen=8)
         # gathers of parameters and reductions of gradients interleave differently on different workers
-        self._gathers = dist.new_group() if self.workers > 1 else None
+        self._gathers = _new_group() if self.workers > 1 else None
 
     @property
     def counter(self) -> dist.Store | None:
@@ -96,3 +96,9 @@ class World:
                 elif other != self.rank:
                     lines.append(f"worker {other} has not answered: look at it first")
         return "\n".join(lines)
+
+
+def _new_group() -> dist.ProcessGroup:
+    group = dist.new_group()
+    assert isinstance(group, dist.ProcessGroup)
+    return group

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sheaf import parallel
 from sheaf.errors import RunError
+from sheaf.parallel import build
 from sheaf.parity.observation import START, Observation, Prints, Store
 from sheaf.plans import Plan
 from sheaf.record import StepReport
@@ -24,7 +24,7 @@ def observe_rank(task: Task, plan: Plan, steps: int, directory: Path) -> None:
     them as one.
     """
     losses = _Losses(task, task.microbatch or plan.microbatch or task.batch)
-    step = parallel.build(losses.task, plan)
+    step = build(losses.task, plan)
     losses.step = step
     gradients: dict[int, dict[str, Tensor]] = {}
     step.observe(_Observer(gradients))

@@ -114,7 +114,7 @@ class Blueprint:
                     return _module(self.task.model())
             except TaskError:
                 raise
-            except Exception as error:  # any constructor that wants real values ends here
+            except Exception as error:  # noqa: BLE001 - any constructor that wants real values ends here
                 self.whole = f"{type(error).__name__}: {error}".splitlines()[0]
         self._recorder = Recorder(self.task.seed)
         with _seeded(self.task.seed):
@@ -181,7 +181,8 @@ def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def _swap_all(model: nn.Module, swap: Callable[[Tensor], Tensor]) -> None:
     for module in model.modules():
-        for registry in (module._parameters, module._buffers):
+        registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for registry in registries:
             for name, tensor in registry.items():
                 if tensor is not None:
                     registry[name] = swap(tensor)

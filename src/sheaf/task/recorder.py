@@ -7,6 +7,7 @@ from a generator keyed by the name of the tensor it ends up in, so that a value 
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -46,14 +47,16 @@ class Recorder(TorchDispatchMode):
         self._writers: dict[int, list[int]] = defaultdict(list)
         self._stream_of: dict[int, int] = {}  # operation -> seed
 
-    def __enter__(self) -> "Recorder":
+    def __enter__(self) -> "Recorder":  # noqa: PYI034 - beartype cannot check Self
         self.mode.__enter__()
         super().__enter__()
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        self.mode.__exit__(*exception)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        self.mode.__exit__(kind, error, trace)
 
     def __torch_dispatch__(
         self, function: OpOverload, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
@@ -111,9 +114,7 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         inputs = [leaf for leaf in tree_flatten((arguments, keywords))[0] if isinstance(leaf, FakeTensor)]
         changed = _changed(function, arguments, keywords)
-        operation = _Operation(
-            function, arguments, keywords, fakes, _storages(inputs), _storages([*fakes, *changed])
-        )
+        operation = _Operation(function, arguments, keywords, fakes, _storages(inputs), _storages([*fakes, *changed]))
         for storage in operation.writes:
             self._writers[storage].append(len(self._operations))
         self._operations.append(operation)

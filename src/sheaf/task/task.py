@@ -84,7 +84,7 @@ class Task:
         ]
         if self.batch < 1:
             broken.append(f"batch={self.batch}: at least one sample per step is needed")
-        if self.microbatch is not None and not 1 <= self.microbatch:
+        if self.microbatch is not None and not self.microbatch >= 1:
             broken.append(f"microbatch={self.microbatch}: at least one sample is needed")
         if self.microbatch is not None and self.microbatch > self.batch >= 1:
             broken.append(f"microbatch={self.microbatch} is larger than batch={self.batch}: lower it or raise batch")
