@@ -147,7 +147,7 @@ def test_shared_and_uncalled_parameters_stay_gathered_under_zero_3():
         parameters=(tied, *facts.parameters[1:]),
         blocks=(facts.blocks[0], uncalled, *facts.blocks[2:]),
     )
-    held = units(facts)
+    held = units(facts, 1024)
     assert held.block_bytes == (400,)
     assert held.glue_bytes == 400 + 400 + 40
 

@@ -34,13 +34,13 @@ PLANS = [
     "dp=3,zero=1,shares=stolen",
     "dp=3,zero=2",
     "dp=2,zero=2,shares=5:2",
-    "dp=2,zero=3",
-    "dp=3,zero=3",
-    "dp=4,zero=3,shares=1:2:3:4",
+    "dp=2,zero=3,bucket_bytes=1024",
+    "dp=3,zero=3,bucket_bytes=1024",
+    "dp=4,zero=3,shares=1:2:3:4,bucket_bytes=1024",
     "dp=2,recompute=full",
     "dp=2,zero=1,recompute=full",
     "dp=2,zero=2,recompute=full",
-    "dp=3,zero=3,recompute=full",
+    "dp=3,zero=3,recompute=full,bucket_bytes=1024",
 ]
 
 

@@ -8,7 +8,14 @@ from plain import assert_same, mlp_float64, plain, planned
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ALL = ["dp=2", "dp=3,shares=stolen", "dp=2,zero=1", "dp=2,zero=2", "dp=2,zero=3", "dp=2,zero=3,recompute=full"]
+ALL = [
+    "dp=2",
+    "dp=3,shares=stolen",
+    "dp=2,zero=1",
+    "dp=2,zero=2",
+    "dp=2,zero=3,bucket_bytes=1024",
+    "dp=2,zero=3,recompute=full,bucket_bytes=1024",
+]
 
 
 def world(plan: str) -> int:
@@ -94,7 +101,7 @@ def test_a_batch_of_seven_over_four_microbatches_is_used_whole(ranks):
     assert_same(ranks(planned, 4, task, "dp=4", 3)[0], plain(task, 3), 1e-12)
 
 
-@pytest.mark.parametrize("plan", ["dp=2", "dp=2,zero=1", "dp=2,zero=3"])
+@pytest.mark.parametrize("plan", ["dp=2", "dp=2,zero=1", "dp=2,zero=3,bucket_bytes=1024"])
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -117,7 +124,10 @@ def test_optimizers_see_whole_shapes_and_step_slices(ranks, plan, optimizer):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("plan", ["serial", "dp=2", "dp=2,zero=1", "dp=2,zero=3", "dp=2,zero=3,recompute=full"])
+@pytest.mark.parametrize(
+    "plan",
+    ["serial", "dp=2", "dp=2,zero=1", "dp=2,zero=3,bucket_bytes=1024", "dp=2,zero=3,recompute=full,bucket_bytes=1024"],
+)
 def test_low_precision_departs_no_more_than_rounding(ranks, precision, plan):
     task = mlp_float64(precision=precision)
     found = ranks(planned, 1 if plan == "serial" else 2, task, plan, 3)[0]

@@ -87,7 +87,7 @@ def test_zero_3_with_a_parameter_reached_from_behind_a_branch_on_data(ranks):
                 hidden = hidden @ self.out.weight
             return self.out(hidden)
 
-    error = refused(ranks, mlp_float64(model=Hidden), "dp=2,zero=3")
+    error = refused(ranks, mlp_float64(model=Hidden), "dp=2,zero=3,bucket_bytes=1024")
     assert isinstance(error, PlanError)
     assert "a parameter of out is used while out is not running" in str(error)
     assert ranks(first_steps, 2, mlp_float64(model=Hidden), "dp=2,zero=2") == [1, 1]
@@ -110,7 +110,7 @@ def test_a_buffer_that_forward_changes(ranks):
     assert first_steps(mlp_float64(model=Counting), "serial") == 1
 
 
-@pytest.mark.parametrize("plan", ["dp=2", "dp=2,zero=3"])
+@pytest.mark.parametrize("plan", ["dp=2", "dp=2,zero=3,bucket_bytes=1024"])
 def test_a_loss_that_is_no_number_stops_every_worker_before_the_update(ranks, plan):
     def diverging() -> tuple[str, int, int, bool]:
         step = build(task, Plan.parse(plan))

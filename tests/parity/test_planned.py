@@ -34,7 +34,16 @@ def test_recomputation_is_no_departure():
 
 
 @pytest.mark.parametrize(
-    "plan", ["dp=2", "dp=3", "dp=2,shares=3:1", "dp=2,shares=stolen", "dp=2,zero=1", "dp=2,zero=2", "dp=2,zero=3"]
+    "plan",
+    [
+        "dp=2",
+        "dp=3",
+        "dp=2,shares=3:1",
+        "dp=2,shares=stolen",
+        "dp=2,zero=1",
+        "dp=2,zero=2",
+        "dp=2,zero=3,bucket_bytes=1024",
+    ],
 )
 def test_plans_are_exact(on_ranks, plan):
     verdict = verify(words_task(), plan, steps=2)
@@ -51,7 +60,7 @@ def test_float64_is_exact_to_the_twelfth_place(on_ranks):
 
 
 def test_bf16_is_exact(on_ranks):
-    verdict = verify(words_task(precision="bf16"), "dp=2,zero=3,recompute=full", steps=1)
+    verdict = verify(words_task(precision="bf16"), "dp=2,zero=3,recompute=full,bucket_bytes=1024", steps=1)
     assert verdict.exact, str(verdict)
 
 

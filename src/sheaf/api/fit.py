@@ -40,6 +40,7 @@ def fit(
     precision: str = "fp32",
     out: str | Path | None = None,
     quiet: bool = False,
+    predict: bool = True,
 ) -> Run:
     """Train ``model`` on (inputs[i], targets[i]) and return the run.
 
@@ -68,7 +69,7 @@ def fit(
         name="fit",
     )
     total = steps if steps is not None else epochs * steps_per_epoch(len(pairs), batch)
-    run = train(task, plan, steps=total, workers=workers, out=out, quiet=quiet)
+    run = train(task, plan, steps=total, workers=workers, out=out, quiet=quiet, predict=predict)
     if isinstance(model, nn.Module):
         model.load_state_dict(load_file(run.directory / MODEL), strict=False)
     return run

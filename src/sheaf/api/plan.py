@@ -9,6 +9,7 @@ from sheaf.api.profiles import measured_profiles
 from sheaf.cluster import Cluster, read
 from sheaf.cluster.machine import host_name
 from sheaf.cost.placement import seats
+from sheaf.cost.price import Price
 from sheaf.errors import PlanError, TaskError
 from sheaf.graph import ModelFacts, trace
 from sheaf.launch import FromFile
@@ -30,6 +31,7 @@ def plan(
     allow_relaxed: bool = False,  # noqa: ARG001 - every plan there is is exact
     measured: bool = True,
     quick: bool = False,
+    fresh: bool = False,
     source: FromFile | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Ranking:
@@ -40,6 +42,7 @@ def plan(
     ``allow_relaxed``  also plans that do not compute the serial answer; there are none so far
     ``measured``  on this machine, measure the model's blocks; otherwise, and elsewhere, a roofline prices them
     ``quick``    measure this machine's links in a third of the time
+    ``fresh``    measure again what an earlier call has measured
     ``source``   where each worker finds the task by itself, for a task that cannot be sent to it
     ``note``     is told in a line what is being done
 
@@ -47,7 +50,7 @@ def plan(
     ClusterError, DataError, and WorkerFailed when measuring fails.
     """
     say = note or _nothing
-    question = ask(task, workers=workers, cluster=cluster, quick=quick, note=note)
+    question = ask(task, workers=workers, cluster=cluster, quick=quick, fresh=fresh, note=note)
     roofline = search(question)
     if not (measured and roofline.ranked and _is_here(question.cluster, given=cluster is not None)):
         return roofline
@@ -56,7 +59,7 @@ def plan(
         sizes = _sizes(task, question.batch, busy)
         facts = [question.facts[size] for size in sizes if size in question.facts] or list(question.facts.values())
         say(f"measuring the model's blocks on {busy} worker{'s' if busy > 1 else ''}")
-        found = measured_profiles(task, facts, busy, source=source)
+        found = measured_profiles(task, facts, busy, source=source, fresh=fresh)
         profiles.update({(one.samples, busy): one for one in found})
     return search(replace(question, profiles=profiles))
 
@@ -67,6 +70,7 @@ def ask(
     workers: int | None = None,
     cluster: Cluster | Path | str | None = None,
     quick: bool = False,
+    fresh: bool = False,
     note: Callable[[str], None] | None = None,
 ) -> Question:
     """What the planner must know before it prices anything: facts, cluster and what the optimizer allows."""
@@ -79,7 +83,7 @@ def ask(
     allowed(task, first)
     if cluster is None:
         say("measuring this machine, or taking what was measured before")
-        chosen = measure(workers, quick=quick)
+        chosen = measure(workers, quick=quick, fresh=fresh)
     else:
         chosen = cluster if isinstance(cluster, Cluster) else read(cluster)
     most = chosen.workers if workers is None else min(workers, chosen.workers)
@@ -149,6 +153,35 @@ def check(task: Task, plan: Plan, facts: ModelFacts, *, workers: int) -> Plan:
     if found:
         raise PlanError([f"{one.plan}: {one.reason}; use {one.remedy}" for one in found])
     return chosen
+
+
+def predicted(
+    task: Task,
+    plan: Plan,
+    facts: ModelFacts,
+    *,
+    quick: bool = True,
+    source: FromFile | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Price:
+    """What one plan takes on this machine, priced from what its own number of workers measures, or measured before.
+
+    ``plan`` is resolved, and ``facts`` are of its microbatch. Raises ClusterError, DataError and WorkerFailed when
+    measuring fails.
+    """
+    say = note or _nothing
+    say("measuring this machine, or taking what was measured before")
+    cluster = measure(plan.workers, quick=quick)
+    say(f"measuring the model's blocks on {plan.workers} worker{'s' if plan.workers > 1 else ''}, or taking likewise")
+    profiles = measured_profiles(task, [facts], plan.workers, source=source)
+    return Question(
+        batch=min(task.batch, task.num_samples),
+        facts={facts.samples: facts},
+        cluster=cluster,
+        microbatch=task.microbatch,
+        profiles={(one.samples, plan.workers): one for one in profiles},
+        precision=task.precision,
+    ).price(plan)
 
 
 def _is_here(cluster: Cluster, *, given: bool) -> bool:

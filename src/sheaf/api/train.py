@@ -1,24 +1,24 @@
 """Train a task under a plan: in this process, on workers of this machine, or among those that torchrun started."""
 
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sheaf import launch, training
+from sheaf.api.choice import checked, choose, promised
 from sheaf.api.run import Run
 from sheaf.checkpoint import from_first
 from sheaf.cost.price import Price
-from sheaf.errors import PlanError, RunError, SheafError, TaskError
+from sheaf.errors import RunError, SheafError, TaskError
 from sheaf.launch import FromFile, World
 from sheaf.plans import Plan
 from sheaf.record import Record, StepReport, read_record, step_reports
 from sheaf.task import Task
 from sheaf.task.blueprint import Blueprint
 from sheaf.training.checks import memory_bytes
-from sheaf.training.directory import RECORD, read_plan
-
-AUTO = "auto"
+from sheaf.training.directory import RECORD
 
 
 def train(
@@ -34,6 +34,7 @@ def train(
     allow_relaxed: bool = False,
     threads: int | None = None,
     source: FromFile | None = None,
+    predict: bool = True,
 ) -> Run:
     """Train until ``steps`` steps are done in all, and return what came of it.
 
@@ -44,6 +45,7 @@ def train(
     ``save_every``  steps between checkpoints; 0: only at the end; None: as often as costs little
     ``threads``  per worker; the cores shared out when left out
     ``source``   where each worker finds the task by itself, for a task that cannot be sent to it
+    ``predict``  say what the planner expects a step to take; the first time that measures for some seconds
 
     SIGINT and SIGTERM end it after the step under way, with a checkpoint.
 
@@ -56,21 +58,42 @@ def train(
     if resume and out is None:
         raise RunError("resume needs the directory of the run to continue: give --out")
     world = launch.join()
+    note = _say_nothing if quiet else _say
     training.first_sample(task)
+    if world is None and out is not None and not resume:
+        training.check(Path(out), {}, resume=False)
+    blueprint, there_is = Blueprint(task), memory_bytes() * (1 if world is None else world.hosts)
+    training.affordable(blueprint, Plan(), there_is)  # what one copy needs, every plan needs
     resumed = Path(out) if resume and out is not None else None
-    chosen, price = _plan(task, plan, world, workers, resumed, allow_relaxed, source)
-    training.affordable(Blueprint(task), chosen, memory_bytes())
+    chosen, price = choose(
+        task,
+        plan,
+        world=world,
+        workers=workers,
+        resumed=resumed,
+        allow_relaxed=allow_relaxed,
+        source=source,
+        note=note,
+    )
+    training.affordable(blueprint, chosen, there_is)
+    facts = None
     if price is None:
-        chosen = _checked(task, chosen)
+        chosen, facts = checked(task, chosen)
     values = training.describe(task, chosen)
     directory = Path(from_first(lambda: str(_directory(task, out))))
     if world is None:
         training.check(directory, values, resume=resume)
+    events: dict[str, dict[str, Any]] = {}
+    if predict and facts is not None:
+        price, reason = promised(task, chosen, facts, world=world, source=source, note=note)
+        if reason:
+            events["warning"] = {"message": reason}
+    events["plan"] = {"plan": str(chosen), **({"predicted": price.seconds} if price is not None else {})}
     arguments: dict[str, Any] = {
         "resume": resume,
         "save_every": save_every,
         "values": values,
-        "events": {"plan": {"plan": str(chosen), **({"predicted": price.seconds} if price is not None else {})}},
+        "events": events,
         "observers": () if quiet else (functools.partial(_progress, steps, str(chosen)),),
     }
     outcome = _carry_out(task, chosen, steps, directory, world, threads, source, arguments)
@@ -129,60 +152,6 @@ def _loaded(source: FromFile) -> Task:
     return task
 
 
-def _plan(
-    task: Task,
-    plan: Plan | Price | str | None,
-    world: World | None,
-    workers: int | None,
-    resumed: Path | None,
-    allow_relaxed: bool,
-    source: FromFile | None,
-) -> tuple[Plan, Price | None]:
-    """The plan to run, the same on every worker, and its price where it is known."""
-    there_are = world.workers if world is not None else workers
-    price: Price | None = None
-    if isinstance(plan, Price):
-        chosen, price = plan.plan, plan
-    elif isinstance(plan, Plan):
-        chosen = plan
-    elif plan is not None and plan != AUTO:
-        chosen = Plan.parse(plan)
-    elif resumed is not None and (kept := read_plan(resumed)) is not None:
-        chosen = kept
-    else:
-        prices: list[Price] = []
-
-        def best() -> str:
-            from sheaf.api.plan import plan as rank
-
-            ranking = rank(task, workers=there_are, allow_relaxed=allow_relaxed, source=source)
-            # Those that torchrun started are there, with or without work.
-            fitting = [entry.price for entry in ranking.ranked if world is None or entry.plan.workers == world.workers]
-            prices.append(fitting[0] if fitting else ranking.best)
-            return prices[0].plan.to_toml()
-
-        chosen = Plan.from_toml(from_first(best))
-        price = prices[0] if prices else None
-    if there_are is not None and chosen.workers > there_are:
-        remedy = "start that many with torchrun" if world is not None else "raise --workers"
-        raise PlanError(f"{chosen} needs {chosen.workers} workers, there are {there_are}: {remedy}, or lower dp")
-    if world is not None and chosen.workers < world.workers:
-        raise PlanError(
-            f"{chosen} uses {chosen.workers} workers, torchrun started {world.workers}: "
-            f"start {chosen.workers}, or raise dp"
-        )
-    return chosen, price
-
-
-def _checked(task: Task, plan: Plan) -> Plan:
-    """The plan with its microbatch written in. Tracing runs the model and the loss once, without memory."""
-    from sheaf.api.plan import check
-    from sheaf.graph import trace
-
-    facts = trace(task, task.microbatch or plan.microbatch or -(-task.batch // plan.workers))
-    return check(task, plan, facts, workers=plan.workers)
-
-
 def _directory(task: Task, out: str | Path | None) -> Path:
     if out is not None:
         return Path(out)
@@ -197,6 +166,14 @@ def _progress(steps: int, title: str, first_step: int) -> Callable[[StepReport],
     from sheaf.watch import Progress
 
     return Progress(steps, title=title, first_step=first_step)
+
+
+def _say(line: str) -> None:
+    print(f"{line} ...", file=sys.stderr, flush=True)
+
+
+def _say_nothing(_line: str) -> None:
+    """Tell nobody."""
 
 
 def _draw(directory: Path) -> None:

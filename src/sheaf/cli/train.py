@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @click.option(
     "--save-every", type=click.IntRange(min=0), metavar="N", help="Steps between checkpoints (0: at the end)."
 )
+@click.option("--no-predict", is_flag=True, help="Do not measure what a step of a given plan should take.")
 @json_option
 @click.pass_context
 def train(
@@ -36,6 +37,7 @@ def train(
     out: Path | None,
     resume: bool,
     save_every: int | None,
+    no_predict: bool,
     as_json: bool,
 ) -> None:
     """Train a task; the run's directory keeps the plan, the record, checkpoints and a picture.
@@ -58,6 +60,7 @@ def train(
             save_every=save_every,
             quiet=not leads(),
             source=own_source(task, file),
+            predict=not no_predict,
         )
         answer.give(_values(done), lambda console: _show(done, console))
     context.exit(INTERRUPTED if done.stopped else 0)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+OVERLAP_RANGE = (-2.0, 1.0)  # all of it hides; at worst, communication takes three times as long as alone
+
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
@@ -73,7 +75,8 @@ class Cluster:
 
     ``contention`` maps n busy workers of one CPU host, each with its device's number of threads, to the share of its
     lone speed that each reaches.
-    ``overlap`` is the share of communication that hides behind computation when there is enough of it.
+    ``overlap`` is the share of communication that hides behind computation when there is enough of it; below zero
+    where both need the same cores and take longer together than one after the other.
     """
 
     name: str

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from sheaf.cluster import primitives
+from sheaf.cluster.cluster import OVERLAP_RANGE
 from sheaf.cluster.links import OPERATIONS
 from sheaf.cluster.rates import synchronize
 
@@ -98,7 +99,7 @@ def barrier(group: dist.ProcessGroup | None, device: torch.device) -> None:
 
 
 def overlap_share(group: dist.ProcessGroup, device: torch.device, *, size_bytes: int, repetitions: int) -> float:
-    """The share of the shorter of computing and all-reducing that hides behind the other, from 0 to 1.
+    """The share of the shorter of computing and all-reducing that hides behind the other; negative where they collide.
 
     (computing + communicating - both at once) / the shorter one, with as much computing as takes the same time.
     Collective over ``group``.
@@ -137,7 +138,8 @@ def overlap_share(group: dist.ProcessGroup, device: torch.device, *, size_bytes:
     slowest = _slowest(times, group, device)
     middle = repetitions // 2
     computing, communicating, together = (sorted(slowest[start::3])[middle] for start in range(3))
-    return min(1.0, max(0.0, (computing + communicating - together) / min(computing, communicating)))
+    low, high = OVERLAP_RANGE
+    return min(high, max(low, (computing + communicating - together) / min(computing, communicating)))
 
 
 def _timed(run: Callable[[], None], times: int, group: dist.ProcessGroup, device: torch.device) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 
 import tomli_w
 
-from sheaf.cluster.cluster import Cluster, Link, Timing
+from sheaf.cluster.cluster import OVERLAP_RANGE, Cluster, Link, Timing
 from sheaf.cluster.links import OPERATIONS
 from sheaf.cluster.tables import decode
 from sheaf.errors import ClusterError, nearest
@@ -197,13 +197,18 @@ def _share(value: Any) -> str | None:
     return None if 0 <= value <= 1 else f"found {value}, wanted a share from 0 to 1"
 
 
+def _overlap(value: Any) -> str | None:
+    low, high = OVERLAP_RANGE
+    return None if low <= value <= high else f"found {value}, wanted a share from {low} to {high}"
+
+
 _RULES: dict[str, Callable[[Any], str | None]] = {
     "kind": _one_of(("cpu", "cuda")),
     "backend": _one_of(("gloo", "nccl")),
     "operation": _one_of(OPERATIONS),
     "flops_per_second key": _one_of(tuple(PRECISIONS)),
     "contention": _share,
-    "overlap": _share,
+    "overlap": _overlap,
     **dict.fromkeys(("count", "workers", "cores", "threads", "speed", "memory_bytes", "contention key"), _above_zero),
     **dict.fromkeys(("bytes_per_second", "memory_bytes_per_second", "flops_per_second"), _above_zero),
     **dict.fromkeys(("thread_speedup", "thread_speedup key"), _above_zero),

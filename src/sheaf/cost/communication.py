@@ -55,7 +55,8 @@ def exposed(pieces: Sequence[float], window_seconds: float, overlap: float) -> f
 
     ``pieces`` are in the order they start; the last one starts when computation ends (or, for gathering, the first
     one before it starts), so it has nothing to hide behind. Of the others the share ``overlap`` hides, as far as the
-    ``window_seconds`` of computation reach.
+    ``window_seconds`` of computation reach. A negative ``overlap`` adds: on cores that are busy computing, sending
+    takes longer than it does alone.
     """
     total = sum(pieces, 0.0)
     hideable = total - (pieces[-1] if pieces else 0.0)
@@ -74,7 +75,8 @@ def buckets(facts: ModelFacts, bucket_bytes: int) -> tuple[int, ...]:
 class Units:
     """Parameters as ZeRO-2 and 3 move them: block by block in forward order, and what stays gathered for the step.
 
-    Parameters used outside their block (shared ones, the glue's, those of modules that are never called) stay gathered.
+    Parameters used outside their block (shared ones, the glue's, those of modules never called) stay gathered, and so
+    do blocks that are too small to be worth a collective of their own.
     """
 
     block_bytes: tuple[int, ...]
@@ -83,15 +85,15 @@ class Units:
     glue_trainable_bytes: int
 
 
-def units(facts: ModelFacts) -> Units:
-    """The units of a model."""
+def units(facts: ModelFacts, bucket_bytes: int) -> Units:
+    """The units of a model; blocks too small to be worth a collective of their own are glue."""
     known = {parameter.name: parameter for parameter in facts.parameters}
     own: list[tuple[int, int]] = []
     for block in facts.blocks:
         if block.name not in (GLUE, LOSS) and block.calls:
             held = [known[name] for name in block.parameters if not known[name].aliases]
             own.append((sum(one.size_bytes for one in held), sum(one.size_bytes for one in held if one.requires_grad)))
-    own = [pair for pair in own if pair[0]]
+    own = [pair for pair in own if not layout.kept_whole(pair[0], bucket_bytes)]
     return Units(
         block_bytes=tuple(size for size, _ in own),
         block_trainable_bytes=tuple(size for _, size in own),

@@ -61,7 +61,7 @@ class Pacer:
 def _measured(facts: ModelFacts, profile: Profile, speed: float) -> Pace:
     samples = profile.samples
     times = profile.blocks
-    blocks = [block.name for block in facts.blocks if block.name not in (GLUE, LOSS) and block.name in times]
+    blocks = [block.name for block in _recomputed(facts) if block.name in times]
     return Pace(
         forward=Direction(samples, sum(time.forward_seconds for time in times.values()) / speed),
         backward=Direction(samples, sum(time.backward_seconds for time in times.values()) / speed),
@@ -73,18 +73,21 @@ def _measured(facts: ModelFacts, profile: Profile, speed: float) -> Pace:
 
 
 def _roofline(facts: ModelFacts, seat: Seat) -> Pace:
-    real = [block for block in facts.blocks if block.name not in (GLUE, LOSS)]
     state = STATE_BYTES_PER_BYTE
     # Reads weight, gradient and state, writes weight and state; the gradient is zeroed too.
     optimizer = (4 + 2 * state) / seat.memory_bytes_per_second
     return Pace(
         forward=_direction(facts, [_forward(block) for block in facts.blocks], seat),
         backward=_direction(facts, [_backward(block) for block in facts.blocks], seat),
-        again=_direction(facts, [_forward(block) for block in real], seat),
+        again=_direction(facts, [_forward(block) for block in _recomputed(facts)], seat),
         optimizer_seconds_per_byte=optimizer,
         fetch=Direction(facts.samples, 0.0),
         host_seconds=0.0,
     )
+
+
+def _recomputed(facts: ModelFacts) -> list[BlockFact]:
+    return [block for block in facts.blocks if block.name not in (GLUE, LOSS) and block.composite]
 
 
 def _forward(block: BlockFact) -> tuple[float, float, int]:

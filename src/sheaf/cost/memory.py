@@ -47,13 +47,16 @@ def activation_bytes(plan: Plan, facts: ModelFacts) -> int:
     saved = [block.saved_bytes + block.saved_input_bytes for block in real]
     if plan.recompute == "none":
         return sum(saved) + rest
-    return sum(block.fresh_input_bytes for block in real) + max(saved, default=0) + rest
+    kept = [
+        block.fresh_input_bytes if block.composite else block.saved_bytes + block.saved_input_bytes for block in real
+    ]
+    return sum(kept) + max(saved, default=0) + rest
 
 
 def _parameters(plan: Plan, facts: ModelFacts) -> int:
     if plan.zero < 3:
         return facts.parameter_bytes
-    held = units(facts)
+    held = units(facts, plan.bucket_bytes)
     gathered = sum(sorted(held.block_bytes, reverse=True)[:GATHERED_BLOCKS])
     # The glue's own shard is counted beside its gathered copy: the optimizer steps on the shard.
     return -(-facts.parameter_bytes // plan.dp) + held.glue_bytes + gathered
@@ -65,7 +68,7 @@ def _gradients(plan: Plan, facts: ModelFacts) -> int:
         return facts.trainable_bytes + shard
     if plan.zero == 2:
         return shard + max(buckets(facts, plan.bucket_bytes), default=0)
-    held = units(facts)
+    held = units(facts, plan.bucket_bytes)
     return shard + max(held.block_trainable_bytes, default=0) + held.glue_trainable_bytes
 
 
@@ -74,7 +77,7 @@ def _workspace(plan: Plan, facts: ModelFacts, scale: float) -> int:
     if plan.dp > 1 and plan.zero == 0:
         travelling = facts.trainable_bytes  # all-reduced buckets are kept from step to step
     elif plan.zero:
-        held = units(facts)
+        held = units(facts, plan.bucket_bytes)
         sent = (*held.block_trainable_bytes, held.glue_trainable_bytes)
         largest = sorted(sent if plan.zero == 3 else buckets(facts, plan.bucket_bytes), reverse=True)[
             :BUCKETS_IN_FLIGHT

@@ -134,7 +134,7 @@ def _in_rounds(
     totals = [sum(own_seconds(plan, pace, size) for size in share) for pace, share in zip(paces, shares, strict=True)]
     first = totals.index(min(totals))
     _own_terms(times, plan, paces[first], shares[first])
-    held, grouped = units(facts), buckets(facts, plan.bucket_bytes)
+    held, grouped = units(facts, plan.bucket_bytes), buckets(facts, plan.bucket_bytes)
     lockstep = 0.0
     for number in range(max(len(share) for share in shares)):
         here = [(pace, share[number]) for pace, share in zip(paces, shares, strict=True) if number < len(share)]

@@ -1,7 +1,7 @@
 """What a model is made of: its blocks with their work and memory, traced without allocating, and measured times."""
 
 from sheaf.graph.cache import cached_profile
-from sheaf.graph.cut import cut, owners
+from sheaf.graph.cut import cut, is_composite, owners
 from sheaf.graph.facts import GLUE, LOSS, BlockFact, BlockTime, BufferFact, ModelFacts, ParameterFact, Profile
 from sheaf.graph.profile import profile
 from sheaf.graph.trace import trace
@@ -17,6 +17,7 @@ __all__ = [
     "Profile",
     "cached_profile",
     "cut",
+    "is_composite",
     "owners",
     "profile",
     "trace",

@@ -31,6 +31,11 @@ def cut(model: nn.Module) -> dict[str, nn.Module]:
     return finder.blocks
 
 
+def is_composite(block: nn.Module) -> bool:
+    """Whether a block is made of other modules: only such a one keeps more than its input for backward."""
+    return any(True for _ in block.children())
+
+
 def owners(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Which parameters each block owns, by canonical name; GLUE owns what is in no block.
 

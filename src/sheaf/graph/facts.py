@@ -67,6 +67,7 @@ class BlockFact:
     draws: bool = False
     batch_dependent: bool = False
     saved_input_bytes: int = 0  # of its inputs, what it keeps for backward and no earlier block has counted
+    composite: bool = True  # made of other modules; one that is not keeps little but its input, and is not recomputed
     fresh_input_bytes: int = 0  # of its inputs, what is no earlier block's input: kept when a block is recomputed
 
 

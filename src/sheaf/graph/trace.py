@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from sheaf.errors import SheafError, TaskError
 from sheaf.graph import ops
 from sheaf.graph.counter import Counter, Tally
-from sheaf.graph.cut import cut, owners
+from sheaf.graph.cut import cut, is_composite, owners
 from sheaf.graph.example import converted, example, global_streams_kept, num_samples, precision
 from sheaf.graph.facts import GLUE, LOSS, BlockFact, BufferFact, ModelFacts, ParameterFact
 from sheaf.task import Task, arguments, as_loss
@@ -132,11 +132,14 @@ def _gather(
     updated: frozenset[str],
 ) -> ModelFacts:
     parameters = dict(model.named_parameters())
-    kinds = {name: type(module).__name__ for name, module in cut(model).items()} | {GLUE: "Glue", LOSS: "Loss"}
+    modules = cut(model)
+    kinds = {name: type(module).__name__ for name, module in modules.items()} | {GLUE: "Glue", LOSS: "Loss"}
+    composite = {name for name, module in modules.items() if is_composite(module)}
     order = [name for name in counter.order if name != LOSS]
     order += [name for name in owned if name not in order and name != GLUE]
     blocks = tuple(
-        _block(name, kinds[name], counter.tally(name), owned.get(name, ()), parameters) for name in (*order, GLUE, LOSS)
+        _block(name, kinds[name], counter.tally(name), owned.get(name, ()), parameters, composite=name in composite)
+        for name in (*order, GLUE, LOSS)
     )
     return ModelFacts(
         samples=samples,
@@ -150,7 +153,7 @@ def _gather(
 
 
 def _block(
-    name: str, kind: str, tally: Tally, owned: tuple[str, ...], parameters: dict[str, nn.Parameter]
+    name: str, kind: str, tally: Tally, owned: tuple[str, ...], parameters: dict[str, nn.Parameter], *, composite: bool
 ) -> BlockFact:
     forward, backward = tally.forward, tally.backward
     return BlockFact(
@@ -171,6 +174,7 @@ def _block(
         calls=1 if name in (GLUE, LOSS) else tally.calls,
         draws=tally.draws,
         batch_dependent=tally.batch_dependent,
+        composite=composite,
         saved_input_bytes=sum(tally.saved_inputs.values()),
         fresh_input_bytes=tally.fresh_input_bytes,
     )

@@ -29,6 +29,12 @@ class World:
     local_rank: int
     device: torch.device
 
+    @property
+    def hosts(self) -> int:
+        """On how many machines the workers are, when torchrun started as many on each."""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.workers))
+        return -(-self.workers // max(1, here))
+
     @classmethod
     def alone(cls) -> "World":
         """The only worker there is."""

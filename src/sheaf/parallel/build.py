@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sheaf.errors import PlanError
-from sheaf.graph import cut
+from sheaf.graph import cut, is_composite
 from sheaf.parallel.exchange import Exchange
 from sheaf.parallel.gathered import Gathered
 from sheaf.parallel.holding import AbstractHolding, Factor
@@ -47,7 +47,7 @@ def build(task: Task, plan: Plan, *, device: torch.device | None = None) -> Step
     holding = _hold(blueprint, plan, world, factor, blocks)
     streams = Streams(holding.model, task.seed, world.device)
     if plan.recompute == "full":
-        recompute(blocks.values(), streams)
+        recompute([block for block in blocks.values() if is_composite(block)], streams)
     deal = dealer(plan, world.rank, world.counter, f"sheaf/stolen/{_next_build()}")
     return Step(task, plan, world, holding, deal, exchange, expectation, scale, streams)
 
@@ -92,7 +92,7 @@ def _hold(
     if plan.zero == 0:
         return Replicated(blueprint, world, factor, plan.bucket_bytes)
     if plan.zero == 3:
-        return Gathered(blueprint, world, factor, blocks, hooks=plan.recompute == "none")
+        return Gathered(blueprint, world, factor, blocks, plan)
     return Sharded(blueprint, world, factor, plan.bucket_bytes, shard_gradients=plan.zero == 2)
 
 

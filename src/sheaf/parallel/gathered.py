@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sheaf.cluster.primitives import Pending
 from sheaf.errors import PlanError
+from sheaf.graph import is_composite
 from sheaf.graph.facts import GLUE
 from sheaf.parallel.flat import FlatTensors
 from sheaf.parallel.holding import AbstractHolding, Factor, Touched
@@ -25,7 +26,8 @@ from sheaf.parallel.sharded import gathered
 from sheaf.parallel.turns import Turns
 from sheaf.parallel.turnstile import Turnstile
 from sheaf.parallel.world import World
-from sheaf.plans.layout import Held, Piece, flats
+from sheaf.plans import Plan
+from sheaf.plans.layout import Held, Piece, flats, kept_whole
 from sheaf.task import Blueprint
 
 _IN_FLIGHT = 2
@@ -46,12 +48,10 @@ class Gathered(AbstractHolding):
 
     lockstep = True
 
-    def __init__(
-        self, blueprint: Blueprint, world: World, factor: Factor, blocks: dict[str, nn.Module], *, hooks: bool
-    ):
-        self._world, self._factor, self._hooks = world, factor, hooks
+    def __init__(self, blueprint: Blueprint, world: World, factor: Factor, blocks: dict[str, nn.Module], plan: Plan):
+        self._world, self._factor = world, factor
         rehearsal = rehearse(blueprint, blocks)
-        named = unit_members(blueprint, blocks, rehearsal)
+        named = unit_members(blueprint, blocks, rehearsal, plan.bucket_bytes)
         order = [name for name in rehearsal.order if name in named]
         order += [name for name in named if name not in order and name != GLUE]
         shapes = {name: fake.shape for name, fake in blueprint.parameters.items()}
@@ -88,7 +88,7 @@ class Gathered(AbstractHolding):
         self._touched = Touched(self.parameters.items(), lambda name: self._turnstile.ready(self._flat_of[name]))
         for name, block in blocks.items():
             if name in self._units:
-                self._wrap(block, self._units[name])
+                self._wrap(block, self._units[name], recomputed=plan.recompute == "full" and is_composite(block))
 
     @property
     def sharded(self) -> bool:
@@ -204,7 +204,7 @@ class Gathered(AbstractHolding):
             if unit.name not in (GLUE, *self._backward_turns.sequence[:1]):
                 self._release(unit)
 
-    def _wrap(self, block: nn.Module, unit: Unit) -> None:
+    def _wrap(self, block: nn.Module, unit: Unit, *, recomputed: bool) -> None:
         forward: Callable[..., Any] = block.forward
 
         def gathering(*positional: Any, **named: Any) -> Any:
@@ -216,7 +216,8 @@ class Gathered(AbstractHolding):
                 turns.take(unit.name)
                 self._arrive(unit)
                 turns.look_ahead()
-            keep = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack) if self._hooks else nullcontext()
+            # a block that is recomputed gathers when it runs again, and its checkpoint has hooks of its own
+            keep = nullcontext() if recomputed else torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
             unit.running = True
             with keep:
                 output = forward(*positional, **named)
@@ -301,13 +302,22 @@ class Gathered(AbstractHolding):
             total.add_(part)
 
 
-def unit_members(blueprint: Blueprint, blocks: dict[str, nn.Module], rehearsal: Rehearsal) -> dict[str, list[Held]]:
-    """Which parameters each unit holds: a block those that only it uses, GLUE all others, whole for the whole step."""
+def unit_members(
+    blueprint: Blueprint, blocks: dict[str, nn.Module], rehearsal: Rehearsal, bucket_bytes: int
+) -> dict[str, list[Held]]:
+    """Which parameters each unit holds: a block those that only it uses, GLUE all others, whole for the whole step.
+
+    Blocks that are too small to be worth a collective are left to GLUE too.
+    """
     members: dict[str, list[Held]] = {}
-    for name, block in home(blueprint, blocks, rehearsal).items():
+    homes = home(blueprint, blocks, rehearsal)
+    sizes: dict[str | None, int] = {}
+    for name, block in homes.items():
+        fake = blueprint.parameters[name]
+        sizes[block] = sizes.get(block, 0) + fake.numel() * blueprint.dtype_of(fake).itemsize
+    for name, block in homes.items():
         fake = blueprint.parameters[name]
         dtype = str(blueprint.dtype_of(fake)).removeprefix("torch.")
-        members.setdefault(GLUE if block is None else block, []).append(
-            Held(name, fake.numel(), dtype, fake.requires_grad)
-        )
+        unit = GLUE if block is None or kept_whole(sizes[block], bucket_bytes) else block
+        members.setdefault(unit, []).append(Held(name, fake.numel(), dtype, fake.requires_grad))
     return members

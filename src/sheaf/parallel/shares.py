@@ -21,7 +21,7 @@ class Counter(Protocol):
 
 
 class AbstractDealer(ABC):
-    """Hands a worker its microbatches of a step, each with a function that tells, before backward, if it is the last."""
+    """Hands a worker its microbatches of a step, each with a way to ask before backward if it is the last."""
 
     @abstractmethod
     def deal(self, step: int, microbatches: Sequence[Microbatch]) -> Iterator[tuple[Microbatch, Callable[[], bool]]]:

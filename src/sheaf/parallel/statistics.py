@@ -4,7 +4,8 @@ The unit of BatchNorm is the microbatch everywhere. While a microbatch runs, eac
 a scratch buffer; at the end of the step all of them are applied to the running statistics in order, on every worker.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +15,58 @@ from sheaf.errors import PlanError
 from sheaf.parallel.world import World
 
 _Norm = nn.modules.batchnorm._NormBase
+_KEPT = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class _Layer:
+    """One normalisation layer: its running statistics, and the scratch buffers that stand in for them."""
+
+    def __init__(self, name: str, module: _Norm) -> None:
+        assert module.running_mean is not None
+        assert module.running_var is not None
+        assert module.num_batches_tracked is not None
+        self.name, self.module, self.momentum = name, module, module.momentum
+        self.size = module.running_mean.numel()
+        self.scratch = {key: torch.zeros_like(module._buffers[key]) for key in _KEPT}
+        self.running = {key: module._buffers[key] for key in _KEPT}
+
+    def set_aside(self) -> None:
+        """Let the layer write the batch's own statistics to the scratch buffers: momentum 1 forgets what they held."""
+        self.running = {key: self.module._buffers[key] for key in _KEPT}
+        self.scratch["num_batches_tracked"].zero_()
+        self.module._buffers.update(self.scratch)
+        self.module.__dict__["momentum"] = 1.0
+
+    def put_back(self) -> None:
+        """Give the layer its running statistics again."""
+        self.module._buffers.update(self.running)
+        self.module.__dict__["momentum"] = self.momentum
+
+    def update(self, statistics: Tensor) -> None:
+        """Apply rows of (mean, variance, calls), in order, to the running statistics.
+
+        Raises PlanError where the layer ran more than once in a forward.
+        """
+        calls = statistics[:, -1].tolist()
+        if max(calls) > 1:
+            raise PlanError(
+                f"{self.name} runs {round(max(calls))} times in one forward, so the order of its running statistics "
+                "cannot be kept by several workers or under recomputation: use the serial plan without recomputation"
+            )
+        seen = [row for row, count in enumerate(calls) if count]
+        tracked = self.module._buffers["num_batches_tracked"]
+        assert tracked is not None
+        factors = [
+            self.momentum if self.momentum is not None else 1.0 / (int(tracked) + number)
+            for number in range(1, len(seen) + 1)
+        ]
+        tracked += len(seen)
+        kept, weights = _moving_average(factors)
+        means, variances = statistics[seen, : self.size], statistics[seen, self.size : 2 * self.size]
+        for key, rows in (("running_mean", means), ("running_var", variances)):
+            running = self.module._buffers[key]
+            assert running is not None
+            running.copy_(kept * running.double().cpu() + weights @ rows)
 
 
 class BatchStatistics:
@@ -21,14 +74,13 @@ class BatchStatistics:
 
     def __init__(self, model: nn.Module, world: World) -> None:
         self._world = world
-        self._layers = {
-            name: module
+        self._layers = [
+            _Layer(name, module)
             for name, module in model.named_modules()
             if isinstance(module, _Norm) and module.track_running_stats and module.running_mean is not None
-        }
-        self._others = {
-            name: buffer for name, buffer in model.named_buffers() if name.rpartition(".")[0] not in self._layers
-        }
+        ]
+        names = {layer.name for layer in self._layers}
+        self._others = {name: buffer for name, buffer in model.named_buffers() if name.rpartition(".")[0] not in names}
         self._versions = {name: buffer._version for name, buffer in self._others.items()}
         self._found: dict[int, Tensor] = {}
 
@@ -38,62 +90,22 @@ class BatchStatistics:
 
     @contextmanager
     def microbatch(self) -> Iterator[None]:
-        """Run a microbatch's forward and backward inside; its statistics are set aside.
-
-        Raises PlanError when a layer runs twice in one forward, or another buffer changes: neither can be merged.
-        """
-        kept = {name: (layer.running_mean, layer.running_var, layer.num_batches_tracked, layer.momentum)
-                for name, layer in self._layers.items()}  # fmt: skip
-        for layer in self._layers.values():
-            assert layer.running_mean is not None
-            assert layer.running_var is not None
-            layer.running_mean = torch.zeros_like(layer.running_mean)
-            layer.running_var = torch.zeros_like(layer.running_var)
-            layer.num_batches_tracked = torch.zeros((), dtype=torch.int64, device=layer.running_mean.device)
-            layer.momentum = 1.0  # so that the scratch buffer holds the batch's own statistics
+        """Run a microbatch's forward and backward inside; its statistics are set aside."""
+        for layer in self._layers:
+            layer.set_aside()
         try:
             yield
         finally:
-            for name, layer in self._layers.items():
-                layer.running_mean, layer.running_var, layer.num_batches_tracked, layer.momentum = kept[name]
+            for layer in self._layers:
+                layer.put_back()
 
     def collect(self, index: int) -> None:
-        """Forward has run: take the statistics it left (called inside ``microbatch``, before backward)."""
-        parts: list[Tensor] = []
-        for name, layer in self._layers.items():
-            assert layer.running_mean is not None
-            assert layer.running_var is not None
-            assert layer.num_batches_tracked is not None
-            calls = int(layer.num_batches_tracked)
-            if calls > 1:
-                raise PlanError(
-                    f"{name} runs {calls} times in one forward, so the order of its running statistics cannot be kept "
-                    "by several workers or under recomputation: use the serial plan without recomputation"
-                )
-            parts += [layer.running_mean, layer.running_var, layer.running_mean.new_tensor([float(calls)])]
-        if parts:
-            self._found[index] = torch.cat([part.flatten().to(torch.float64) for part in parts])
-        self._check_others()
+        """Forward has run: take the statistics it left (called inside ``microbatch``, before backward).
 
-    def apply(self, microbatches: int) -> None:
-        """Update the running statistics by every worker's microbatches, in order (collective)."""
-        if not self._layers:
-            return
-        width = sum(2 * _size(layer) + 1 for layer in self._layers.values())
-        table = torch.zeros(microbatches, width, dtype=torch.float64)
-        for index, row in self._found.items():
-            table[index] = row.cpu()
-        table = self._world.summed(table, "running statistics")
-        for row in table:
-            position = 0
-            for layer in self._layers.values():
-                size = _size(layer)
-                mean, variance = row[position : position + size], row[position + size : position + 2 * size]
-                if row[position + 2 * size] > 0:
-                    _update(layer, mean, variance)
-                position += 2 * size + 1
-
-    def _check_others(self) -> None:
+        Raises PlanError when forward changed another buffer, which several workers cannot merge.
+        """
+        if self._layers:
+            self._found[index] = torch.cat([layer.scratch[key].reshape(-1) for layer in self._layers for key in _KEPT])
         changed = [name for name, buffer in self._others.items() if buffer._version != self._versions[name]]
         if changed and self._world.workers > 1:
             raise PlanError(
@@ -101,17 +113,26 @@ class BatchStatistics:
                 "merged between workers: use the serial plan"
             )
 
+    def apply(self, microbatches: int) -> None:
+        """Update the running statistics by every worker's microbatches, in order (collective)."""
+        if not self._layers:
+            return
+        table = torch.zeros(microbatches, sum(2 * layer.size + 1 for layer in self._layers), dtype=torch.float64)
+        for index, row in self._found.items():
+            table[index] = row
+        table = self._world.summed(table, "running statistics")
+        widths = [2 * layer.size + 1 for layer in self._layers]
+        for layer, statistics in zip(self._layers, table.split(widths, dim=1), strict=True):
+            layer.update(statistics)
 
-def _size(layer: _Norm) -> int:
-    assert layer.running_mean is not None
-    return layer.running_mean.numel()
 
+def _moving_average(factors: Sequence[float]) -> tuple[float, Tensor]:
+    """``x <- (1 - f) x + f s`` for every factor in turn, as the weight of the first x and of each s.
 
-def _update(layer: _Norm, mean: Tensor, variance: Tensor) -> None:
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    assert layer.num_batches_tracked is not None
-    layer.num_batches_tracked += 1
-    factor = layer.momentum if layer.momentum is not None else 1.0 / float(layer.num_batches_tracked)
-    for running, batch in ((layer.running_mean, mean), (layer.running_var, variance)):
-        running.mul_(1.0 - factor).add_(batch.to(device=running.device, dtype=running.dtype), alpha=factor)
+    >>> _moving_average([0.5, 0.5])
+    (0.25, tensor([0.2500, 0.5000], dtype=torch.float64))
+    """
+    weights = [
+        factor * math.prod(1.0 - later for later in factors[number + 1 :]) for number, factor in enumerate(factors)
+    ]
+    return math.prod(1.0 - factor for factor in factors), torch.tensor(weights, dtype=torch.float64)

@@ -95,6 +95,15 @@ def flats(units: Iterable[tuple[str, Sequence[Held]]], workers: int) -> tuple[Fl
     return tuple(made)
 
 
+def kept_whole(unit_bytes: int, bucket_bytes: int) -> bool:
+    """Whether ZeRO-3 keeps a block's parameters whole for the step: under a 32nd of a bucket, latency is all there is.
+
+    >>> kept_whole(100_000, 8 * 2**20), kept_whole(300_000, 8 * 2**20)
+    (True, False)
+    """
+    return unit_bytes * 32 < bucket_bytes
+
+
 def buckets(parameters: Sequence[Held], bytes_of: dict[str, int], bucket_bytes: int) -> tuple[tuple[Held, ...], ...]:
     """Trained parameters in reverse order (as backward makes their gradients), grouped to about ``bucket_bytes``.
 

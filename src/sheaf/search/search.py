@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from sheaf.cluster.cluster import Cluster
 from sheaf.cost import Price, microbatch_sizes, price, worker_seconds
 from sheaf.cost.placement import seats
-from sheaf.graph.facts import ModelFacts, Profile
+from sheaf.graph.facts import GLUE, LOSS, ModelFacts, Profile
 from sheaf.plans import Plan
 from sheaf.plans.plan import EQUAL
 from sheaf.search import rules, space, words
@@ -40,6 +40,12 @@ class Question:
     def size(self, plan: Plan) -> int:
         """Samples per microbatch under a plan."""
         return self.microbatch or plan.microbatch or -(-self.batch // plan.workers)
+
+    @property
+    def recomputable(self) -> bool:
+        """Whether any block keeps more than its input, so that running it again would save memory."""
+        blocks = next(iter(self.facts.values())).blocks
+        return any(block.composite for block in blocks if block.name not in (GLUE, LOSS))
 
     def price(self, plan: Plan) -> Price:
         """The price of one plan."""
@@ -101,6 +107,8 @@ def _families(question: Question) -> Iterator[list[Plan]]:
     for workers in space.degrees(question.available, question.batch):
         sizes = [None] if question.microbatch else list(space.microbatch_choices(question.batch, workers))
         for strategy in space.strategies(workers):
+            if strategy.recompute != "none" and not question.recomputable:
+                continue
             same = [replace(strategy, microbatch=size) for size in sizes]
             yield same
             if workers > 1 and not strategy.stolen:

@@ -44,7 +44,7 @@ def affordable(blueprint: Blueprint, plan: Plan, memory_bytes: int) -> None:
         there_is = pretty_bytes(float(memory_bytes))
         raise PlanError(
             f"the model does not fit: {plan} keeps {copies_held} x {pretty_bytes(float(held))} of parameters and "
-            f"{copies_trained} x {pretty_bytes(float(trained))} of gradients, and this machine has {there_is} of "
+            f"{copies_trained} x {pretty_bytes(float(trained))} of gradients, and there is {there_is} of "
             f"memory: {remedy}train a smaller model, or on more memory"
         )
 
