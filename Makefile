@@ -14,12 +14,13 @@ $(ready): requirements.lock pyproject.toml tools/setup.sh
 	PYTHON="$(PYTHON)" PIP_FLAGS="$(PIP_FLAGS)" tools/setup.sh
 	@touch $@
 
-check: setup ## format, lint, types, walls, map
+check: setup ## format, lint, types, walls, map, numbers
 	$(bin)/ruff format --check
 	$(bin)/ruff check
 	$(bin)/basedpyright
 	$(bin)/lint-imports
 	$(bin)/python tools/map.py --check
+	$(bin)/python tools/readme.py --check
 
 format: setup ## put the code into its form, and fix what can be fixed
 	$(bin)/ruff format
@@ -34,12 +35,14 @@ demo: setup ## the whole road on this machine
 bench: setup ## run the benchmarks
 	$(bin)/python -m bench
 
-docs: setup ## write docs/map.md
+docs: setup ## write what is generated: docs/map.md, the house, the README's numbers
 	$(bin)/python tools/map.py
+	$(bin)/python tools/house.py
+	$(bin)/python tools/readme.py
 
 lock: setup ## write requirements.lock from what is installed
 	$(bin)/python tools/lock.py
 
 clean: ## remove everything that can be made again, .venv too
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
-	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests tools bench examples -name __pycache__ -type d -prune -exec rm -rf {} +

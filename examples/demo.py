@@ -28,7 +28,7 @@ def main():
     tell(1, "What do we have? The workers of this machine, and the links between them, measured.")
     workers = min(MOST_WORKERS, max(2, torch.get_num_threads()))
     cluster = sheaf.measure(workers, quick=True)
-    console.print("\n".join(described(cluster)), markup=False)
+    console.print("\n".join(described(cluster)), markup=False, soft_wrap=True)
 
     tell(2, "Which plans are there, and what would a step of each take?")
     ranking = sheaf.plan(task, workers=workers, cluster=cluster)
@@ -46,7 +46,7 @@ def main():
         4, f"Did splitting change the answer? {VERIFIED_STEPS} steps again, in one process of plain PyTorch beside it."
     )
     verdict = sheaf.verify(task, chosen.plan, steps=VERIFIED_STEPS)
-    console.print(str(verdict), markup=False)
+    console.print(str(verdict), markup=False, soft_wrap=True)
 
     tell(5, "Look at it.")
     console.print(f"picture       {run.directory / 'picture.png'}", soft_wrap=True)

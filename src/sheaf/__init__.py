@@ -4,13 +4,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sheaf.api.build import build
     from sheaf.api.fit import fit
     from sheaf.api.measure import measure
     from sheaf.api.plan import plan
     from sheaf.api.train import train
     from sheaf.api.verify import verify
     from sheaf.errors import SheafError
-    from sheaf.parallel import Step, build
+    from sheaf.parallel import Step
     from sheaf.plans import Plan
     from sheaf.task import Loss, Task
 
@@ -23,7 +24,7 @@ _HOMES = {
     "SheafError": "sheaf.errors",
     "Step": "sheaf.parallel",
     "Task": "sheaf.task",
-    "build": "sheaf.parallel",
+    "build": "sheaf.api.build",
     "fit": "sheaf.api.fit",
     "measure": "sheaf.api.measure",
     "plan": "sheaf.api.plan",

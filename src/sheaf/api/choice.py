@@ -43,19 +43,17 @@ def choose(
     elif resumed is not None and (kept := read_plan(resumed)) is not None:
         chosen = kept
     else:
-        prices: list[Price] = []
 
-        def best() -> str:
+        def best() -> dict[str, Any]:
             from sheaf.api.plan import plan as rank
 
             ranking = rank(task, workers=there_are, allow_relaxed=allow_relaxed, source=source, note=note)
             # Those that torchrun started are there, with or without work.
             fitting = [entry.price for entry in ranking.ranked if world is None or entry.plan.workers == world.workers]
-            prices.append(fitting[0] if fitting else ranking.best)
-            return prices[0].plan.to_toml()
+            return _told(fitting[0] if fitting else ranking.best)
 
-        chosen = Plan.from_toml(from_first(best))
-        price = prices[0] if prices else None
+        price = _heard(from_first(best))
+        chosen = price.plan
     if there_are is not None and chosen.workers > there_are:
         remedy = "start that many with torchrun" if world is not None else "raise --workers"
         raise PlanError(f"{chosen} needs {chosen.workers} workers, there are {there_are}: {remedy}, or lower dp")
@@ -100,8 +98,7 @@ def promised(
         from sheaf.api.plan import predicted
 
         try:
-            price = predicted(task, plan, facts, source=source, note=note)
-            return {"price": {name: value for name, value in vars(price).items() if name != "plan"}}
+            return _told(predicted(task, plan, facts, source=source, note=note))
         except Exception as error:  # noqa: BLE001  whatever it is, the run goes on
             first = (str(error).splitlines() or [""])[0]
             reason = f"the step time of {plan} is not predicted: {type(error).__name__}: {first}"
@@ -109,6 +106,13 @@ def promised(
             return {"reason": reason}
 
     told: dict[str, Any] = from_first(foretell)
-    if "reason" in told:
-        return None, told["reason"]
-    return Price(plan=plan, **told["price"]), ""
+    return (None, told["reason"]) if "reason" in told else (_heard(told), "")
+
+
+def _told(price: Price) -> dict[str, Any]:
+    """A price as values that JSON knows."""
+    return {**vars(price), "plan": price.plan.to_toml()}
+
+
+def _heard(told: dict[str, Any]) -> Price:
+    return Price(**{**told, "plan": Plan.from_toml(told["plan"])})

@@ -169,10 +169,8 @@ def predicted(
     ``plan`` is resolved, and ``facts`` are of its microbatch. Raises ClusterError, DataError and WorkerFailed when
     measuring fails.
     """
-    say = note or _nothing
-    say("measuring this machine, or taking what was measured before")
+    (note or _nothing)(f"predicting a step of {plan} from what was measured, measuring what was not")
     cluster = measure(plan.workers, quick=quick)
-    say(f"measuring the model's blocks on {plan.workers} worker{'s' if plan.workers > 1 else ''}, or taking likewise")
     profiles = measured_profiles(task, [facts], plan.workers, source=source)
     return Question(
         batch=min(task.batch, task.num_samples),

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from sheaf import launch, training
-from sheaf.api.choice import checked, choose, promised
+from sheaf.api.choice import AUTO, checked, choose, promised
 from sheaf.api.run import Run
-from sheaf.checkpoint import from_first
+from sheaf.checkpoint import from_first, latest
 from sheaf.cost.price import Price
 from sheaf.errors import RunError, SheafError, TaskError
 from sheaf.launch import FromFile, World
@@ -63,7 +63,8 @@ def train(
     if world is None and out is not None and not resume:
         training.check(Path(out), {}, resume=False)
     blueprint, there_is = Blueprint(task), memory_bytes() * (1 if world is None else world.hosts)
-    training.affordable(blueprint, Plan(), there_is)  # what one copy needs, every plan needs
+    if plan in (None, AUTO):  # what one copy needs, every plan needs
+        training.affordable(blueprint, Plan(), there_is)
     resumed = Path(out) if resume and out is not None else None
     chosen, price = choose(
         task,
@@ -96,7 +97,12 @@ def train(
         "events": events,
         "observers": () if quiet else (functools.partial(_progress, steps, str(chosen)),),
     }
-    outcome = _carry_out(task, chosen, steps, directory, world, threads, source, arguments)
+    try:
+        outcome = _carry_out(task, chosen, steps, directory, world, threads, source, arguments)
+    except SheafError:
+        if not quiet and (kept := latest(directory).path) is not None:
+            print(f"{kept} is kept; --resume goes on from there", file=sys.stderr, flush=True)
+        raise
     if world is None or world.rank == 0:
         _draw(directory)
     reports = [report for report in step_reports(directory / RECORD) if report.step < outcome.steps]

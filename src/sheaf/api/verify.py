@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from sheaf.api.choice import checked
 from sheaf.errors import PlanError, RunError, SheafError
 from sheaf.launch import run
 from sheaf.parallel import with_microbatch
@@ -18,6 +19,7 @@ from sheaf.parity.verdict import Verdict
 from sheaf.plans import Plan
 from sheaf.task import Order, Task, arguments, fetch, key
 from sheaf.task.blueprint import Blueprint
+from sheaf.training.checks import affordable, memory_bytes
 
 
 def verify(
@@ -69,7 +71,10 @@ def _refused(task: Task, plan: Plan, microbatch: int, steps: int, workers: int |
     for step in range(min(steps, order.steps_per_epoch)):
         for each in order.step(step):
             arguments(task, fetch(task, each.samples, key(task.seed, "data", step, each.index)))
-    return Blueprint(task)
+    blueprint = Blueprint(task)
+    affordable(blueprint, plan, memory_bytes())
+    checked(task, plan)
+    return blueprint
 
 
 def _empty(directory: str | Path) -> Path:

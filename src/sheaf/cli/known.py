@@ -21,6 +21,6 @@ def known(as_json: bool) -> None:
         def show(console: Console) -> None:
             for cluster in clusters.values():
                 first, *links = described(cluster)
-                console.print("\n  ".join([first, *links]), markup=False)
+                console.print("\n  ".join([first, *links]), markup=False, soft_wrap=True)
 
         answer.give({"known": {name: described(cluster) for name, cluster in clusters.items()}}, show)

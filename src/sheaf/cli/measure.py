@@ -31,7 +31,7 @@ def measure(workers: int | None, out: Path | None, quick: bool, fresh: bool, as_
         cluster = run(workers, out=out, quick=quick, fresh=fresh)
 
         def show(console: Console) -> None:
-            console.print("\n".join(described(cluster)), markup=False)
+            console.print("\n".join(described(cluster)), markup=False, soft_wrap=True)
             if cluster.intra.timings:
                 console.print(_timings(cluster))
             if out is not None:

@@ -27,6 +27,8 @@ def read_plan(text: str) -> Plan:
     path = Path(text)
     try:
         return Plan.from_toml(path.read_text(encoding="utf-8"))
+    except PlanError as error:
+        raise PlanError([f"{text}: {rule}" for rule in error.broken]) from None
     except (OSError, UnicodeDecodeError) as error:
         others = [str(other) for other in path.parent.glob("*.toml")] if path.parent.is_dir() else []
         hint = f"; {nearest(text, others)}" if others else "; `sheaf train` writes plan.toml into a run's directory"

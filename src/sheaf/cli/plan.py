@@ -1,5 +1,6 @@
 """``sheaf plan``: every plan worth pricing, ranked, with reasons."""
 
+import re
 from typing import TYPE_CHECKING
 
 import click
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from sheaf.search import Ranking
 
 _ROWS = 12  # a longer ranking is cut unless asked for
+_REFUSALS = 8  # and so are reasons why plans were refused
 
 
 @click.command(short_help="Rank the plans for a task, with reasons.")
@@ -24,7 +26,7 @@ _ROWS = 12  # a longer ranking is cut unless asked for
 @workers_option
 @click.option("--cluster", "source", metavar="C.toml|NAME", help="Plan for this cluster instead of this machine.")
 @click.option("--allow-relaxed", is_flag=True, help="Also propose plans that do not compute the serial answer.")
-@click.option("--all", "everything", is_flag=True, help="Show every plan, however many there are.")
+@click.option("--all", "everything", is_flag=True, help="Show every plan, and every reason for refusing one.")
 @json_option
 def plan(
     file: str, workers: int | None, source: str | None, allow_relaxed: bool, everything: bool, as_json: bool
@@ -55,7 +57,7 @@ def plan(
 def show(ranking: "Ranking", cluster: "Cluster | None", console: Console, *, rows: int | None = _ROWS) -> None:
     """Print the cluster, the table, the winner's reason, and the refused plans; at most ``rows`` plans."""
     if cluster is not None:
-        console.print("\n".join(described(cluster)), markup=False)
+        console.print("\n".join(described(cluster)), markup=False, soft_wrap=True)
         console.print()
     if ranking.ranked:
         console.print(_table(ranking, rows))
@@ -64,13 +66,23 @@ def show(ranking: "Ranking", cluster: "Cluster | None", console: Console, *, row
             console.print(f"and {hidden} more; `sheaf plan --all` shows every one", style="dim")
         best = ranking.ranked[0]
         console.print(Text.assemble("\n", (str(best.plan), "bold green"), f" leads: {best.reason}"))
-    for number, (reason, remedy, plans) in enumerate(ranking.refusals()):
-        if number == 0:
-            console.print("\nrefused", style="bold")
+    # The plans that would use most of what there is come first: those are the ones people ask about.
+    refusals = sorted(ranking.refusals(), key=lambda refusal: -max(_workers(text) for text in refusal[2]))
+    if refusals:
+        console.print("\nrefused", style="bold")
+    shown_refusals = refusals if rows is None else refusals[:_REFUSALS]
+    for reason, remedy, plans in shown_refusals:
         shown = ", ".join(plans[:4]) + (f" and {len(plans) - 4} more" if len(plans) > 4 else "")
         grid = Table.grid(padding=(0, 1))
         grid.add_row(Text("-"), Text.assemble((shown, "bold"), f": {reason}", (f"; {remedy}" if remedy else "", "dim")))
         console.print(grid)
+    if len(refusals) > len(shown_refusals):
+        more = sum(len(plans) for _, _, plans in refusals[len(shown_refusals) :])
+        console.print(f"and {more} more plans; `sheaf plan --all` shows why each", style="dim")
+
+
+def _workers(text: str) -> int:
+    return int(found[1]) if (found := re.search(r"dp=(\d+)", text)) else 1
 
 
 def _table(ranking: "Ranking", rows: int | None) -> Table:

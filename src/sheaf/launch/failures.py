@@ -27,7 +27,7 @@ def failure(workers: int, answers: Mapping[int, dict[str, Any]], gone: Mapping[i
         return _retold(own[0], workers, answers[own[0]])
     if gone:
         rank = min(gone, key=lambda rank: (gone[rank] is None, rank))
-        return WorkerFailed(f"worker {rank} of {workers} {_ending(gone[rank])} before it returned")
+        return WorkerFailed(f"worker {rank} of {workers} {_ending(gone[rank])}")
     first = raised[0][1]
     return _retold(first, workers, answers[first])
 
@@ -42,12 +42,12 @@ def _retold(rank: int, workers: int, answer: dict[str, Any]) -> SheafError:
 
 def _ending(status: int | None) -> str:
     if status is None:
-        return "closed its connection"
+        return "closed its connection before it returned"
     if status >= 0:
-        return f"ended with exit code {status}"
+        return f"ended with exit code {status} before it returned"
     name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
     why = "; the system ends processes like this when memory runs out" if name == "SIGKILL" else ""
-    return f"was killed by {name}{why}"
+    return f"was killed by {name} before it returned{why}"
 
 
 def late(workers: int, answers: Mapping[int, dict[str, Any]], stacks: Sequence[str], timeout_s: float) -> WorkerFailed:

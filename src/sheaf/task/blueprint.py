@@ -170,7 +170,7 @@ def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
         names.setdefault(id(parameter), []).append(name)
     storages: dict[int, str] = {}
     for name, parameter in model.named_parameters():
-        other = storages.setdefault(parameter.untyped_storage()._cdata, name)
+        other = storages.setdefault(torch._C._storage_id(parameter), name)
         if other != name and parameter.numel():
             raise TaskError(
                 f"parameters {other} and {name} are different objects over the same memory; "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -42,19 +43,25 @@ class Recorder(TorchDispatchMode):
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        # The mode keeps weak references to the storages of constants; in torch 2.13 a collection of garbage that frees
+        # both together ends the process. They only serve to forget constants, which nothing here reads.
+        self.mode.fake_tensor_converter.add_constant_storage_mapping = _no_mapping
         self._seed = seed
         self._operations: list[_Operation] = []
         self._writers: dict[int, list[int]] = defaultdict(list)
         self._stream_of: dict[int, int] = {}  # operation -> seed
+        self._reads = _Reads(self.compute)
 
     def __enter__(self) -> "Recorder":  # noqa: PYI034 - beartype cannot check Self
         self.mode.__enter__()
         super().__enter__()
+        self._reads.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._reads.__exit__(kind, error, trace)
         super().__exit__(kind, error, trace)
         self.mode.__exit__(kind, error, trace)
 
@@ -140,8 +147,31 @@ class Recorder(TorchDispatchMode):
         torch.default_generator.manual_seed(stream)
 
 
+class _Reads(TorchFunctionMode):
+    """Answers a constructor that reads a fake tensor's memory, which has none: numpy would read address 0."""
+
+    _NAMES = ("numpy", "tolist", "__array__")
+
+    def __init__(self, compute: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._compute = compute
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(function, "__name__", "") in self._NAMES and isinstance(arguments[0], FakeTensor):
+            arguments = (self._compute(arguments[0]).detach(), *arguments[1:])
+            with _disable_current_modes():
+                return function(*arguments, **(keywords or {}))
+        return function(*arguments, **(keywords or {}))
+
+
+def _no_mapping(_fake: Tensor) -> None:
+    """Keep no weak reference."""
+
+
 def _storages(tensors: list[Any]) -> frozenset[int]:
-    return frozenset(tensor.untyped_storage()._cdata for tensor in tensors)
+    return frozenset(torch._C._storage_id(tensor) for tensor in tensors)
 
 
 def _changed(function: OpOverload, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Tensor]:

@@ -1,6 +1,9 @@
 """A run's directory: what is in it, who may write to it, what a resumed run must agree with."""
 
+import fcntl
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,8 @@ def in_use(out: Path) -> bool:
 def check(out: Path, values: dict[str, Any], *, resume: bool) -> None:
     """Refuse a directory that holds another run; touches nothing.
 
-    Raises RunError: for one in use without ``resume``, and with it for one whose task differs, listing what does.
+    Raises RunError: for one in use without ``resume``, and with it for one whose task differs, listing what does, and
+    for one whose run is still going on.
     """
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file; choose another --out")
@@ -37,6 +41,27 @@ def check(out: Path, values: dict[str, Any], *, resume: bool) -> None:
             f"{out} holds a run of another task; resume with the same settings, or choose another --out:\n"
             + "\n".join(f"- {line}" for line in different)
         )
+    if (out / RECORD).exists():
+        with claimed(out):
+            return
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Be the only one to write to a run's directory; the claim ends with the block, or with the process.
+
+    Raises RunError while another process has it. Where the file system knows no locks, nothing is claimed.
+    """
+    with (out / RECORD).open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"{out} holds a run that is still going on; wait for its end, or choose another --out"
+            ) from None
+        except OSError:
+            pass
+        yield
 
 
 def prepare(out: Path, values: dict[str, Any], plan: Plan, *, resume: bool) -> str:

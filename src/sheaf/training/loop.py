@@ -21,7 +21,7 @@ from sheaf.plans import Plan
 from sheaf.record import Record, StepReport
 from sheaf.task import Task
 from sheaf.training.description import describe
-from sheaf.training.directory import MODEL, RECORD, prepare
+from sheaf.training.directory import MODEL, RECORD, claimed, prepare
 from sheaf.training.stop import stopping
 
 Observer = Callable[[StepReport], object]
@@ -77,9 +77,15 @@ def train_rank(
     """
     if steps < 1:
         raise RunError(f"steps={steps}: at least one step is needed")
-    digest: str = from_first(lambda: prepare(out, values or describe(task, plan), plan, resume=resume))
-    step = (build or _build)(task, plan, device=device)
     with ExitStack() as stack:
+
+        def begin() -> str:
+            made = prepare(out, values or describe(task, plan), plan, resume=resume)
+            stack.enter_context(claimed(out))
+            return made
+
+        digest: str = from_first(begin)
+        step = (build or _build)(task, plan, device=device)
         stack.callback(step.close)
         book = stack.enter_context(_Book.opened(out, step.rank))
         if resume:
