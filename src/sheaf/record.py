@@ -9,10 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """One global step, the same numbers on every worker (times: the slowest worker's for each term).
+    """One global step: loss, weight, norm and samples are the same on every worker, times and memory are its own.
 
-    ``loss`` is sum over weight of the whole global batch; ``seconds`` splits the step into compute, communicate,
-    wait, optimizer and host; ``gradient_norm`` is the true global norm before clipping, when the task clips.
+    ``loss`` is sum over weight of the whole global batch; ``terms`` splits ``seconds`` into compute, communicate
+    (transfers that nothing hid), wait (for workers that computed longer), optimizer and host; ``gradient_norm`` is the true global norm before clipping, when the task clips.
     """
 
     step: int

@@ -76,7 +76,6 @@ def _no_worker_starts(monkeypatch):
         pytest.fail("a worker was started")
 
     monkeypatch.setattr("sheaf.launch.run", started)
-    monkeypatch.setattr("sheaf.api.verify.run", started)
 
 
 @pytest.mark.usefixtures("_no_worker_starts")

@@ -1,5 +1,6 @@
 """sheaf.train and sheaf.fit, with real steps: in this process, on launched workers, under torchrun."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -14,13 +15,19 @@ from torch import nn
 from train_script import SlowRows, loss, rows, task
 
 import sheaf.errors
-from sheaf.api.fit import fit
-from sheaf.api.train import train
+from sheaf.api.fit import fit as fit_and_predict
+from sheaf.api.train import train as train_and_predict
 from sheaf.checkpoint import latest
-from sheaf.errors import DataError, NonFiniteLoss, PlanError, RunError, TaskError
+from sheaf.cost.price import Price
+from sheaf.errors import ClusterError, DataError, NonFiniteLoss, PlanError, RunError, TaskError
 from sheaf.launch import FromFile
+from sheaf.plans import Plan
 from sheaf.record import read_record
+from sheaf.search import Entry, Ranking
 
+# Predicting measures for seconds; the tests of predictions below do it with what was "measured" before.
+train = functools.partial(train_and_predict, predict=False)
+fit = functools.partial(fit_and_predict, predict=False)
 HERE = Path(__file__).parent
 SCRIPT = HERE / "train_script.py"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(sheaf.errors.__file__).parents[1])}
@@ -44,6 +51,65 @@ def test_a_run_in_this_process(tmp_path):
     model = run.model().eval()
     error = torch.stack([(model(x) - y).square().mean() for x, y in rows()]).mean().item()
     assert error < 0.5 * sum(run.losses[:5]) / 5
+
+
+@pytest.fixture
+def _seconds_are_known(monkeypatch):
+    """The planner's answer, without its measuring."""
+
+    def known(given, plan, facts, **_):
+        assert facts.samples == 2
+        return Price(plan, {"compute": 0.25, "all_reduce": 0.5}, {"parameters": 9}, 0.0)
+
+    monkeypatch.setattr("sheaf.api.plan.predicted", known)
+
+
+@pytest.mark.usefixtures("_seconds_are_known")
+def test_a_given_plan_is_predicted_and_a_resumed_one_too(tmp_path):
+    out = tmp_path / "run"
+    first = train_and_predict(task(), "serial", steps=1, out=out, quiet=True)
+    again = train_and_predict(task(), steps=2, out=out, quiet=True, resume=True)
+    assert (first.predicted_seconds_per_step, again.predicted_seconds_per_step) == (0.75, 0.75)
+    told = [line for line in read_record(out / "record.jsonl") if line["kind"] == "plan"]
+    assert [(line["plan"], line["predicted"]) for line in told] == [
+        ("serial", {"compute": 0.25, "all_reduce": 0.5})
+    ] * 2
+
+
+def test_a_price_is_its_own_prediction(tmp_path, monkeypatch):
+    monkeypatch.setattr("sheaf.api.plan.predicted", lambda *_, **__: pytest.fail("predicted again"))
+    price = Price(Plan(), {"compute": 3.0}, {"parameters": 9}, 0.0)
+    assert train_and_predict(task(), price, steps=1, out=tmp_path, quiet=True).predicted_seconds_per_step == 3.0
+
+
+def test_what_cannot_be_predicted_is_told_in_a_line_and_trained(tmp_path, monkeypatch, capsys):
+    def unable(*_, **__):
+        raise ClusterError("no clock\nat all")
+
+    monkeypatch.setattr("sheaf.api.plan.predicted", unable)
+    run = train_and_predict(task(), "serial", steps=1, out=tmp_path, quiet=True)
+    assert run.predicted_seconds_per_step is None
+    told = "the step time of serial is not predicted: ClusterError: no clock"
+    assert capsys.readouterr().err == f"sheaf: {told}\n"
+    assert [line["message"] for line in read_record(tmp_path / "record.jsonl") if line["kind"] == "warning"] == [told]
+
+
+def test_the_best_plan_is_the_same_and_predicted_on_every_worker_of_torchrun(ranks, tmp_path):
+    def joined(out):
+        def ranked(given, **settings):
+            prices = [Price(Plan(dp=workers), {"compute": 1.0 / workers}, {}, 0.0) for workers in (3, 2)]
+            return Ranking(tuple(Entry(price) for price in prices), (), "here", given.batch, given.microbatch)
+
+        import sheaf.api.plan as plans
+
+        kept, plans.plan = plans.plan, ranked
+        try:
+            run = train_and_predict(task(), steps=1, out=out, quiet=True)
+        finally:
+            plans.plan = kept
+        return str(run.plan), run.predicted_seconds_per_step, len(run.losses)
+
+    assert ranks(joined, 2, str(tmp_path / "run")) == [("dp=2", 0.5, 1)] * 2
 
 
 def test_launched_workers_compute_the_same_losses_and_are_resumed(tmp_path):

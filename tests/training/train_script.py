@@ -50,5 +50,5 @@ class SlowRows(list):
 if __name__ == "__main__":
     out, plan, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
     given = task(data=SlowRows(rows())) if "slow" in sys.argv else task()
-    run = train(given, plan, steps=steps, out=out, quiet=True, resume="resume" in sys.argv)
+    run = train(given, plan, steps=steps, out=out, quiet=True, resume="resume" in sys.argv, predict=False)
     print(len(run.losses), run.stopped, run.losses[-1])

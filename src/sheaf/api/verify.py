@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from sheaf import launch
 from sheaf.api.choice import checked
 from sheaf.errors import PlanError, RunError, SheafError
-from sheaf.launch import run
 from sheaf.parallel import with_microbatch
 from sheaf.parity.observation import Observation
 from sheaf.parity.planned import Planned, observe_rank
@@ -54,7 +54,7 @@ def verify(
             if plan.workers == 1:
                 observe_rank(task, plan, steps, seen)
             else:
-                run(observe_rank, plan.workers, task, plan, steps, seen, threads=threads)
+                launch.run(observe_rank, plan.workers, task, plan, steps, seen, threads=threads)
             return Planned(seen, plan.workers, parameters, aliases).read
 
         with undisturbed():

@@ -1,5 +1,7 @@
 """Why a plan leads and what another loses on, in words."""
 
+import math
+
 from sheaf.cost.price import Price
 from sheaf.units import pretty_bytes, pretty_seconds
 
@@ -25,7 +27,7 @@ def largest_difference(price: Price, than: Price) -> tuple[str, float]:
 def loses_on(price: Price, best: Price) -> str:
     """What a plan loses on against the best."""
     if price.step_seconds <= best.step_seconds * (1 + TIE):
-        return f"as fast within 1 %, but {_tied(price, best)}"
+        return f"as fast within 1 %, {_tied(price, best)}"
     term, seconds = largest_difference(price, best)
     return f"{pretty_seconds(seconds)} more {TERM_WORDS[term]}"
 
@@ -57,9 +59,14 @@ def largest_memory(price: Price) -> str:
     )
 
 
+def memory_class(price: Price) -> int:
+    """Peak memory in steps of 2 %, so that a few bytes decide nothing."""
+    return round(math.log(max(price.peak_bytes, 1)) / math.log(1.02))
+
+
 def _tied(price: Price, best: Price) -> str:
     if price.plan.workers > best.plan.workers:
-        return f"needs {price.plan.workers} workers instead of {best.plan.workers}"
-    if price.peak_bytes > best.peak_bytes:
-        return f"needs {pretty_bytes(price.peak_bytes - best.peak_bytes)} more memory"
-    return "is longer to write"
+        return f"but needs {price.plan.workers} workers instead of {best.plan.workers}"
+    if memory_class(price) > memory_class(best):
+        return f"but needs {pretty_bytes(price.peak_bytes - best.peak_bytes)} more memory"
+    return "and the plan with less to say goes first"
