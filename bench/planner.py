@@ -9,7 +9,7 @@ from sheaf import Plan, Task, launch
 from sheaf.api.plan import plan as rank
 from sheaf.cli.files import load
 
-EXAMPLES = ("gpt_text", "digits_resnet", "hf_gpt2", "digits_mlp")
+EXAMPLES = ("gpt_text", "digits_resnet", "hf_gpt2")
 PLANS = (
     "serial",
     "recompute=full",

@@ -3,7 +3,7 @@
 import pytest
 from parity_fakes import FakeStep, Faults, words_task
 
-import sheaf.parallel
+import sheaf.parity.planned
 from sheaf.api.verify import verify
 from sheaf.plans import Plan
 
@@ -11,7 +11,7 @@ from sheaf.plans import Plan
 @pytest.fixture
 def tried(monkeypatch):
     def run(faults, steps=2, **changes):
-        monkeypatch.setattr(sheaf.parallel, "build", lambda task, plan: FakeStep(task, plan, faults), raising=False)
+        monkeypatch.setattr(sheaf.parity.planned, "build", lambda task, plan: FakeStep(task, plan, faults))
         return verify(words_task(**changes), Plan(), steps=steps)
 
     return run

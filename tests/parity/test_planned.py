@@ -1,7 +1,5 @@
 """Real plans on real ranks, judged by the serial side; and what is refused before any worker starts."""
 
-import importlib
-
 import pytest
 import torch
 from parity_fakes import Words, words_task
@@ -12,15 +10,13 @@ from sheaf.errors import DataError, PlanError, RunError, SheafError
 from sheaf.plans import Plan
 from sheaf.task import Task
 
-module = importlib.import_module("sheaf.api.verify")
-
 
 @pytest.fixture
 def on_ranks(ranks, monkeypatch):
     def run(function, workers, *args, threads):
         return ranks(function, workers, *args)
 
-    monkeypatch.setattr(module, "run", run)
+    monkeypatch.setattr("sheaf.launch.run", run)
 
 
 def test_serial_plan_is_identical():
@@ -93,7 +89,7 @@ def no_workers(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a worker was started")
 
-    monkeypatch.setattr(module, "run", refuse)
+    monkeypatch.setattr("sheaf.launch.run", refuse)
 
 
 class Broken(Words):
@@ -114,6 +110,8 @@ def test_bad_input_is_refused_before_any_worker_starts(no_workers, tmp_path):
         verify(words_task(data=Broken()), "dp=2")
     with pytest.raises(PlanError, match="did you mean zero"):
         verify(words_task(), "dp=2,zro=1")
+    with pytest.raises(PlanError, match="do not go round 9 workers"):
+        verify(words_task(), "dp=9")
     (tmp_path / "something").touch()
     with pytest.raises(RunError, match="holds something"):
         verify(words_task(), "dp=2", keep=tmp_path)

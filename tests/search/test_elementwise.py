@@ -60,3 +60,26 @@ def test_the_probe_leaves_the_random_stream_alone():
     before = torch.default_generator.get_state()
     elementwise(lambda p: torch.optim.SGD(p, lr=float(torch.rand(()))))
     assert torch.equal(before, torch.default_generator.get_state())
+
+
+class Sized(torch.optim.SGD):
+    """Divides gradients by their norm, but only those of at least ``smallest`` numbers."""
+
+    smallest = 4096
+
+    def step(self, closure=None):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            if p.numel() >= self.smallest:
+                p.grad.div_(p.grad.norm())
+        return super().step(closure)
+
+
+class VeryLarge(Sized):
+    smallest = 50_000
+
+
+def test_a_rule_that_begins_at_a_size():
+    assert not elementwise(lambda p: Sized(p, lr=0.1))
+    assert elementwise(lambda p: VeryLarge(p, lr=0.1)), "never tried at that size"
+    assert not elementwise(lambda p: VeryLarge(p, lr=0.1), shapes=[(3, 3), (300, 300)])
+    assert elementwise(lambda p: torch.optim.AdamW(p, lr=0.1), shapes=[(0,), (), (10**6, 700), (3, 2000)])

@@ -167,7 +167,13 @@ def test_what_is_said_of_a_hand_made_cluster():
 
 
 GOLDEN = [
-    ("dp=2", "fastest: 1.98 times serial with 2 workers; dp=2,zero=1 is as fast within 1 %, and the plan with less to say goes first"),
+    (
+        "dp=2",
+        (
+            "fastest: 1.98 times serial with 2 workers; dp=2,zero=1 is as fast within 1 %, "
+            "and the plan with less to say goes first"
+        ),
+    ),
     ("dp=2,zero=1", "as fast within 1 %, and the plan with less to say goes first"),
     ("dp=2,shares=stolen", "as fast within 1 %, and the plan with less to say goes first"),
     ("dp=2,shares=stolen,zero=1", "as fast within 1 %, and the plan with less to say goes first"),

@@ -1,6 +1,9 @@
 """A model built without memory has the values of (seed, name), the structure of a real one, and fits a weights file."""
 
 import math
+from collections import OrderedDict, defaultdict
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -133,14 +136,16 @@ def test_memory_shared_behind_torchs_back_is_refused():
             self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
             self.b.weight = nn.Parameter(self.a.weight.data)
 
-    with pytest.raises(TaskError, match="parameters a.weight and b.weight are different objects over the same memory"):
+    with pytest.raises(
+        TaskError, match=r"parameters a\.weight and b\.weight are different objects over the same memory"
+    ):
         Blueprint(task(Alias))
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: 3, "model() returned a int; it must return a torch.nn.Module"),
+        (lambda: 3, "model() returned int; it must return a torch.nn.Module"),
         (lambda: nn.Linear(2, "3"), "building the model raised"),
     ],
 )
@@ -182,3 +187,209 @@ def test_a_weights_file_that_does_not_fit_tells_everything(tmp_path):
     (tmp_path / "text").write_text("no")
     with pytest.raises(TaskError, match="is not a safetensors file"):
         Blueprint(task(pair, weights=tmp_path / "text"))
+
+
+class Assigned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scaled, self.zero, self.cast = (nn.Linear(50, 50, bias=False) for _ in range(3))
+        self.scaled.weight.data = self.scaled.weight.data * 0.01
+        self.zero.weight.data = torch.zeros(50, 50)
+        self.cast.weight.data = self.cast.weight.data.double()
+
+
+def test_assigning_data_is_recorded():
+    blueprint = Blueprint(task(Assigned))
+    assert blueprint.whole is None
+    model = blueprint.fill(CPU)
+    assert 0.0007 < float(model.scaled.weight.detach().std()) < 0.0009
+    assert not model.zero.weight.any()
+    assert model.cast.weight.dtype == torch.float64
+
+
+def test_a_number_read_while_building_is_of_the_weights_own_draw():
+    class Radius(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            drawn = torch.randn(40, 40)
+            self.weight = nn.Parameter(drawn * (0.9 / torch.linalg.matrix_norm(drawn, 2).item()))
+
+    blueprint = Blueprint(task(Radius))
+    assert blueprint.whole is None
+    assert float(torch.linalg.matrix_norm(blueprint.value("weight"), 2)) == pytest.approx(0.9, abs=1e-5)
+
+
+class Reused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+        memory = np.zeros((2, 2), dtype=np.float32)
+        for index, layer in enumerate(self.layers):
+            memory[:] = index
+            layer.weight.data.copy_(torch.from_numpy(memory))
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        given = torch.from_numpy(np.ones(3, dtype=np.float32))
+        given.mul_(5)
+        self.copied, self.taken = nn.Parameter(given.clone()), nn.Parameter(given)
+
+
+class Late(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        memory = np.zeros(3, dtype=np.float32)
+        self.weight = nn.Parameter(torch.from_numpy(memory))
+        memory[:] = 7
+
+
+class Listed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        given = torch.FloatTensor([1, 2])
+        given.mul_(2)
+        self.weight = nn.Parameter(given)
+        self.register_buffer("steps", torch.tensor([1.0, 2.0]).add_(1))
+
+
+@pytest.mark.parametrize("model", [Reused, InPlace, Late, Listed])
+def test_real_tensors_count_as_they_were_then(model):
+    wanted = model()
+    drawn = {"layers.0.bias", "layers.1.bias", "layers.2.bias"}
+    blueprint = Blueprint(task(model))
+    for _ in range(2):
+        for name, value in wanted.state_dict().items():
+            assert name in drawn or torch.equal(blueprint.value(name), value), name
+
+
+TABLE = torch.arange(4.0).view(2, 2)
+
+
+def test_a_model_never_shares_the_users_memory():
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding.from_pretrained(TABLE, freeze=False)
+            self.register_buffer("kept", TABLE)
+            self.plain = TABLE
+
+    blueprint = Blueprint(task(Table))
+    model = blueprint.fill(CPU)
+    for tensor in (model.table.weight.detach(), model.kept, model.plain, blueprint.value("kept")):
+        tensor.fill_(9.0)
+    assert torch.equal(TABLE, torch.arange(4.0).view(2, 2))
+    assert torch.equal(Blueprint(task(Table)).fill(CPU).table.weight, TABLE)
+
+
+def test_a_model_that_was_there_before_is_left_as_it_is():
+    body = nn.Linear(2, 2)
+    wanted = body.weight.detach().clone()
+    for _ in range(2):
+        model = Blueprint(task(lambda: nn.Sequential(body, nn.Linear(2, 2)))).fill(CPU)
+        assert torch.equal(model[0].weight, wanted)
+        model[0].weight.detach().zero_()
+    assert type(body.weight) is nn.Parameter
+    assert torch.equal(body.weight, wanted)
+
+
+class Holder:
+    def __init__(self, held: Tensor) -> None:
+        self.held = held
+
+
+class Pair(NamedTuple):
+    held: Tensor
+    number: int
+
+
+class Keeping(nn.Module):
+    """A tensor kept where ``keep`` puts it."""
+
+    def __init__(self, keep) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.kept = keep(torch.arange(4.0))
+
+
+@pytest.mark.parametrize(
+    ("keep", "get", "whole"),
+    [
+        (Holder, lambda kept: kept.held, True),
+        (lambda held: Pair(held, 1), lambda kept: kept.held, False),
+        (lambda held: {held}, lambda kept: next(iter(kept)), False),
+        (lambda held: OrderedDict(a=[held]), lambda kept: kept["a"][0], False),
+        (lambda held: defaultdict(list, a=[held]), lambda kept: kept["a"][0], False),
+        (lambda held: lambda: held, lambda kept: kept(), True),
+        (lambda held: partial(torch.add, held), lambda kept: kept(0.0), True),
+    ],
+    ids=["object", "namedtuple", "set", "ordered", "defaultdict", "closure", "partial"],
+)
+def test_no_tensor_stays_fake_wherever_it_is_kept(keep, get, whole):
+    blueprint = Blueprint(task(lambda: Keeping(keep)))
+    assert (blueprint.whole is not None) == whole
+    model = blueprint.fill(CPU)
+    assert type(get(model.kept)) is Tensor
+    assert torch.equal(get(model.kept), torch.arange(4.0))
+    assert type(model.kept) is type(keep(torch.ones(1)))
+
+
+def test_a_parameter_also_held_inside_an_object_is_refused():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+            self.holder = Holder(self.linear.weight)
+
+    with pytest.raises(TaskError, match=r"linear.weight is also held inside holder"):
+        Blueprint(task(Both))
+
+
+def test_buffers_that_are_views_of_each_other_stay_so():
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+            self.register_buffer("all", torch.arange(6.0))
+            self.register_buffer("some", self.all[2:4])
+            self.register_buffer("learned", torch.ones(2, requires_grad=True))
+
+    for precision in ("fp32", "fp64"):
+        model = Blueprint(task(Views, precision=precision)).fill(CPU)
+        model.all[2] = 9.0
+        assert model.some.tolist() == [9.0, 3.0]
+        assert model.learned.requires_grad
+
+
+def hooked() -> nn.Module:
+    model = nn.Linear(2, 2)
+    model.weight.register_hook(lambda gradient: gradient * 0)
+    return model
+
+
+def hooked_after() -> nn.Module:
+    model = nn.Linear(2, 2)
+    model.bias.register_post_accumulate_grad_hook(lambda parameter: None)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (hooked, "weight has a gradient hook"),
+        (hooked_after, "bias has a gradient hook"),
+        (lambda: nn.Sequential(nn.LazyLinear(4)), "0.weight is lazy"),
+        (lambda: nn.Linear(2, 2, device="meta"), "weight, bias of the model are on the meta device"),
+    ],
+)
+def test_what_would_be_lost_is_refused_with_the_remedy(model, message):
+    with pytest.raises(TaskError) as caught:
+        Blueprint(task(model))
+    assert message in str(caught.value)
+
+
+def test_meta_weights_may_come_from_a_file(tmp_path):
+    save_file({"weight": torch.ones(2, 2), "bias": torch.zeros(2)}, tmp_path / "start.safetensors")
+    given = task(lambda: nn.Linear(2, 2, device="meta"), weights=tmp_path / "start.safetensors")
+    assert torch.equal(Blueprint(given).fill(CPU).weight, torch.ones(2, 2))

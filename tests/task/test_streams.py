@@ -1,5 +1,8 @@
 """What is drawn depends on (seed, step, microbatch, module name) and on nothing else."""
 
+import random
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -99,3 +102,43 @@ def test_a_forward_that_raises_leaves_the_streams_usable():
             continue
     fresh = drawn(0, 0, model=nn.Sequential(nn.Dropout(0.5), Fragile()))
     assert torch.equal(fresh, wanted)
+
+
+def test_numpy_and_python_are_seeded_on_entering_and_put_back():
+    streams = Streams(nn.Linear(2, 2), 0, CPU)
+    streams.enter(1, 2)
+    position = streams.position()
+    first = (random.random(), np.random.rand(), float(torch.rand(())))
+    ahead = streams.position()
+    beyond = (random.random(), np.random.rand(), float(torch.rand(())))
+    with streams.at(position):
+        assert (random.random(), np.random.rand(), float(torch.rand(()))) == first
+    with streams.at(ahead):
+        assert (random.random(), np.random.rand(), float(torch.rand(()))) == beyond
+    np.random.seed(5)
+    streams.enter(1, 2)
+    assert np.random.rand() == first[1]
+
+
+def test_the_tag_of_a_state_changes_no_draw():
+    streams = Streams(model := nn.Dropout(0.5), 0, CPU)
+    streams.enter(0, 0)
+    torch.randn(3)  # leaves half a pair of normal numbers in the state
+    position = streams.position()
+    wanted = torch.randn(700)
+    streams.enter(0, 0)
+    torch.randn(3)
+    model(torch.ones(5))
+    assert torch.default_generator.initial_seed() != position.record.ambient
+    assert torch.equal(torch.randn(700), wanted)
+
+
+def test_a_generator_is_that_of_its_device(monkeypatch):
+    from sheaf.task import streams
+
+    generators = [torch.Generator(), torch.Generator()]
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert streams._generators(torch.device("cuda:0"))[1] is generators[0]
+    assert streams._generators(torch.device("cuda"))[1] is generators[1]

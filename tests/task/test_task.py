@@ -1,6 +1,8 @@
 """A task says what is computed, refuses what contradicts itself, and deals samples that depend on no worker."""
 
 import random
+from collections import OrderedDict, UserDict, defaultdict
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from torch import nn
 
 from sheaf import Loss, Task
 from sheaf.errors import DataError, TaskError
-from sheaf.task import Order, arguments, as_loss, fetch
+from sheaf.task import Order, arguments, as_loss, fetch, moved
 
 
 def task(**changes) -> Task:
@@ -104,3 +106,57 @@ def test_what_the_model_is_given():
     assert arguments(task(inputs=lambda batch: (batch, 1)), 3) == ((3, 1), {})
     with pytest.raises(TaskError, match="a batch is a dict, not an"):
         arguments(task(), {"a": 1})
+
+
+def test_wrong_types_are_told_at_once():
+    wrong = task()  # built right, then spoiled: the tests' own type checks look at the constructor first
+    for name, value in {
+        "batch": "6", "microbatch": 2.0, "clip": "big", "seed": "a", "name": 5, "precision": 32, "weights": 3,
+        "shuffle": "no", "inputs": 3,
+    }.items():  # fmt: skip
+        object.__setattr__(wrong, name, value)
+    with pytest.raises(TaskError) as caught:
+        wrong.__post_init__()
+    broken = caught.value.broken
+    assert len(broken) == 9
+    assert "batch='6' is a str; give a whole number of samples" in broken
+    assert "microbatch=2.0 is a float; give a whole number of samples, or None" in broken
+    assert "name=5 is an int; give a text" in broken
+    with pytest.raises(TaskError, match="batch=True is a bool"):
+        task(batch=True)
+
+
+@dataclass(frozen=True)
+class Given:
+    x: torch.Tensor
+    note: str
+
+
+class Movable:
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    def to(self, where: torch.device | torch.dtype) -> "Movable":
+        return Movable(self.x.to(where))
+
+
+class Stuck:
+    def __init__(self) -> None:
+        self.x = torch.ones(1)
+
+
+def test_a_batch_of_any_kind_is_moved():
+    ones, whole = torch.ones(2), torch.tensor([3])
+    batch = [
+        defaultdict(list, a=ones), UserDict(a=ones), OrderedDict(a=ones), Given(ones, "b"), Movable(ones), "c", object()
+    ]  # fmt: skip
+    found = moved([*batch, whole], torch.device("cpu"), torch.float64)
+    assert [type(one) for one in found[:-1]] == [type(one) for one in batch]
+    held = [found[0]["a"], found[1]["a"], found[2]["a"], found[3].x, found[4].x]
+    assert {one.dtype for one in held} == {torch.float64}
+    assert found[3].note == "b"
+    assert found[-1].dtype == torch.int64
+    assert batch[1]["a"] is ones is batch[3].x
+    assert found[0]["new"] == []
+    with pytest.raises(TaskError, match=r"a Stuck, which has tensors but no .to\(device\)"):
+        moved({"a": Stuck()}, torch.device("cpu"))

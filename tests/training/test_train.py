@@ -218,7 +218,7 @@ def test_data_that_breaks_on_a_worker_is_named(tmp_path):
         ({}, {"plan": "serial", "resume": True, "out": None}, RunError, "give --out"),
         ({"model": lambda: 1 / 0}, {"plan": "dp=2"}, TaskError, "division by zero"),
         ({"data": Gone(rows(1))}, {"plan": "dp=2"}, DataError, r"data\[0\]"),
-        ({"model": lambda: nn.Linear(4, 1 << 42, device="meta")}, {"plan": "dp=2"}, PlanError, "does not fit"),
+        ({"model": lambda: nn.Linear(4, 1 << 42)}, {"plan": "dp=2"}, PlanError, "does not fit"),
     ],
 )
 def test_what_is_wrong_is_told_before_a_worker_starts(tmp_path, monkeypatch, changed, settings, error, told):

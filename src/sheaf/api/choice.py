@@ -111,8 +111,15 @@ def promised(
 
 def _told(price: Price) -> dict[str, Any]:
     """A price as values that JSON knows."""
-    return {**vars(price), "plan": price.plan.to_toml()}
+    return {
+        "plan": price.plan.to_toml(),
+        "seconds": {term: float(seconds) for term, seconds in price.seconds.items()},
+        "memory": {term: int(size_bytes) for term, size_bytes in price.memory.items()},
+        "traffic_bytes": float(price.traffic_bytes),
+        "hidden_seconds": float(price.hidden_seconds),
+    }
 
 
 def _heard(told: dict[str, Any]) -> Price:
-    return Price(**{**told, "plan": Plan.from_toml(told["plan"])})
+    plan = Plan.from_toml(told["plan"])
+    return Price(plan, told["seconds"], told["memory"], told["traffic_bytes"], told["hidden_seconds"])

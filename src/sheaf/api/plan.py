@@ -8,17 +8,20 @@ from sheaf.api.measure import measure
 from sheaf.api.profiles import measured_profiles
 from sheaf.cluster import Cluster, read
 from sheaf.cluster.machine import host_name
+from sheaf.cost import microbatch_sizes, price
 from sheaf.cost.placement import seats
 from sheaf.cost.price import Price
 from sheaf.errors import PlanError, TaskError
-from sheaf.graph import ModelFacts, trace
+from sheaf.graph import ModelFacts, Profile, trace
 from sheaf.launch import FromFile
 from sheaf.plans import Plan
 from sheaf.search import Question, Ranking, broken, search
+from sheaf.search.measured import facts_for
 from sheaf.search.space import microbatch_choices
 from sheaf.task import Task
 from sheaf.task.probe import elementwise
 
+COLLECTIVE_FACTORS = (0.5, 4.0)  # what lies outside says more of the moment than of the machine
 MEASURED_UP_TO = 4  # workers: each number is measured; beyond, powers of two and the largest
 SIZES_MEASURED = 3  # microbatch sizes per number of workers, where the task leaves the size open
 
@@ -60,8 +63,25 @@ def plan(
         facts = [question.facts[size] for size in sizes if size in question.facts] or list(question.facts.values())
         say(f"measuring the model's blocks on {busy} worker{'s' if busy > 1 else ''}")
         found = measured_profiles(task, facts, busy, source=source, fresh=fresh)
-        profiles.update({(one.samples, busy): one for one in found})
+        profiles.update({(one.samples, busy): _with_collectives(question, one) for one in found})
     return search(replace(question, profiles=profiles))
+
+
+def _with_collectives(question: Question, profile: Profile) -> Profile:
+    """The profile with how much longer collectives took in a real step than the cluster file says."""
+    if profile.exposed_seconds <= 0:
+        return profile
+    alone = price(
+        Plan(dp=profile.concurrency),
+        facts_for(question.facts, profile.samples),
+        question.cluster,
+        profile,
+        microbatches=microbatch_sizes(question.batch, profile.samples),
+        precision=question.precision,
+    ).seconds
+    said = sum(alone[term] for term in ("all_reduce", "reduce_scatter", "all_gather"))
+    low, high = COLLECTIVE_FACTORS
+    return replace(profile, collective_factor=min(high, max(low, profile.exposed_seconds / said))) if said else profile
 
 
 def ask(
@@ -99,9 +119,13 @@ def ask(
         cluster=chosen,
         microbatch=None if task.microbatch is None else min(task.microbatch, batch),
         workers=workers,
-        elementwise=elementwise(task.optimizer),
+        elementwise=_slices_apart(task, first),
         precision=task.precision,
     )
+
+
+def _slices_apart(task: Task, facts: ModelFacts) -> bool:
+    return elementwise(task.optimizer, [parameter.shape for parameter in facts.parameters])
 
 
 def allowed(task: Task, facts: ModelFacts) -> None:
@@ -148,7 +172,7 @@ def check(task: Task, plan: Plan, facts: ModelFacts, *, workers: int) -> Plan:
         workers=workers,
         batch=task.batch,
         microbatch=task.microbatch,
-        elementwise=not chosen.zero or elementwise(task.optimizer),
+        elementwise=not chosen.zero or _slices_apart(task, facts),
     )
     if found:
         raise PlanError([f"{one.plan}: {one.reason}; use {one.remedy}" for one in found])

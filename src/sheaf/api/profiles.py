@@ -3,19 +3,26 @@
 import statistics
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from sheaf import launch
 from sheaf.cluster.machine import available_cores
 from sheaf.graph import BlockTime, ModelFacts, Profile, cache, profile
 from sheaf.launch import FromFile
+from sheaf.parallel import build
+from sheaf.plans import Plan
 from sheaf.task import Task
 
 BUDGET_SECONDS = 6.0  # for all sizes measured with one number of workers
 LEAST_SECONDS = 1.5  # for one size
 TIMEOUT_SECONDS = 600.0
+REAL_STEP_BYTES = 2 * 2**30  # of training state, over all workers; a larger model is measured block by block only
+WARM_UP_STEPS = 2
+MOST_STEPS = (3, 20)  # fewest and most real steps
 
 
 def measured_profiles(
@@ -59,13 +66,18 @@ def measure_together(
     task = found if isinstance(found, Task) else found()
     workers = dist.get_world_size() if dist.is_initialized() else 1
     return [
-        profile(
+        in_a_real_step(
             task,
             one,
-            threads=threads,
-            concurrency=workers,
-            together=_barrier if workers > 1 else None,
-            budget_seconds=budget_seconds,
+            profile(
+                task,
+                one,
+                threads=threads,
+                concurrency=workers,
+                together=_barrier if workers > 1 else None,
+                budget_seconds=budget_seconds,
+            ),
+            budget_seconds / 3,
         )
         for one in facts
     ]
@@ -90,6 +102,50 @@ def median(profiles: Sequence[Profile]) -> Profile:
         optimizer_state_bytes_per_byte=first.optimizer_state_bytes_per_byte,
         fetch_seconds=statistics.median(one.fetch_seconds for one in profiles),
         host_seconds=statistics.median(one.host_seconds for one in profiles),
+        exposed_seconds=statistics.median(one.exposed_seconds for one in profiles),
+    )
+
+
+def in_a_real_step(task: Task, facts: ModelFacts, found: Profile, budget_seconds: float) -> Profile:
+    """The profile, put right by a few real steps of the replicated plan among the workers that are here.
+
+    Blocks keep their proportions and add up to what computing took in the steps; host and optimizer are what they
+    took; ``exposed_seconds`` is what the workers waited for each other's gradients. A model whose training state does
+    not fit comfortably keeps the profile as it is.
+    """
+    workers = found.concurrency
+    if facts.parameter_bytes * (2 + found.optimizer_state_bytes_per_byte) * workers > REAL_STEP_BYTES:
+        return found
+    plan = Plan(dp=workers)
+    step = build(replace(task, microbatch=facts.samples), plan)
+    try:
+        reports = [step() for _ in range(1 + WARM_UP_STEPS)]
+        count = max(MOST_STEPS[0], min(MOST_STEPS[1], int(budget_seconds / max(reports[-1].seconds, 1e-6))))
+        # every worker must take as many steps as the others
+        agreed = torch.tensor([float(count)])
+        if workers > 1:
+            dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+        reports = [step() for _ in range(int(agreed))]
+    finally:
+        step.close()
+    number = statistics.median(report.microbatches[step.rank] for report in reports)
+    blocks_seconds = sum(time.forward_seconds + time.backward_seconds for time in found.blocks.values())
+    if not number or not blocks_seconds:
+        return found
+
+    def term(name: str) -> float:
+        return statistics.median(report.terms[name] for report in reports)
+
+    ratio = term("compute") / number / blocks_seconds
+    return replace(
+        found,
+        blocks={
+            name: BlockTime(time.forward_seconds * ratio, time.backward_seconds * ratio)
+            for name, time in found.blocks.items()
+        },
+        optimizer_seconds_per_byte=term("optimizer") / max(1, facts.trainable_bytes),
+        host_seconds=max(0.0, term("host") - number * found.fetch_seconds),
+        exposed_seconds=term("communicate") if workers > 1 else 0.0,
     )
 
 

@@ -10,7 +10,7 @@ import click
 
 from sheaf.cli.answer import leads, rank
 from sheaf.cli.options import BAD_INPUT, FAILED, INTERRUPTED
-from sheaf.errors import ClusterError, DataError, PlanError, RunError, SheafError, TaskError, nearest
+from sheaf.errors import ClusterError, DataError, NonFiniteLoss, PlanError, RunError, SheafError, TaskError, nearest
 
 VERBS = ("plan", "train", "verify", "measure", "known")
 _BAD_INPUT = (TaskError, DataError, PlanError, ClusterError, RunError)
@@ -60,7 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         # Whoever read our output went away; Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if code not in (0, INTERRUPTED) and _among_workers():
+        sys.stderr.flush()
+        os._exit(code)  # what is under way between workers would be waited for, and the others may never come
     sys.exit(code)
+
+
+def _among_workers() -> bool:
+    torch = sys.modules.get("torch.distributed")
+    return torch is not None and torch.is_available() and torch.is_initialized()
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -76,7 +84,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except SheafError as error:
         bad_input = isinstance(error, _BAD_INPUT)
         # Every worker finds the same fault in what it was given; a fault of its own only that worker can tell.
-        if leads() or not bad_input:
+        if leads() or not (bad_input or isinstance(error, NonFiniteLoss)):
             who = "sheaf" if leads() else f"sheaf: worker {rank()}"
             click.echo(f"{who}: {error}", err=True)
         return BAD_INPUT if bad_input else FAILED

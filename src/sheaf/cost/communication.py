@@ -20,6 +20,7 @@ class Fabric:
 
     links: tuple[Link, ...]
     workers: int
+    factor: float = 1.0  # of what a collective takes alone
     _known: dict[tuple[str, int], float] = field(default_factory=dict[tuple[str, int], float], compare=False)
 
     def seconds(self, operation: str, size_bytes: int) -> float:
@@ -27,7 +28,7 @@ class Fabric:
         if self.workers < 2 or size_bytes <= 0:
             return 0.0
         if (operation, size_bytes) not in self._known:
-            self._known[operation, size_bytes] = max(
+            self._known[operation, size_bytes] = self.factor * max(
                 collective_seconds(link, operation, self.workers, float(size_bytes)) for link in self.links
             )
         return self._known[operation, size_bytes]
@@ -41,13 +42,13 @@ class Fabric:
         return 2 * once if operation == ALL_REDUCE else once
 
 
-def fabric(cluster: Cluster, placed: tuple[Seat, ...]) -> Fabric:
+def fabric(cluster: Cluster, placed: tuple[Seat, ...], factor: float = 1.0) -> Fabric:
     """The links that workers on these seats use."""
     spans = machines(placed) > 1
     links = (cluster.intra, *((cluster.inter,) if spans and cluster.inter else ()))
     if spans and cluster.inter and machines(placed) == len(placed):
         links = (cluster.inter,)  # one worker per machine: the link inside a machine is not used
-    return Fabric(links, len(placed))
+    return Fabric(links, len(placed), factor)
 
 
 def exposed(pieces: Sequence[float], window_seconds: float, overlap: float) -> float:

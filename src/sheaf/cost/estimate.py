@@ -42,7 +42,8 @@ def price(
     placed = seats(cluster, plan.workers, precision)
     pacer = Pacer(facts, profile)
     paces = [pacer.pace(seat) for seat in placed]
-    times = step_times(plan, facts, paces, fabric(cluster, placed), cluster.overlap, microbatches)
+    factor = profile.collective_factor if profile is not None else 1.0
+    times = step_times(plan, facts, paces, fabric(cluster, placed, factor), cluster.overlap, microbatches)
     return Price(
         plan=plan,
         seconds=times.seconds,

@@ -19,7 +19,7 @@ from sheaf.graph.facts import BlockTime, ModelFacts, Profile
 from sheaf.graph.profile import accelerator, profile
 from sheaf.task import Task
 
-FORMAT = 1  # of the files; raise it when what is measured changes
+FORMAT = 2  # of the files; raise it when what is measured changes
 
 
 def cached_profile(
@@ -115,6 +115,7 @@ def _read(path: Path, facts: ModelFacts) -> Profile | None:
             optimizer_state_bytes_per_byte=float(values["optimizer_state_bytes_per_byte"]),
             fetch_seconds=float(values["fetch_seconds"]),
             host_seconds=float(values["host_seconds"]),
+            exposed_seconds=float(values["exposed_seconds"]),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return None

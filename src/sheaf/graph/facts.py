@@ -146,3 +146,5 @@ class Profile:
     optimizer_state_bytes_per_byte: float
     fetch_seconds: float
     host_seconds: float
+    exposed_seconds: float = 0.0  # communication of a real dp step that nothing hid; 0: not measured
+    collective_factor: float = 1.0  # how much longer a collective takes in a step than when it was measured alone

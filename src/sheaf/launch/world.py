@@ -1,8 +1,10 @@
 """Who this process is among the workers: joined from torchrun's environment, or given by our own launcher."""
 
+import atexit
 import datetime as dt
 import os
 import re
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,7 +61,17 @@ def join() -> World | None:
     # A restarted job finds the addresses of the dead one under the old prefix, and waits for them.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     enter_group(dist.PrefixStore(f"sheaf_{attempt}", store), World(rank, workers, local_rank, device))
+    atexit.register(_leave)
     return World(rank, workers, local_rank, device)
+
+
+def _leave() -> None:
+    """Take the group down while Python still runs: gloo's threads, left to the end of the process, may abort it.
+
+    Not after an error, for then a collective that others never enter would be waited for.
+    """
+    if dist.is_initialized() and getattr(sys, "last_value", None) is None:
+        dist.destroy_process_group()
 
 
 def own_device(local_rank: int, local_workers: int) -> torch.device:

@@ -1,8 +1,10 @@
 """A plan becomes a step: called on every worker, with a process group or alone."""
 
+import os
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from sheaf.errors import PlanError
@@ -28,14 +30,30 @@ def build(task: Task, plan: Plan, *, device: torch.device | None = None) -> Step
     Call it on every worker of an initialised default process group with as many ranks as the plan has workers, or
     alone for a plan of one worker. ``device`` is this worker's (default: the CPU, or this rank's accelerator).
 
-    Raises PlanError listing every reason why the plan cannot run here.
+    Raises PlanError with the reason why the plan cannot run here.
     """
-    world = World(device or default_device())
-    task = with_microbatch(task, plan)
-    broken = _broken(task, plan, world)
-    if broken:
-        raise PlanError(broken)
+    world = World(device or default_device(), gathers_apart=plan.zero == 3)
+    try:
+        return _build(task, plan, world)
+    except BaseException:
+        world.close()
+        raise
+
+
+def _build(task: Task, plan: Plan, world: World) -> Step:
+    if plan.workers != world.workers:
+        raise PlanError(
+            f"the plan {plan} is for {plan.workers} workers and {world.workers} are here: "
+            "start as many as it names, or plan for as many as there are"
+        )
     blueprint = Blueprint(task)
+    shapes = [fake.shape for fake in blueprint.parameters.values()]
+    if plan.zero and not elementwise(task.optimizer, shapes):
+        raise PlanError(
+            f"zero={plan.zero} gives each worker slices of parameters, and this optimizer's update of a slice depends "
+            f"on the rest of the parameter: use dp={plan.dp} without zero, or an elementwise optimizer such as AdamW"
+        )
+    task = with_microbatch(task, plan, blueprint.model)
     blocks = cut(blueprint.model)
     _refuse_sparse(blueprint.model, plan)
     expectation, scale, exchange = Expectation(float(task.batch)), LossScale(task), Exchange(world)
@@ -48,42 +66,76 @@ def build(task: Task, plan: Plan, *, device: torch.device | None = None) -> Step
     streams = Streams(holding.model, task.seed, world.device)
     if plan.recompute == "full":
         recompute([block for block in blocks.values() if is_composite(block)], streams)
-    deal = dealer(plan, world.rank, world.counter, f"sheaf/stolen/{_next_build()}")
+    number = world.number("sheaf/builds") if plan.stolen else 0
+    deal = dealer(plan, world.rank, world.counter, f"sheaf/stolen/{number}")
     return Step(task, plan, world, holding, deal, exchange, expectation, scale, streams)
 
 
-def with_microbatch(task: Task, plan: Plan) -> Task:
+def with_microbatch(task: Task, plan: Plan, model: nn.Module | None = None) -> Task:
     """The task with its microbatch decided: its own, the plan's, or an equal share of the batch.
 
-    Raises PlanError when both give one and they differ, since the task's decides the answer.
+    ``model`` is the task's, of any tensors, where it has been built before. Raises PlanError when task and plan give
+    one and they differ, since the task's decides the answer; and when neither gives one though the model computes
+    with the statistics of a microbatch or draws random numbers in each, since the answer would depend on the plan.
     """
     if task.microbatch is not None and plan.microbatch not in (None, task.microbatch):
         raise PlanError(
             f"the plan says microbatch={plan.microbatch} and the task microbatch={task.microbatch}: "
             "leave it out of one of them"
         )
-    chosen = task.microbatch or plan.microbatch or -(-task.batch // plan.dp)
+    chosen = task.microbatch or plan.microbatch
+    if chosen is None:
+        name = _depends_on_microbatch(Blueprint(task).model if model is None else model)
+        if name is not None:
+            raise PlanError(
+                f"neither the task nor the plan gives a microbatch, and {name} makes the answer depend on it: "
+                f"give the task one, such as microbatch={max(1, task.batch // 4)}"
+            )
+        chosen = -(-task.batch // plan.dp)
     if chosen > task.batch:
         raise PlanError(f"microbatch={chosen} is larger than batch={task.batch}: lower it or raise batch")
     return replace(task, microbatch=chosen)
 
 
 def default_device() -> torch.device:
-    """This worker's device: the accelerator of its local rank, else the CPU."""
+    """This worker's device: the current accelerator, or that of torchrun's local rank when none was set; else the CPU.
+
+    The accelerator becomes the current one.
+    """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return torch.device("cpu")
-    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+    index, local = torch.accelerator.current_device_index(), os.environ.get("LOCAL_RANK", "")
+    if index == 0 and local.isdecimal() and dist.is_initialized() and int(local) < torch.accelerator.device_count():
+        index = int(local)
+        torch.accelerator.set_device_index(index)
+    return torch.device(accelerator.type, index)
 
 
-_builds = 0
+def _depends_on_microbatch(model: nn.Module) -> str | None:
+    """The first of torch's own modules that draws, or mixes the samples of a microbatch, and what it is."""
+    for name, module in model.named_modules():
+        if module.training and (_mixes(module) or _draws(module)):
+            return f"{name or 'the model'} ({type(module).__name__})"
+    return None
 
 
-def _next_build() -> int:
-    """How many steps were built in this process before; the same on every worker, as building is collective."""
-    global _builds  # noqa: PLW0603 - a name for the shared counter that no earlier step of this group used
-    _builds += 1
-    return _builds
+def _mixes(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        return module.track_running_stats
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def _draws(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    if isinstance(module, nn.MultiheadAttention):
+        return module.dropout > 0
+    if isinstance(module, nn.RNNBase):
+        return module.dropout > 0 and module.num_layers > 1
+    if isinstance(module, nn.RReLU):
+        return module.lower < module.upper
+    return isinstance(module, nn.FractionalMaxPool2d | nn.FractionalMaxPool3d)
 
 
 def _hold(
@@ -94,21 +146,6 @@ def _hold(
     if plan.zero == 3:
         return Gathered(blueprint, world, factor, blocks, plan)
     return Sharded(blueprint, world, factor, plan.bucket_bytes, shard_gradients=plan.zero == 2)
-
-
-def _broken(task: Task, plan: Plan, world: World) -> list[str]:
-    broken: list[str] = []
-    if plan.workers != world.workers:
-        broken.append(
-            f"the plan {plan} is for {plan.workers} workers and {world.workers} are here: "
-            "start as many as it names, or plan for as many as there are"
-        )
-    if plan.zero and not elementwise(task.optimizer):
-        broken.append(
-            f"zero={plan.zero} gives each worker slices of parameters, and this optimizer's update of a slice depends "
-            f"on the rest of the parameter: use dp={plan.dp} without zero, or an elementwise optimizer such as AdamW"
-        )
-    return broken
 
 
 def _refuse_sparse(model: nn.Module, plan: Plan) -> None:

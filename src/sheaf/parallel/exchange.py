@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sheaf.cluster.primitives import Pending
-from sheaf.errors import NonFiniteLoss
+from sheaf.errors import NonFiniteLoss, WorkerFailed
 from sheaf.parallel.world import World
 
 
@@ -67,20 +67,22 @@ class Exchange:
     def send(self) -> None:
         """This worker has no more to add: start the sum over all workers."""
         count = self._microbatches
-        mine = torch.zeros(2 * count + self._world.workers + 1, dtype=torch.float64)
+        device = self._world.device  # an accelerator's losses stay on it, so that it need not finish before this
+        mine = torch.zeros(2 * count + self._world.workers + 1, dtype=torch.float64, device=device)
         for microbatch, total, weight in self._losses:
-            mine[microbatch] = float(total)
-            mine[count + microbatch] = float(weight)
+            mine[microbatch] = total.reshape(())
+            mine[count + microbatch] = weight.reshape(()) if isinstance(weight, Tensor) else weight
         mine[2 * count + self._world.rank] = len(self._losses)
         mine[-1] = float(self.stop)
-        if self._world.workers == 1:
-            self._sent = mine
-            return
-        self._sent = mine.to(self._world.device)
-        self._pending = self._world.all_reduce(self._sent, "losses")
+        self._sent = mine
+        if self._world.workers > 1:
+            self._pending = self._world.all_reduce(mine, "losses")
 
     def told(self) -> Told:
-        """Everyone's losses; waits for the last worker to have sent its own."""
+        """Everyone's losses; waits for the last worker to have sent its own.
+
+        Raises WorkerFailed when the workers together did not compute each microbatch once.
+        """
         if self._told is None:
             if self._sent is None:
                 self.send()
@@ -95,4 +97,9 @@ class Exchange:
                 counts=tuple(round(value) for value in values[2 * count : -1]),
                 stop=values[-1] > 0,
             )
+            if sum(self._told.counts) != count:
+                raise WorkerFailed(
+                    f"the workers computed {self._told.counts} microbatches of a step that has {count}: they do not "
+                    "run the same step; build the step on every worker alike, and load the same checkpoint everywhere"
+                )
         return self._told

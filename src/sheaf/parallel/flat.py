@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from sheaf.parallel.holding import refuse_sparse
 from sheaf.plans.layout import Flat, Piece
 
 
@@ -61,12 +62,16 @@ class FlatTensors:
         self.whole.untyped_storage().resize_(self._whole_bytes)
 
     def gradients_into(self, out: Tensor, parameters: dict[str, nn.Parameter], factor: float) -> None:
-        """Lay the parameters' gradients end to end into ``out``, times ``factor``, and drop them; zero for none."""
+        """Lay the parameters' gradients end to end into ``out``, times ``factor``, and drop them; zero for none.
+
+        Raises PlanError for a sparse gradient.
+        """
         for name, view in self.split(out).items():
             gradient = parameters[name].grad
             if gradient is None:
                 view.zero_()
             else:
+                refuse_sparse(name, gradient)
                 torch.mul(gradient.reshape(-1), factor, out=view)
                 parameters[name].grad = None
         out[self.flat.num_elements :].zero_()

@@ -2,13 +2,27 @@
 
 Rajbhandari et al., 2020 (arXiv:1910.02054); the freed-storage views are those of FSDP (Zhao et al., 2023,
 arXiv:2304.11277). A block's parameters stay views of one flat tensor whose memory comes and goes, so what autograd
-saved of them is valid again once the block is gathered; backward gathers when it first unpacks a saved parameter,
-whatever the block's output looked like.
+saved of them is valid again once the block is gathered. Backward gathers a block when it comes to a node that made one
+of the block's outputs, or unpacks a saved parameter, whichever is first; it frees the block when its gradients have
+been sent and backward has gone on to another.
+
+No deadlock: every worker starts the collectives of a step in one and the same order, and waits for such only as it
+has started itself. So of the workers that stand still, take one that has started the fewest: what it waits for, all
+have started, and it goes on. The order of a round is: the forward gathers, turn by turn (turns that a worker skips it
+visits all the same); then the backward gathers, turn by turn, where the reductions of a unit come directly after the
+gather of the turn that follows the unit's last. Two rules make it so whatever a backward does: ``_launch`` visits
+that turn first, if need be; and before a turn is visited, all reductions that lie before it are started, with zeros
+for gradients that have not come (blocks that this worker skipped). A gradient that comes later still is a PlanError.
+
+Under autocast, what autograd saves is the low-precision copies of the weights, which are no views of the flats: they
+stay from forward to backward unless the plan says recompute=full, and backward gathers all the same.
 """
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,13 +35,13 @@ from sheaf.graph.facts import GLUE
 from sheaf.parallel.flat import FlatTensors
 from sheaf.parallel.holding import AbstractHolding, Factor, Touched
 from sheaf.parallel.optimizers import sliced_optimizer
-from sheaf.parallel.rehearsal import Rehearsal, home, rehearse, watching
+from sheaf.parallel.rehearsal import rehearse, tensors_in, unit_members, watching
 from sheaf.parallel.sharded import gathered
 from sheaf.parallel.turns import Turns
 from sheaf.parallel.turnstile import Turnstile
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
-from sheaf.plans.layout import Held, Piece, flats, kept_whole
+from sheaf.plans.layout import Piece, flats
 from sheaf.task import Blueprint
 
 _IN_FLIGHT = 2
@@ -78,14 +92,23 @@ class Gathered(AbstractHolding):
         }
         self.optimizer = sliced_optimizer(blueprint, self.slices)
         self._trained = self._reduction_order(order)
-        self._flat_of = {name: index for index, flat in enumerate(self._trained) for name in flat.names}
+        backward = order[::-1]
+        self._last_turn = {name: len(backward) for name in self._units}  # GLUE's is after all others
+        self._last_turn.update({name: turn for turn, name in enumerate(backward)})
+        places = [self._last_turn[flat.flat.unit] + 1 for flat in self._trained]
+        self._due = [sum(place < turn for place in places) for turn in range(len(backward))]
         self._pending: deque[tuple[Pending, Tensor | None, Tensor]] = deque()
         self._launched, self._used = 0, set[str]()
+        self._done: list[Unit] = []
         self._backward = self._watched = self._gathering = False
+        self._complete = rehearsal.complete
         self._forward_turns = Turns(order, self._visit)
-        self._backward_turns = Turns(order[::-1], self._visit, first_held=True)  # forward leaves its last block there
-        self._turnstile = Turnstile([len(flat.names) for flat in self._trained], self._launch)
-        self._touched = Touched(self.parameters.items(), lambda name: self._turnstile.ready(self._flat_of[name]))
+        self._turnstile = Turnstile([flat.names for flat in self._trained], self._launch)
+        self._backward_turns = Turns(  # forward leaves its last block there
+            backward, self._visit, first_held=True, before=lambda turn: self._turnstile.let_through(self._due[turn])
+        )
+        self._touched = Touched(self.parameters.items(), self._turnstile.ready)
+        self._wrapped: list[tuple[nn.Module, Any]] = []
         for name, block in blocks.items():
             if name in self._units:
                 self._wrap(block, self._units[name], recomputed=plan.recompute == "full" and is_composite(block))
@@ -103,6 +126,7 @@ class Gathered(AbstractHolding):
     def begin_step(self) -> None:
         """Forget the last step's gradients; gather what belongs to no block, for the whole step."""
         self._touched.names.clear()
+        self._turnstile.forget()
         self._launched = 0
         for tensor, _ in self.slices.values():
             tensor.grad = None
@@ -122,6 +146,7 @@ class Gathered(AbstractHolding):
         for unit in self._units.values():
             if unit.name != GLUE:
                 self._release(unit)
+        self._done.clear()
         self._begin_round()
 
     def idle_round(self) -> None:
@@ -146,8 +171,11 @@ class Gathered(AbstractHolding):
             self._release(unit)
 
     def forward_context(self) -> AbstractContextManager[object]:
-        """The first forward is watched: reading a freed parameter would end the process, or worse."""
-        if self._watched:
+        """The first forward is watched, and every one whose control flow depends on data.
+
+        Reading a freed parameter would end the process, and reading one on its way would give a wrong answer.
+        """
+        if self._watched and self._complete:
             return nullcontext()
         self._watched = True
         return watching(self._refuse_freed)
@@ -176,6 +204,15 @@ class Gathered(AbstractHolding):
         """The parameter name of each slice that the optimizer steps."""
         return {id(tensor): name for name, (tensor, _) in self.slices.items()}
 
+    def close(self) -> None:
+        """Take every hook off the model, and give its blocks their own forward back."""
+        super().close()
+        for block, own in self._wrapped:
+            block.__dict__.pop("forward", None)
+            if own is not None:
+                block.__dict__["forward"] = own
+        self._wrapped.clear()
+
     def _fill(self, blueprint: Blueprint) -> None:
         flat_of = {name: flat for flat in self._flats for name in flat.names}
 
@@ -187,7 +224,8 @@ class Gathered(AbstractHolding):
         self.parameters = dict(self.model.named_parameters())
 
     def _reduction_order(self, order: Sequence[str]) -> list[FlatTensors]:
-        units = [*dict.fromkeys(reversed(order)), *([GLUE] if GLUE in self._units else [])]
+        # a unit that runs more than once is complete when backward comes to its first run
+        units = [*reversed(dict.fromkeys(order)), *([GLUE] if GLUE in self._units else [])]
         return [flat for name in units for flat in self._units[name].parts if flat.trained]
 
     def _begin_round(self) -> None:
@@ -203,47 +241,97 @@ class Gathered(AbstractHolding):
             unit.open_reductions = len(unit.parts)  # a frozen part is never reduced, and stays until the round ends
             if unit.name not in (GLUE, *self._backward_turns.sequence[:1]):
                 self._release(unit)
+        self._backward_turns.pass_by(next(iter(self._backward_turns.sequence), ""))
+        self._backward_turns.look_ahead()
 
     def _wrap(self, block: nn.Module, unit: Unit, *, recomputed: bool) -> None:
         forward: Callable[..., Any] = block.forward
+        self._wrapped.append((block, block.__dict__.get("forward")))
+        me = weakref.ref(self)
 
         def gathering(*positional: Any, **named: Any) -> Any:
-            # under recomputation this runs again within backward
-            turns = self._forward_turns
-            if self._backward:
-                self._need(unit)
-            else:
-                turns.take(unit.name)
-                self._arrive(unit)
-                turns.look_ahead()
-            # a block that is recomputed gathers when it runs again, and its checkpoint has hooks of its own
-            keep = nullcontext() if recomputed else torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
-            unit.running = True
-            with keep:
-                output = forward(*positional, **named)
-            unit.running = False
-            if not self._backward and not turns.done and not turns.repeats():
-                self._release(unit)
-            return output
+            there = me()
+            if there is None:
+                return forward(*positional, **named)
+            return there._run(unit, forward, positional, named, recomputed=recomputed)
 
         block.forward = gathering
 
-    def _pack(self, tensor: Tensor) -> tuple[Unit | None, Tensor]:
-        return self._unit_of_storage.get(tensor.untyped_storage()._cdata), tensor
-
-    def _unpack(self, packed: tuple[Unit | None, Tensor]) -> Tensor:
-        unit, tensor = packed
-        if unit is not None:
+    def _run(self, unit: Unit, forward: Callable[..., Any], positional: Any, named: Any, *, recomputed: bool) -> Any:
+        turns = self._forward_turns
+        if self._backward:  # recomputation
             self._need(unit)
+        else:
+            turns.take(unit.name)
+            self._arrive(unit)
+            turns.look_ahead()
+        # a block that is recomputed gathers when it runs again, and its checkpoint has hooks of its own
+        keep = nullcontext() if recomputed else torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        first_node = torch.autograd._get_sequence_nr()
+        unit.running = True
+        try:
+            with keep:
+                output = forward(*positional, **named)
+        finally:
+            unit.running = False
+        if torch.is_grad_enabled():
+            self._guard(unit, output, first_node)
+        if not self._backward and not turns.done and not turns.repeats():
+            self._release(unit)
+        return output
+
+    def _guard(self, unit: Unit, output: Any, first_node: int) -> None:
+        """Gather before backward enters the block by any of its outputs, whoever saved what of it, and how."""
+        for leaf in (output,) if isinstance(output, Tensor) else tensors_in(output):
+            node = leaf.grad_fn
+            if node is not None and node._sequence_nr() >= first_node:  # not a tensor that only passes through
+                node.register_prehook(partial(self._entered, unit))
+
+    def _entered(self, unit: Unit, _gradients: Any) -> None:
+        self._need(unit)
+
+    def _pack(self, tensor: Tensor) -> tuple[Unit | None, Tensor, int]:
+        try:
+            unit = self._unit_of_storage.get(tensor.untyped_storage()._cdata)
+        except NotImplementedError:  # a sparse tensor
+            unit = None
+        return unit, tensor, tensor._version
+
+    def _unpack(self, packed: tuple[Unit | None, Tensor, int]) -> Tensor:
+        unit, tensor, version = packed
+        if unit is not None:  # its version moves with each gather
+            self._need(unit)
+        elif tensor._version != version:  # PyTorch checks this only where no hooks are set
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"[{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected version {version} "
+                "instead"
+            )
         return tensor
 
     def _need(self, unit: Unit) -> None:
         """Backward needs a unit's parameters now, and soon those of the unit before it."""
-        if unit.gathers is None or unit.gathers:
-            if unit.gathers is None:
-                self._backward_turns.take(unit.name)
-            self._arrive(unit)
-            self._backward_turns.look_ahead()
+        if unit.gathers == []:
+            return
+        if unit.gathers is None:
+            if not self._backward:
+                raise PlanError(
+                    f"a gradient through {unit.name} is taken within forward, when ZeRO-3 has freed its parameters: "
+                    "use zero=2"
+                )
+            self._backward_turns.take(unit.name)
+        else:
+            self._backward_turns.pass_by(unit.name)
+        self._arrive(unit)
+        self._release_done(unit)
+        self._backward_turns.look_ahead()
+
+    def _release_done(self, current: Unit) -> None:
+        """Free units whose gradients are all sent, but for the one in which backward may still be."""
+        for unit in self._done:
+            if unit is not current:
+                self._release(unit)
+        self._done = [unit for unit in self._done if unit is current]
 
     def _refuse_freed(self, tensor: Tensor) -> None:
         unit = self._unit_of_storage.get(tensor.untyped_storage()._cdata)
@@ -281,16 +369,18 @@ class Gathered(AbstractHolding):
 
     def _launch(self, index: int) -> None:
         flat = self._trained[index]
+        unit = self._units[flat.flat.unit]
+        self._backward_turns.reach(self._last_turn[unit.name] + 1)
         while len(self._pending) >= _IN_FLIGHT:
             self._collect()
         first = self._launched < len(self._trained)
         self._launched += 1
         laid = torch.empty(flat.flat.padded_elements, dtype=flat.dtype, device=self._world.device)
         flat.gradients_into(laid, self.parameters, 1.0)
-        unit = self._units[flat.flat.unit]
         unit.open_reductions -= 1
         if unit.open_reductions == 0 and unit.name != GLUE:
-            self._release(unit)
+            self._done.append(unit)
+        self._release_done(unit)
         target = flat.gradient_shard if first else torch.empty_like(flat.gradient_shard)
         pending = self._world.reduce_scatter(target, laid, f"gradients of {flat.flat.unit}")
         self._pending.append((pending, None if first else flat.gradient_shard, target))
@@ -300,24 +390,3 @@ class Gathered(AbstractHolding):
         self._world.wait(pending)
         if total is not None:
             total.add_(part)
-
-
-def unit_members(
-    blueprint: Blueprint, blocks: dict[str, nn.Module], rehearsal: Rehearsal, bucket_bytes: int
-) -> dict[str, list[Held]]:
-    """Which parameters each unit holds: a block those that only it uses, GLUE all others, whole for the whole step.
-
-    Blocks that are too small to be worth a collective are left to GLUE too.
-    """
-    members: dict[str, list[Held]] = {}
-    homes = home(blueprint, blocks, rehearsal)
-    sizes: dict[str | None, int] = {}
-    for name, block in homes.items():
-        fake = blueprint.parameters[name]
-        sizes[block] = sizes.get(block, 0) + fake.numel() * blueprint.dtype_of(fake).itemsize
-    for name, block in homes.items():
-        fake = blueprint.parameters[name]
-        dtype = str(blueprint.dtype_of(fake)).removeprefix("torch.")
-        unit = GLUE if block is None or kept_whole(sizes[block], bucket_bytes) else block
-        members.setdefault(unit, []).append(Held(name, fake.numel(), dtype, fake.requires_grad))
-    return members

@@ -1,5 +1,6 @@
 """How a worker holds parameters, gradients and optimizer state, and how gradients meet: one interface, three ways."""
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -8,7 +9,54 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sheaf.errors import PlanError
+
 Factor = Callable[[], float]  # what a gradient sum is multiplied by to be the step's gradient; may wait for others
+
+
+class Touched:
+    """Notes which parameters got a gradient, and tells a listener each time.
+
+    The hooks hold it weakly: a hook is part of its parameter, where no garbage collector looks.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], listener: Callable[[str], object]) -> None:
+        self.names: set[str] = set()
+        self._listener = listener
+        self._handles: list[RemovableHandle] = []
+        me: weakref.ref[Touched] = weakref.ref(self)
+        for name, parameter in parameters:
+            if parameter.requires_grad:
+                self._handles.append(parameter.register_post_accumulate_grad_hook(_hook(me, name)))
+
+    def come(self, name: str) -> None:
+        """A parameter got a gradient."""
+        self.names.add(name)
+        self._listener(name)
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _hook(touched: "weakref.ref[Touched]", name: str) -> Callable[[Tensor], None]:
+    def accumulated(_parameter: Tensor) -> None:
+        there = touched()
+        if there is not None:
+            there.come(name)
+
+    return accumulated
+
+
+def refuse_sparse(name: str, gradient: Tensor) -> None:
+    """Raises PlanError, naming the parameter, when its gradient is not a dense tensor."""
+    if gradient.layout is not torch.strided:
+        raise PlanError(
+            f"parameter {name} got a sparse gradient, which workers cannot add up: build its layer (or call "
+            "torch.nn.functional.embedding) with sparse=False"
+        )
 
 
 class AbstractHolding(ABC):
@@ -18,6 +66,7 @@ class AbstractHolding(ABC):
     worker has one microbatch more); ``finish``; ``norm`` and ``scale`` to clip; the optimizer's step; ``after_update``.
     """
 
+    _touched: Touched
     model: nn.Module
     optimizer: torch.optim.Optimizer
     lockstep: bool = False  # whether workers go through microbatches in rounds
@@ -80,6 +129,10 @@ class AbstractHolding(ABC):
     def touched(self) -> set[str]:
         """Parameters that this worker's backwards gave a gradient in this step."""
 
+    def close(self) -> None:
+        """Take every hook off the model, and give its blocks their own forward back."""
+        self._touched.close()
+
     def forward_context(self) -> AbstractContextManager[object]:
         """What the next forward runs in."""
         return nullcontext()
@@ -89,22 +142,3 @@ class AbstractHolding(ABC):
         gradients = list(self.held().values())
         if gradients:
             torch._foreach_mul_(gradients, coefficient)
-
-
-class Touched:
-    """Notes which parameters got a gradient, and tells a listener each time."""
-
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], listener: Callable[[str], object]) -> None:
-        self.names: set[str] = set()
-        self._listener = listener
-        self._handles: list[RemovableHandle] = []
-        for name, parameter in parameters:
-            if parameter.requires_grad:
-                self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(name)))
-
-    def _hook(self, name: str) -> Callable[[Tensor], None]:
-        def accumulated(_parameter: Tensor) -> None:
-            self.names.add(name)
-            self._listener(name)
-
-        return accumulated

@@ -3,35 +3,86 @@
 Chen et al., 2016, "Training Deep Nets with Sublinear Memory Cost" (arXiv:1604.06174).
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch._C._autograd as autograd_internals
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
+from sheaf.errors import PlanError
 from sheaf.task import Streams
+from sheaf.task.streams import Position
+
+
+class _Again(threading.local):
+    running = False
+
+
+_again = _Again()
+
+
+def running_again() -> bool:
+    """Whether a block of the plan is being recomputed now, on this thread."""
+    return _again.running
 
 
 def recompute(blocks: Iterable[nn.Module], streams: Streams) -> None:
-    """Make every block recompute itself in backward, drawing from its random streams what it drew at first."""
+    """Make every block recompute itself in backward, drawing from its random streams what it drew at first.
+
+    Backward raises PlanError where a block does not compute again what it computed at first.
+    """
     for block in blocks:
-        block.forward = _recomputing(block.forward, streams)
+        block.forward = _recomputing(streams.name_of(block), block.forward, streams)
 
 
-def _recomputing(forward: Callable[..., Any], streams: Streams) -> Callable[..., Any]:
+def _recomputing(name: str, forward: Callable[..., Any], streams: Streams) -> Callable[..., Any]:
+    def explained(*positional: Any, **named: Any) -> Any:
+        with nullcontext() if running_again() else _explaining(name):
+            return forward(*positional, **named)
+
     def recomputing(*positional: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*positional, **named)
         position = streams.position()
         return checkpoint(
-            forward,
+            explained,
             *positional,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), streams.at(position)),
+            context_fn=lambda: (nullcontext(), _at_first(streams, position)),
             **named,
         )
 
     return recomputing
+
+
+@contextmanager
+def _at_first(streams: Streams, position: Position) -> Iterator[None]:
+    """Run a block again as at first."""
+    before, _again.running = _again.running, True
+    try:
+        with streams.at(position):
+            yield
+    finally:
+        _again.running = before
+
+
+def _explaining(name: str) -> AbstractContextManager[object]:
+    """Inside a checkpoint's forward: say in the plan's words what goes wrong when backward asks for a saved tensor."""
+    pack, unpack = autograd_internals._top_saved_tensors_default_hooks(True)
+
+    def explained(packed: Any) -> Any:
+        try:
+            return unpack(packed)
+        except CheckpointError as error:
+            raise PlanError(
+                f"{name} did not compute again in backward what it computed in forward, so it keeps state outside "
+                "itself, such as a cache: switch that off (config.use_cache=False for a model of transformers), or use "
+                f"recompute=none. PyTorch says: {str(error).strip().splitlines()[0]}"
+            ) from error
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, explained)

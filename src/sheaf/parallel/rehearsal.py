@@ -1,5 +1,6 @@
 """A forward on fake tensors before the first real one: in which order blocks run, and who uses whose parameters."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,24 +11,29 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
+from sheaf.graph.facts import GLUE
+from sheaf.plans.layout import Held, kept_whole
 from sheaf.task import Blueprint, Order, arguments, fetch, key
 
 
 @dataclass(frozen=True)
 class Rehearsal:
     """``order``: the blocks as forward calls them, each as often as it is called; ``outside``: parameters that are
-    used while none of the blocks they live in is running, by canonical name.
+    used while none of the blocks they live in is running, by canonical name; ``complete``: whether it reached the
+    end, so that no control flow depends on data.
     """
 
     order: tuple[str, ...]
     outside: frozenset[str]
+    complete: bool
 
 
 def rehearse(blueprint: Blueprint, blocks: Mapping[str, nn.Module]) -> Rehearsal:
     """Run the blueprint's fake model on the first microbatch of the first step.
 
     Where control flow needs real values the rehearsal ends there: blocks that it did not reach follow in the order of
-    definition. The same on every worker.
+    definition. The same on every worker. What the forward changed in the modules (a tensor that it cached, a counter)
+    is put back.
     """
     task = blueprint.task
     order: list[str] = []
@@ -46,13 +52,15 @@ def rehearse(blueprint: Blueprint, blocks: Mapping[str, nn.Module]) -> Rehearsal
     positional, named = tree_map(
         lambda leaf: blueprint.mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, arguments(task, batch)
     )
-    with _running(blocks, order, running):
+    complete = True
+    with _put_back(blueprint.model), _running(blocks, order, running):
         try:
             with blueprint.mode, _Arguments(uses):
                 blueprint.model(*positional, **named)
         except Exception:  # noqa: BLE001 - control flow on values; what is truly wrong, the real forward will raise
+            complete = False
             order = list(dict.fromkeys(order)) + [name for name in blocks if name not in order]
-    return Rehearsal(tuple(order), frozenset(outside))
+    return Rehearsal(tuple(order), frozenset(outside), complete)
 
 
 class _Arguments(TorchDispatchMode):
@@ -71,9 +79,41 @@ class _Arguments(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """The tensors in what a module returned: in containers, and in the attributes of other objects."""
+    for leaf in tree_iter(output):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):
+            yield from (value for value in tree_iter(dict(vars(leaf))) if isinstance(value, Tensor))
+
+
 def watching(show: Callable[[Tensor], object]) -> TorchDispatchMode:
     """A context in which ``show`` sees every tensor before an operation reads it."""
     return _Arguments(show)
+
+
+@contextmanager
+def _put_back(model: nn.Module) -> Iterator[None]:
+    modules = [(module, dict(module.__dict__)) for module in model.modules()]
+    plain = [
+        (value, copy.copy(value))
+        for _, attributes in modules
+        for value in attributes.values()
+        if isinstance(value, dict | list | set)
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes in modules:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+        for value, before in plain:
+            if isinstance(value, list):
+                value[:] = before
+            else:
+                value.clear()
+                value.update(before)
 
 
 @contextmanager
@@ -110,3 +150,24 @@ def home(blueprint: Blueprint, blocks: Mapping[str, nn.Module], rehearsal: Rehea
         name: next(iter(found)) if len(found) == 1 and name not in rehearsal.outside else None
         for name, found in homes.items()
     }
+
+
+def unit_members(
+    blueprint: Blueprint, blocks: dict[str, nn.Module], rehearsal: Rehearsal, bucket_bytes: int
+) -> dict[str, list[Held]]:
+    """Which parameters each unit holds: a block those that only it uses, GLUE all others, whole for the whole step.
+
+    Blocks that are too small to be worth a collective are left to GLUE too.
+    """
+    members: dict[str, list[Held]] = {}
+    homes = home(blueprint, blocks, rehearsal)
+    sizes: dict[str | None, int] = {}
+    for name, block in homes.items():
+        fake = blueprint.parameters[name]
+        sizes[block] = sizes.get(block, 0) + fake.numel() * blueprint.dtype_of(fake).itemsize
+    for name, block in homes.items():
+        fake = blueprint.parameters[name]
+        dtype = str(blueprint.dtype_of(fake)).removeprefix("torch.")
+        unit = GLUE if block is None or kept_whole(sizes[block], bucket_bytes) else block
+        members.setdefault(unit, []).append(Held(name, fake.numel(), dtype, fake.requires_grad))
+    return members

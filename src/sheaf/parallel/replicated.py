@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sheaf.cluster.primitives import Pending
-from sheaf.parallel.holding import AbstractHolding, Factor, Touched
+from sheaf.parallel.holding import AbstractHolding, Factor, Touched, refuse_sparse
 from sheaf.parallel.turnstile import Turnstile
 from sheaf.parallel.world import World
 from sheaf.plans.layout import Held, buckets
@@ -28,7 +28,6 @@ class Replicated(AbstractHolding):
         sizes = {str(value.dtype): value.itemsize for value in self.parameters.values()}
         grouped = buckets(held, sizes, bucket_bytes) if world.workers > 1 else ()
         self._buckets = [[member.name for member in bucket] for bucket in grouped]
-        self._bucket_of = {name: index for index, names in enumerate(self._buckets) for name in names}
         self._flats = [self._flat(names) for names in self._buckets]
         self._views = {
             name: view
@@ -36,7 +35,7 @@ class Replicated(AbstractHolding):
             for name, view in zip(names, self._split(flat, names), strict=True)
         }
         self._pending: list[Pending] = []
-        self._turnstile = Turnstile([len(names) for names in self._buckets], self._launch)
+        self._turnstile = Turnstile(self._buckets, self._launch)
         self._touched = Touched(self.parameters.items(), self._ready)
 
     @property
@@ -49,6 +48,7 @@ class Replicated(AbstractHolding):
 
     def begin_step(self) -> None:
         self._touched.names.clear()
+        self._turnstile.forget()
         for parameter in self.parameters.values():
             parameter.grad = None
 
@@ -60,10 +60,9 @@ class Replicated(AbstractHolding):
         """Nothing: what is not ready may still become so."""
 
     def flush(self) -> None:
-        if len(self._pending) < len(self._buckets):
-            if not self._turnstile.armed:
-                self._turnstile.arm()
-            self._turnstile.flush()
+        if not self._turnstile.armed:
+            self._turnstile.arm()
+        self._turnstile.flush()
 
     def finish(self, used: set[str]) -> None:
         if self._world.workers == 1:
@@ -97,7 +96,7 @@ class Replicated(AbstractHolding):
 
     def _ready(self, name: str) -> None:
         if self._buckets:
-            self._turnstile.ready(self._bucket_of[name])
+            self._turnstile.ready(name)
 
     def _launch(self, bucket: int) -> None:
         factor = self._factor()
@@ -106,6 +105,7 @@ class Replicated(AbstractHolding):
             if gradient is None:
                 view.zero_()
             else:
+                refuse_sparse(name, gradient)
                 torch.mul(gradient, factor, out=view)
                 self.parameters[name].grad = None
         self._pending.append(self._world.all_reduce(self._flats[bucket], f"gradients of {self._buckets[bucket][-1]}"))

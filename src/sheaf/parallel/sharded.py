@@ -58,8 +58,8 @@ class Sharded(AbstractHolding):
         self._pending: deque[tuple[Pending, Tensor | None, Tensor]] = deque()
         self._launched = 0
         self._used: set[str] = set()
-        self._turnstile = Turnstile([len(flat.names) for flat in self._flats], self._launch)
-        self._touched = Touched(self.parameters.items(), lambda name: self._turnstile.ready(self._flat_of[name]))
+        self._turnstile = Turnstile([flat.names for flat in self._flats], self._launch)
+        self._touched = Touched(self.parameters.items(), self._turnstile.ready)
 
     @property
     def sharded(self) -> bool:
@@ -71,6 +71,7 @@ class Sharded(AbstractHolding):
 
     def begin_step(self) -> None:
         self._touched.names.clear()
+        self._turnstile.forget()
         self._launched = 0
         for parameter in self.parameters.values():
             parameter.grad = None
@@ -90,7 +91,7 @@ class Sharded(AbstractHolding):
         self._turnstile.flush()
 
     def flush(self) -> None:
-        if self._launched < len(self._flats):
+        if self._turnstile.armed or self._launched < len(self._flats):
             if not self._turnstile.armed:
                 self._turnstile.arm()
             self._turnstile.flush()

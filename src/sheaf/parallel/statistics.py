@@ -1,64 +1,76 @@
 """BatchNorm's running statistics, updated in microbatch order whoever computed which microbatch.
 
-The unit of BatchNorm is the microbatch everywhere. While a microbatch runs, each layer writes its batch statistics to
-a scratch buffer; at the end of the step all of them are applied to the running statistics in order, on every worker.
+The unit of BatchNorm is the microbatch everywhere. While a layer runs in training mode it writes its batch statistics
+to a scratch buffer; at the end of the step all of them are applied to the running statistics in order, on every
+worker. A layer in eval mode is left alone: it reads its running statistics, as it does in plain PyTorch. Whatever else
+forward leaves behind cannot be merged or computed twice, and is refused by name.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from sheaf.errors import PlanError
+from sheaf.parallel.recompute import running_again
 from sheaf.parallel.world import World
 
-_Norm = nn.modules.batchnorm._NormBase
 _KEPT = ("running_mean", "running_var", "num_batches_tracked")
+_OWN_FORWARD = nn.modules.batchnorm._BatchNorm.forward
+
+
+class _Phase:
+    """Whether a microbatch is running, so that layers called between steps work on their running statistics."""
+
+    active = False
 
 
 class _Layer:
-    """One normalisation layer: its running statistics, and the scratch buffers that stand in for them."""
+    """One BatchNorm layer: the scratch buffers that stand in while it trains, and its calls in a microbatch."""
 
-    def __init__(self, name: str, module: _Norm) -> None:
+    def __init__(self, name: str, module: nn.modules.batchnorm._BatchNorm, phase: _Phase) -> None:
         assert module.running_mean is not None
-        assert module.running_var is not None
-        assert module.num_batches_tracked is not None
-        self.name, self.module, self.momentum = name, module, module.momentum
+        self.name, self.module, self._phase = name, module, phase
         self.size = module.running_mean.numel()
-        self.scratch = {key: torch.zeros_like(module._buffers[key]) for key in _KEPT}
-        self.running = {key: module._buffers[key] for key in _KEPT}
+        self.trained = self.read = 0
+        self.scratch = {key: torch.zeros_like(buffer) for key in _KEPT if (buffer := module._buffers[key]) is not None}
+        self._running: dict[str, Any] | None = None
+        self._momentum: float | None = None
+        module.register_forward_pre_hook(self._set_aside)
+        module.register_forward_hook(self._put_back, prepend=True, always_call=True)
 
-    def set_aside(self) -> None:
-        """Let the layer write the batch's own statistics to the scratch buffers: momentum 1 forgets what they held."""
-        self.running = {key: self.module._buffers[key] for key in _KEPT}
-        self.scratch["num_batches_tracked"].zero_()
-        self.module._buffers.update(self.scratch)
-        self.module.__dict__["momentum"] = 1.0
-
-    def put_back(self) -> None:
-        """Give the layer its running statistics again."""
-        self.module._buffers.update(self.running)
-        self.module.__dict__["momentum"] = self.momentum
+    def begin(self) -> None:
+        """A microbatch begins; a NaN of the last one would survive momentum 1, as 0 * NaN is NaN."""
+        self.trained = self.read = 0
+        for scratch in self.scratch.values():
+            scratch.zero_()
 
     def update(self, statistics: Tensor) -> None:
-        """Apply rows of (mean, variance, calls), in order, to the running statistics.
+        """Apply rows of (mean, variance, calls in training, calls in eval mode), in order, to the running statistics.
 
-        Raises PlanError where the layer ran more than once in a forward.
+        Raises PlanError where the order of the calls within a step matters.
         """
-        calls = statistics[:, -1].tolist()
-        if max(calls) > 1:
+        trained, read = statistics[:, -2].tolist(), statistics[:, -1].tolist()
+        if max(trained) > 1:
             raise PlanError(
-                f"{self.name} runs {round(max(calls))} times in one forward, so the order of its running statistics "
+                f"{self.name} runs {round(max(trained))} times in one forward, so the order of its running statistics "
                 "cannot be kept by several workers or under recomputation: use the serial plan without recomputation"
             )
-        seen = [row for row, count in enumerate(calls) if count]
-        tracked = self.module._buffers["num_batches_tracked"]
+        if max(trained) and max(read):
+            raise PlanError(
+                f"{self.name} runs in training and in eval mode within one step, so it reads running statistics that "
+                "other microbatches of the step move: use the serial plan without recomputation"
+            )
+        seen = [row for row, count in enumerate(trained) if count]
+        if not seen:
+            return
+        tracked, momentum = self.module._buffers["num_batches_tracked"], self.module.momentum
         assert tracked is not None
         factors = [
-            self.momentum if self.momentum is not None else 1.0 / (int(tracked) + number)
-            for number in range(1, len(seen) + 1)
+            momentum if momentum is not None else 1.0 / (int(tracked) + number) for number in range(1, len(seen) + 1)
         ]
         tracked += len(seen)
         kept, weights = _moving_average(factors)
@@ -68,62 +80,192 @@ class _Layer:
             assert running is not None
             running.copy_(kept * running.double().cpu() + weights @ rows)
 
+    def _set_aside(self, module: nn.Module, _arguments: Any) -> None:
+        """The layer is called: momentum 1 makes the scratch buffers hold the batch's own statistics."""
+        if not self._phase.active:
+            return
+        again = running_again()
+        if not (module.training and self.module.track_running_stats):
+            self.read += not again
+            return
+        if not again and torch._C._current_graph_task_id() != -1:
+            raise PlanError(
+                f"{self.name} runs again in backward, which moves its running statistics twice: switch the model's own "
+                "checkpointing off and use recompute=full, or use the serial plan without recomputation"
+            )
+        self.trained += not again
+        self._running = {key: module._buffers[key] for key in _KEPT}
+        self._momentum = self.module.momentum
+        module._buffers.update(self.scratch)
+        module.__dict__["momentum"] = 1.0
+
+    def _put_back(self, module: nn.Module, _arguments: Any, _output: Any) -> None:
+        if self._running is not None:
+            module._buffers.update(self._running)
+            module.__dict__["momentum"] = self._momentum
+            self._running = None
+
+
+def _refuse_synchronised(module: nn.Module, _arguments: Any) -> None:
+    if module.training:
+        raise PlanError(
+            "SyncBatchNorm normalises over all workers, and the unit of normalisation here is the microbatch, so the "
+            "answer would depend on the plan: use BatchNorm"
+        )
+
 
 class BatchStatistics:
     """The running statistics of a model's normalisation layers, as one step updates them."""
 
     def __init__(self, model: nn.Module, world: World) -> None:
-        self._world = world
+        self._world, self._phase = world, _Phase()
         self._layers = [
-            _Layer(name, module)
-            for name, module in model.named_modules()
-            if isinstance(module, _Norm) and module.track_running_stats and module.running_mean is not None
+            _Layer(name, module, self._phase) for name, module in model.named_modules() if _is_merged(module)
         ]
-        names = {layer.name for layer in self._layers}
-        self._others = {name: buffer for name, buffer in model.named_buffers() if name.rpartition(".")[0] not in names}
-        self._versions = {name: buffer._version for name, buffer in self._others.items()}
+        for module in model.modules():
+            if world.workers > 1 and isinstance(module, nn.SyncBatchNorm):
+                module.register_forward_pre_hook(_refuse_synchronised)
+        self._traces = Traces(model)
         self._found: dict[int, Tensor] = {}
+        self._steps = 0
 
     def begin_step(self) -> None:
         """Forget the last step's microbatches."""
         self._found.clear()
+        self._steps += 1
 
     @contextmanager
     def microbatch(self) -> Iterator[None]:
-        """Run a microbatch's forward and backward inside; its statistics are set aside."""
+        """Run a microbatch's forward and backward inside; its statistics are set aside.
+
+        Raises PlanError when backward changed a buffer, which is looked at in the first step.
+        """
         for layer in self._layers:
-            layer.set_aside()
+            if layer.trained or layer.read:
+                layer.begin()
+        self._traces.begin()
+        self._phase.active = True
         try:
             yield
         finally:
-            for layer in self._layers:
-                layer.put_back()
+            self._phase.active = False
+        if self._steps == 1:
+            self._traces.check("backward")
 
     def collect(self, index: int) -> None:
         """Forward has run: take the statistics it left (called inside ``microbatch``, before backward).
 
-        Raises PlanError when forward changed another buffer, which several workers cannot merge.
+        Raises PlanError when forward changed another buffer, which several workers cannot merge, and which a
+        recomputation would change twice.
         """
+        self._traces.check("forward")
         if self._layers:
-            self._found[index] = torch.cat([layer.scratch[key].reshape(-1) for layer in self._layers for key in _KEPT])
-        changed = [name for name, buffer in self._others.items() if buffer._version != self._versions[name]]
-        if changed and self._world.workers > 1:
-            raise PlanError(
-                f"the forward of the model changes the buffer {changed[0]}; only BatchNorm's running statistics can be "
-                "merged between workers: use the serial plan"
-            )
+            moments = [layer.scratch[key].reshape(-1) for layer in self._layers for key in _KEPT[:2]]
+            found = torch.cat(moments).to("cpu", torch.float64).split([2 * layer.size for layer in self._layers])
+            calls = [torch.tensor([layer.trained, layer.read], dtype=torch.float64) for layer in self._layers]
+            self._found[index] = torch.cat([part for pair in zip(found, calls, strict=True) for part in pair])
 
     def apply(self, microbatches: int) -> None:
         """Update the running statistics by every worker's microbatches, in order (collective)."""
         if not self._layers:
             return
-        table = torch.zeros(microbatches, sum(2 * layer.size + 1 for layer in self._layers), dtype=torch.float64)
+        widths = [2 * layer.size + 2 for layer in self._layers]
+        table = torch.zeros(microbatches, sum(widths), dtype=torch.float64)
         for index, row in self._found.items():
             table[index] = row
         table = self._world.summed(table, "running statistics")
-        widths = [2 * layer.size + 1 for layer in self._layers]
         for layer, statistics in zip(self._layers, table.split(widths, dim=1), strict=True):
             layer.update(statistics)
+
+
+class Traces:
+    """What a microbatch leaves behind in the model beside BatchNorm's running statistics.
+
+    Buffers are compared by identity and version in every microbatch. In the first one they are compared by value too,
+    since kernels that normalise, and changes through ``.data``, do not count versions; so are the plain numbers and
+    tensors that modules hold as attributes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = dict(model.named_modules())
+        self._holders = [module._buffers for module in self._modules.values()]
+        self._held: list[tuple[Tensor | None, int]] = []
+        self._values: list[Tensor | None] | None = None
+        self._attributes: dict[tuple[str, str], tuple[Any, int]] | None = None
+        self._is_first = True
+
+    def begin(self) -> None:
+        """A microbatch begins."""
+        self._held = [
+            (buffer, 0 if buffer is None else buffer._version) for held in self._holders for buffer in held.values()
+        ]
+        self._values = self._attributes = None
+        if self._is_first:
+            self._values = [None if buffer is None else buffer.detach().clone() for buffer, _ in self._held]
+            self._attributes = self._plain_attributes()
+        self._is_first = False
+
+    def check(self, when: str) -> None:
+        """Raise PlanError naming what changed since the microbatch began."""
+        now = [buffer for held in self._holders for buffer in held.values()]
+        same = len(now) == len(self._held) and all(
+            buffer is held and (buffer is None or buffer._version == version)
+            for buffer, (held, version) in zip(now, self._held, strict=True)
+        )
+        values = self._values
+        if not same or (values is not None and not all(map(_equal, now, values))):
+            raise PlanError(
+                f"the {when} of the model changes the buffer {self._changed()}; only BatchNorm's running statistics "
+                "can be merged between workers and kept under recomputation: use the serial plan without recomputation"
+            )
+        if self._attributes is not None:
+            self._check_attributes(self._attributes, when)
+
+    def _changed(self) -> str:
+        names = [f"{name}.{key}" if name else key for name, module in self._modules.items() for key in module._buffers]
+        now = [buffer for held in self._holders for buffer in held.values()]
+        values: list[Tensor | None] = self._values or [None] * len(self._held)
+        for name, buffer, (held, version), value in zip(names, now, self._held, values, strict=False):
+            moved = buffer is not held or (buffer is not None and buffer._version != version)
+            if moved or (self._values is not None and not _equal(buffer, value)):
+                return name
+        return names[-1]
+
+    def _plain_attributes(self) -> dict[tuple[str, str], tuple[Any, int]]:
+        found: dict[tuple[str, str], tuple[Any, int]] = {}
+        for name, module in self._modules.items():
+            for attribute, value in vars(module).items():
+                if isinstance(value, Tensor) and not value.requires_grad:
+                    found[name, attribute] = (value, value._version)
+                elif isinstance(value, int | float) and not isinstance(value, bool):
+                    found[name, attribute] = (value, 0)
+        return found
+
+    def _check_attributes(self, before: dict[tuple[str, str], tuple[Any, int]], when: str) -> None:
+        after = self._plain_attributes()
+        for place, (value, version) in before.items():
+            now, moved = after.get(place, (value, version))
+            if (now is not value and not (isinstance(now, int | float) and now == value)) or moved != version:
+                raise PlanError(
+                    f"the {when} of the model changes {'.'.join(filter(None, place))}, which each worker, and each "
+                    "recomputation, would do for itself: use the serial plan without recomputation, or leave that out"
+                )
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two buffers hold the same values, NaN being the same as NaN."""
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def _is_merged(module: nn.Module) -> TypeGuard[nn.modules.batchnorm._BatchNorm]:
+    """Whether a module is a BatchNorm whose forward is torch's own, with running statistics."""
+    return (
+        isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
+        and type(module).forward is _OWN_FORWARD
+        and all(module._buffers.get(key) is not None for key in _KEPT)
+    )
 
 
 def _moving_average(factors: Sequence[float]) -> tuple[float, Tensor]:

@@ -9,13 +9,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from sheaf.errors import NonFiniteLoss
+from sheaf.errors import NonFiniteLoss, PlanError, TaskError
 from sheaf.parallel.exchange import Exchange, Told
 from sheaf.parallel.holding import AbstractHolding
 from sheaf.parallel.optimizers import load_named_state, named_state
 from sheaf.parallel.precision import LossScale, autocast
 from sheaf.parallel.shares import AbstractDealer, Dealt
 from sheaf.parallel.statistics import BatchStatistics
+from sheaf.parallel.values import decoded, encoded
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
 from sheaf.record import StepReport
@@ -45,7 +46,8 @@ class Step:
     """Runs one global step each time it is called, on every worker of the plan; made by ``sheaf.build``.
 
     ``index`` is the number of the next step, ``position`` the (step, microbatch) that is running, ``model`` this
-    worker's module. A call raises NonFiniteLoss on every worker, before anything is updated, when a loss is no number.
+    worker's module. A call raises on every worker, before anything is updated: NonFiniteLoss when a loss is no number,
+    TaskError when no parameter got a gradient, PlanError when other parameters are trained than when it was built.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Step:
         self._floating = torch.float64 if task.precision == "fp64" else None
         self._observer: Observer | None = None
         self._compute_seconds = 0.0
+        self._trained = self._names()
 
     @property
     def model(self) -> nn.Module:
@@ -98,6 +101,7 @@ class Step:
         """Run the next global step; collective."""
         start, waited = time.perf_counter(), self._world.waited_seconds
         self._compute_seconds = 0.0
+        self._check_trained()
         microbatches = self._order.step(self.index)
         self._exchange.begin(len(microbatches))
         if self._statistics is not None:
@@ -106,9 +110,16 @@ class Step:
         self._run_all(microbatches)
         self._holding.flush()
         told = self._exchange.told()
+        self._dealer.finished()
         used, computed = self._agree()
         self._holding.finish(used)
         told.check(self.index)
+        self._check_trained()
+        if not used:
+            raise TaskError(
+                f"no parameter got a gradient from the loss of step {self.index}: look for detach(), .data, item() or "
+                "no_grad() between the model's output and the loss, and for a loss that does not use the output"
+            )
         if self._observer is not None:
             self._observer.gradients(self.index, self._holding.full_gradients())
         updating = time.perf_counter()
@@ -145,7 +156,11 @@ class Step:
         return self.rank if self._holding.sharded else 0
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that a later run needs to go on: tensors (none where another worker owns them), and JSON-able values."""
+        """All that a later run needs to go on: tensors (none where another worker owns them), and JSON-able values.
+
+        The tensors are the live ones, which the next step changes: write or clone them before. The values are a
+        snapshot. Raises TaskError for an optimizer or scheduler that keeps what no checkpoint can hold.
+        """
         tensors, optimizer = named_state(self._holding.optimizer, self._holding.optimizer_names())
         named = {f"parameter/{name}": value for name, value in self._holding.kept().items()}
         named |= {f"buffer/{name}": value for name, value in self.model.named_buffers()}
@@ -156,12 +171,17 @@ class Step:
             "loss_scale": self._scale.value,
             "good_steps": self._scale.good_steps,
             "optimizer": optimizer,
-            "scheduler": self._scheduler.state_dict() if self._scheduler is not None else None,
+            "scheduler": None,
         }
+        if self._scheduler is not None:
+            values["scheduler"] = encoded(self._scheduler.state_dict(), type(self._scheduler).__name__)
         return (named if self.state_owner == self.rank else {}), values
 
     def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Go on where ``state`` of this worker's ``state_owner`` stood; collective."""
+        """Go on where ``state`` of this worker's ``state_owner`` stood, before or behind; collective.
+
+        What is given is copied, so it may be loaded again, and by other steps.
+        """
         with torch.no_grad():
             for name, value in self._holding.kept().items():
                 value.copy_(tensors[f"parameter/{name}"])
@@ -171,7 +191,7 @@ class Step:
             name.removeprefix("optimizer/"): value for name, value in tensors.items() if name.startswith("optimizer/")
         }
         if self._scheduler is not None:
-            self._scheduler.load_state_dict(values["scheduler"])
+            self._scheduler.load_state_dict(decoded(values["scheduler"]))
         load_named_state(self._holding.optimizer, self._holding.optimizer_names(), saved, values["optimizer"])
         self.index = values["index"]
         self._expectation.weight = values["expected_weight"]
@@ -179,19 +199,34 @@ class Step:
         self._holding.after_update()
 
     def full_state(self) -> dict[str, Tensor]:
-        """Whole weights and persistent buffers under their original names, on worker 0 (collective; {} elsewhere)."""
-        parameters = self._holding.full_parameters()
-        persistent = {
-            f"{name}.{key}" if name else key: value
-            for name, module in self.model.named_modules()
-            for key, value in module._buffers.items()
-            if value is not None and key not in module._non_persistent_buffers_set
-        }
-        return parameters | persistent if self.rank == 0 else {}
+        """Whole weights and persistent buffers on worker 0, for ``load_state_dict`` (collective; {} elsewhere).
+
+        Names are those of the model's ``state_dict``: what is shared stands under each of its names, as one tensor.
+        Extra state (``get_extra_state``) is left out.
+        """
+        whole = self._holding.full_parameters()
+        if self.rank != 0:
+            return {}
+        first = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        named: dict[str, Tensor] = {}
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            prefix = f"{path}." if path else ""
+            parameters = {
+                key: whole[first[id(value)]] for key, value in module._parameters.items() if value is not None
+            }
+            buffers = {
+                key: value
+                for key, value in module._buffers.items()
+                if value is not None and key not in module._non_persistent_buffers_set
+            }
+            named |= {prefix + key: value for key, value in (parameters | buffers).items()}
+        return named
 
     def close(self) -> None:
-        """Detach from the model."""
+        """Detach from the model, and give back what workers share; call it on every worker."""
         self._streams.close()
+        self._holding.close()
+        self._world.close()
 
     def _run_all(self, microbatches: tuple[Microbatch, ...]) -> None:
         computed = 0
@@ -235,13 +270,21 @@ class Step:
         touched = self._holding.touched
         if self.workers == 1:
             return touched, [self._compute_seconds]
-        names = list(self._names())
+        names = list(self._trained)
         told = torch.zeros(len(names) + self.workers)
         for position, name in enumerate(names):
             told[position] = float(name in touched)
         told[len(names) + self.rank] = self._compute_seconds
         told = self._world.summed(told, "parameters used").tolist()
         return {name for name, count in zip(names, told, strict=False) if count > 0}, told[len(names) :]
+
+    def _check_trained(self) -> None:
+        changed = sorted(set(self._names()) ^ set(self._trained))
+        if changed:
+            raise PlanError(
+                f"requires_grad of {changed[0]} ({len(changed)} parameters in all) changed after the step was built, "
+                "which its workers and optimizer cannot follow: build the step again"
+            )
 
     def _names(self) -> tuple[str, ...]:
         return tuple(name for name, value in self.model.named_parameters() if value.requires_grad)

@@ -10,11 +10,19 @@ class Turns:
 
     ``visit(unit)`` starts what a turn needs, exactly once per turn on every worker whatever it runs itself, since
     collectives match by order. A turn directly after one of the same unit needs nothing new, nor does the first of
-    all with ``first_held``.
+    all with ``first_held``. ``before(turn)`` is called before each visit with the turn's index.
     """
 
-    def __init__(self, sequence: Sequence[str], visit: Callable[[str], object], *, first_held: bool = False) -> None:
+    def __init__(
+        self,
+        sequence: Sequence[str],
+        visit: Callable[[str], object],
+        *,
+        first_held: bool = False,
+        before: Callable[[int], object] | None = None,
+    ) -> None:
         self.sequence, self._visit, self._first_held = tuple(sequence), visit, first_held
+        self._before = before
         self._taken = self._visited = len(self.sequence)
 
     def begin(self) -> None:
@@ -32,6 +40,15 @@ class Turns:
             ) from None
         self._taken = turn + 1
         self._visit_until(self._taken)
+
+    def pass_by(self, unit: str) -> None:
+        """Come to this unit's next turn if it has one left; nothing otherwise."""
+        if unit in self.sequence[self._taken :]:
+            self.take(unit)
+
+    def reach(self, turn: int) -> None:
+        """Visit all up to and including a turn, taking none."""
+        self._visit_until(turn + 1)
 
     def look_ahead(self) -> None:
         """Visit the next turn before it is taken."""
@@ -56,4 +73,6 @@ class Turns:
             turn, self._visited = self._visited, self._visited + 1
             held = self._first_held if turn == 0 else self.sequence[turn] == self.sequence[turn - 1]
             if not held:
+                if self._before is not None:
+                    self._before(turn)
                 self._visit(self.sequence[turn])

@@ -5,45 +5,71 @@ Collectives match by order, so every worker must start them in the same one, wha
 
 from collections.abc import Callable, Sequence
 
+from sheaf.errors import PlanError
+
 
 class Turnstile:
-    """Counts down the members of each group; ``launch(group)`` is called once per group and pass, in order.
+    """Waits for the named members of each group; ``launch(group)`` is called once per group and pass, in order.
+
+    A pass lasts from ``arm`` to ``flush`` (or ``forget``, where a step was given up).
 
     >>> out = []
-    >>> turnstile = Turnstile([1, 2], out.append)
-    >>> turnstile.arm(); turnstile.ready(1); turnstile.ready(0); out
+    >>> turnstile = Turnstile([["a"], ["b", "c"]], out.append)
+    >>> turnstile.arm(); turnstile.ready("b"); turnstile.ready("b"); turnstile.ready("a"); out
     [0]
     >>> turnstile.flush(); out
     [0, 1]
     """
 
-    def __init__(self, sizes: Sequence[int], launch: Callable[[int], object]) -> None:
-        self._sizes, self._launch = tuple(sizes), launch
-        self._missing = [0] * len(self._sizes)
-        self._next = len(self._sizes)
-
-    @property
-    def armed(self) -> bool:
-        """Whether a pass is under way."""
-        return self._next < len(self._sizes)
+    def __init__(self, groups: Sequence[Sequence[str]], launch: Callable[[int], object]) -> None:
+        self._sizes, self._launch = [len(group) for group in groups], launch
+        self._group_of = {name: index for index, group in enumerate(groups) for name in group}
+        self._missing: list[int] = []
+        self._come: set[str] = set()
+        self._next = 0
+        self.armed = False
 
     def arm(self) -> None:
         """Begin a pass: every member of every group is still to come."""
-        self._missing = list(self._sizes)
+        self._missing = self._sizes.copy()
+        self._come.clear()
         self._next = 0
+        self.armed = True
 
-    def ready(self, group: int) -> None:
-        """One member of a group has come; outside a pass this means nothing."""
+    def ready(self, name: str) -> None:
+        """A member has come; outside a pass this means nothing.
+
+        Raises PlanError for one whose group has gone already: what it brings would be lost.
+        """
         if not self.armed:
             return
+        group = self._group_of[name]
+        if group < self._next:
+            raise PlanError(
+                f"parameter {name} got a gradient after its bucket had been sent, as when backward runs within "
+                "backward: use torch.utils.checkpoint with use_reentrant=False, around one block at a time, or drop "
+                "it and let the plan say recompute=full"
+            )
+        if name in self._come:
+            return
+        self._come.add(name)
         self._missing[group] -= 1
-        while self.armed and self._missing[self._next] <= 0:
+        while self._next < len(self._sizes) and not self._missing[self._next]:
+            self._go()
+
+    def let_through(self, count: int) -> None:
+        """Launch the first ``count`` groups now, ready or not (what is missing counts as zero)."""
+        while self.armed and self._next < count:
             self._go()
 
     def flush(self) -> None:
-        """End the pass: launch what is left, ready or not (its missing members count as zero)."""
-        while self.armed:
-            self._go()
+        """End the pass: launch what is left, ready or not."""
+        self.let_through(len(self._sizes))
+        self.armed = False
+
+    def forget(self) -> None:
+        """Give up a pass that an error cut short."""
+        self.armed = False
 
     def _go(self) -> None:
         group, self._next = self._next, self._next + 1

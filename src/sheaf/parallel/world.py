@@ -20,17 +20,18 @@ class World:
 
     ``waited_seconds`` adds up the time this worker stood still for others. A collective that fails raises
     WorkerFailed with what this worker was doing, and what every worker that still answers was doing.
+    With ``gathers_apart`` gathers have a process group of their own until ``close``, for executors whose gathers and
+    reductions interleave differently on different workers; making it is collective.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, gathers_apart: bool = False) -> None:
         self.device = device
         joined = dist.is_available() and dist.is_initialized()
         self.workers = dist.get_world_size() if joined else 1
         self.rank = dist.get_rank() if joined else 0
         self.waited_seconds = 0.0
         self._last: deque[str] = deque(maxlen=8)
-        # gathers of parameters and reductions of gradients interleave differently on different workers
-        self._gathers = _new_group() if self.workers > 1 else None
+        self._gathers = _new_group() if gathers_apart and self.workers > 1 else None
 
     @property
     def counter(self) -> dist.Store | None:
@@ -70,6 +71,21 @@ class World:
     def barrier(self) -> None:
         """Wait for every worker."""
         self.summed(torch.zeros(1), "barrier")
+
+    def number(self, key: str) -> int:
+        """How often the workers together asked for this key's number, the same on every worker (collective)."""
+        store, mine = self.counter, torch.zeros(1, dtype=torch.int64)
+        if store is None:
+            return 1
+        if self.rank == 0:
+            mine += store.add(key, 1)
+        return int(self.summed(mine, key))
+
+    def close(self) -> None:
+        """Give back the group of the gathers, if there is one; call it on every worker, as often as you like."""
+        group, self._gathers = self._gathers, None
+        if group is not None and dist.is_initialized():  # it went with the default group otherwise
+            dist.destroy_process_group(group)
 
     @contextlib.contextmanager
     def _explained(self, operation: str = "", what: str = "", tensor: Tensor | None = None) -> Iterator[None]:

@@ -57,4 +57,6 @@ def _between(low: Profile, high: Profile, samples: int) -> Profile:
         optimizer_state_bytes_per_byte=low.optimizer_state_bytes_per_byte,
         fetch_seconds=mixed(low.fetch_seconds, high.fetch_seconds),
         host_seconds=mixed(low.host_seconds, high.host_seconds),
+        exposed_seconds=mixed(low.exposed_seconds, high.exposed_seconds),
+        collective_factor=mixed(low.collective_factor, high.collective_factor),
     )

@@ -1,8 +1,9 @@
 """Which samples are in which microbatch of which step, and how they are fetched. No worker count enters here."""
 
+import copy
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from sheaf.errors import DataError, TaskError
+from sheaf.task.reach import tensors_in
 from sheaf.task.streams import key
 from sheaf.task.task import Task
 
@@ -108,15 +110,48 @@ def arguments(task: Task, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def moved(value: Any, device: torch.device, floating: torch.dtype | None = None) -> Any:
-    """A batch on ``device``; its floating-point tensors as ``floating`` when given."""
+def moved(value: Any, device: torch.device, floating: torch.dtype | None = None) -> Any:  # noqa: PLR0911 - one a kind
+    """A batch on ``device``; its floating-point tensors as ``floating`` when given.
+
+    Goes into sequences, sets, mappings and dataclasses, whose types are kept, and uses the ``to`` of other objects.
+    Raises TaskError for an object that holds tensors and has no ``to``.
+    """
     if isinstance(value, Tensor):
         dtype = floating if floating is not None and value.is_floating_point() else value.dtype
         return value.to(device=device, dtype=dtype, non_blocking=True)
-    if isinstance(value, dict):
-        return type(value)({name: moved(item, device, floating) for name, item in value.items()})
+    if isinstance(value, Mapping):
+        items = {name: moved(item, device, floating) for name, item in value.items()}
+        if isinstance(value, MutableMapping):
+            made: Any = copy.copy(value)
+            made.update(items)
+            return made
+        return items
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(moved(item, device, floating) for item in value))
-    if isinstance(value, tuple | list):
+    if isinstance(value, tuple | list | set | frozenset):
         return type(value)(moved(item, device, floating) for item in value)
-    return value
+    if is_dataclass(value) and not isinstance(value, type):
+        made = copy.copy(value)
+        for field in fields(value):
+            object.__setattr__(made, field.name, moved(getattr(value, field.name), device, floating))
+        return made
+    if value is None or isinstance(value, str | bytes | int | float) or next(tensors_in(value), None) is None:
+        return value
+    return _told_to_move(value, device, floating)
+
+
+def _told_to_move(value: Any, device: torch.device, floating: torch.dtype | None) -> Any:
+    """An object with a ``to``, moved by it."""
+    if not callable(getattr(value, "to", None)):
+        raise TaskError(
+            f"a batch holds a {type(value).__name__}, which has tensors but no .to(device): "
+            "give collate= a function that returns tensors in tuples, dicts or dataclasses"
+        )
+    made = value.to(device)
+    if floating is None or all(not one.is_floating_point() or one.dtype == floating for one in tensors_in(made)):
+        return made
+    try:
+        made = made.to(floating)
+    except Exception as error:
+        raise TaskError(f"{type(value).__name__}.to({floating}) raised {type(error).__name__}: {error}") from error
+    return made

@@ -1,64 +1,94 @@
 """Whether an optimizer treats every number for itself, found out by stepping it."""
 
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 _SHAPES = ((3, 4), (5,), (2, 1, 2, 2))
+_LARGE = ((257, 129), (5000,))  # beyond the sizes at which optimizers change their rule
+_LARGEST, _MOST = 100_000, 8  # numbers of a shape of the model's, and how many of those
 _STEPS = 4
 # Where a vector ends decides which kernel rounds its tail, so bits may differ; what is looked for is far larger.
 _RELATIVE = 1e-12
 
+_Optimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+_Cuts = dict[int, tuple[int, int]]  # parameter -> where the slice begins and ends
 
-def elementwise(optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> bool:
+
+def elementwise(optimizer: _Optimizer, shapes: Sequence[Sequence[int]] | None = None) -> bool:
     """Whether flat slices of parameters can be stepped apart from each other, as ZeRO's shards are.
 
-    Steps small float64 parameters whole, and cut into flat slices that are given to three optimizers, each made over
-    the whole parameters as the executors do (so groups may depend on shapes). An optimizer that looks at shapes,
-    norms, other elements or other parameters when it steps (Adafactor, LAMB, Muon), or that raises on slices, is not
-    elementwise.
+    Steps float64 parameters whole, and cut into flat slices that are given to three optimizers, each made over the
+    whole parameters as the executors do (so groups may depend on shapes). An optimizer that looks at shapes, norms,
+    other elements or other parameters when it steps (Adafactor, LAMB, Muon), or that raises on slices, is not
+    elementwise. ``shapes`` of the model's own parameters are tried beside small and large ones, cut down to 100 000
+    numbers each; a rule that changes at a size never tried is not seen.
     """
+    own = sorted({_small(tuple(shape)) for shape in shapes or () if math.prod(shape)}, key=math.prod, reverse=True)
+    tried = [*_SHAPES, *_LARGE, *own[:_MOST]]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        values = [_values(step, tried) for step in range(_STEPS + 1)]
         try:
-            return _same(_whole(optimizer), _split(optimizer))
+            return _same(_whole(optimizer, values), _split(optimizer, values))
         except Exception:  # noqa: BLE001 - whatever it raises, its slices cannot be stepped
             return False
 
 
-def _values(step: int) -> list[Tensor]:
+def _small(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape with its longest dimensions cut until it is small enough."""
+    sizes = list(shape)
+    while math.prod(sizes) > _LARGEST:
+        longest = sizes.index(max(sizes))
+        sizes[longest] = max(1, min(sizes[longest] // 2, _LARGEST))
+    return tuple(sizes)
+
+
+def _values(step: int, shapes: list[tuple[int, ...]]) -> list[Tensor]:
     """Fixed numbers of very different sizes, so that norms over slices differ from norms over all."""
     made: list[Tensor] = []
-    for index, shape in enumerate(_SHAPES):
-        count = torch.arange(1, 1 + torch.Size(shape).numel(), dtype=torch.float64)
-        made.append((torch.sin(count * (1.7 + index) + step) * torch.exp2(count % 7 - 3 + index)).reshape(shape))
+    for index, shape in enumerate(shapes):
+        count = torch.arange(1, 1 + math.prod(shape), dtype=torch.float64)
+        scale = 2.0 ** (torch.arange(7.0, dtype=torch.float64) - 3 + index % 5)
+        made.append((torch.sin(count * (1.7 + index) + step) * scale[count.long() % 7]).reshape(shape))
     return made
 
 
-def _whole(optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Tensor:
-    parameters = [nn.Parameter(value) for value in _values(0)]
+def _whole(optimizer: _Optimizer, values: list[list[Tensor]]) -> list[Tensor]:
+    parameters = [nn.Parameter(value.clone()) for value in values[0]]
     stepping = optimizer(list(parameters))
-    for step in range(1, _STEPS + 1):
-        for parameter, gradient in zip(parameters, _values(step), strict=True):
-            parameter.grad = gradient
+    for gradients in values[1:]:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
         stepping.step()
-    return torch.cat([parameter.detach().flatten() for parameter in parameters])
+    return [parameter.detach().flatten() for parameter in parameters]
 
 
-def _split(optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Tensor:
-    slices: list[Tensor] = []
-    for cuts in ({0: (0, 7)}, {0: (7, 12), 1: (0, 2)}, {1: (2, 5), 2: (0, 8)}):
-        slices.extend(_one_worker(optimizer, cuts))
-    return torch.cat(slices)
+def _split(optimizer: _Optimizer, values: list[list[Tensor]]) -> list[Tensor]:
+    workers: tuple[_Cuts, _Cuts, _Cuts] = ({}, {}, {})
+    for index, value in enumerate(values[0]):
+        count = value.numel()
+        if index == 2:
+            workers[2][index] = 0, count
+            continue
+        first, cut = (index % 2, count * 7 // 12 if index % 2 == 0 else count * 2 // 5)
+        for worker, low, high in ((first, 0, cut), (first + 1, cut, count)):
+            if low < high:
+                workers[worker][index] = low, high
+    made = [torch.empty(value.numel(), dtype=value.dtype) for value in values[0]]
+    for cuts in workers:
+        for index, piece in _one_worker(optimizer, values, cuts).items():
+            low, high = cuts[index]
+            made[index][low:high] = piece
+    return made
 
 
-def _one_worker(
-    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer], cuts: dict[int, tuple[int, int]]
-) -> list[Tensor]:
+def _one_worker(optimizer: _Optimizer, values: list[list[Tensor]], cuts: _Cuts) -> dict[int, Tensor]:
     """What one worker's slices become: the optimizer is made over whole parameters, then given slices to step."""
-    whole = [nn.Parameter(value) for value in _values(0)]
+    whole = [nn.Parameter(value.clone()) for value in values[0]]
     stepping = optimizer(list(whole))
     slices = {
         index: nn.Parameter(whole[index].detach().flatten()[low:high].clone()) for index, (low, high) in cuts.items()
@@ -79,13 +109,16 @@ def _one_worker(
                 else value
                 for key, value in state.items()
             }
-    for step in range(1, _STEPS + 1):
-        gradients = _values(step)
+    for gradients in values[1:]:
         for index, (low, high) in cuts.items():
             slices[index].grad = gradients[index].flatten()[low:high].clone()
         stepping.step()
-    return [slices[index].detach() for index in cuts]
+    return {index: piece.detach() for index, piece in slices.items()}
 
 
-def _same(whole: Tensor, split: Tensor) -> bool:
-    return bool(torch.isfinite(whole).all()) and torch.allclose(whole, split, rtol=_RELATIVE, atol=0.0)
+def _same(whole: list[Tensor], split: list[Tensor]) -> bool:
+    return all(
+        bool(torch.isfinite(one).all())
+        and torch.allclose(one, other, rtol=_RELATIVE, atol=_RELATIVE * float(one.abs().mean()))
+        for one, other in zip(whole, split, strict=True)
+    )

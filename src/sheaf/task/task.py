@@ -73,6 +73,28 @@ class Task:
         return len(self.data)
 
     def _broken(self) -> list[str]:
+        mistyped = self._mistyped()
+        return [*self._uncallable(), *(mistyped or self._contradicting())]
+
+    def _mistyped(self) -> list[str]:
+        samples, number = "a whole number of samples", "a number"
+        wanted: tuple[tuple[str, Any, Any, str], ...] = (
+            ("batch", self.batch, int, samples),
+            ("microbatch", self.microbatch, int | None, f"{samples}, or None"),
+            ("seed", self.seed, int, "a whole number"),
+            ("clip", self.clip, int | float | None, f"{number}, or None"),
+            ("shuffle", self.shuffle, bool, "True or False"),
+            ("weights", self.weights, str | Path | None, "the path of a safetensors file, or None"),
+            ("precision", self.precision, str, f"one of {', '.join(PRECISIONS)}"),
+            ("name", self.name, str, "a text"),
+        )
+        return [
+            f"{name}={value!r} is {_a(type(value).__name__)}; give {want}"
+            for name, value, kinds, want in wanted
+            if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool)
+        ]
+
+    def _uncallable(self) -> list[str]:
         broken = [
             f"{name} is {value!r}; it must be callable: {want}"
             for name, value, want in (
@@ -82,6 +104,15 @@ class Task:
             )
             if not callable(value) or isinstance(value, nn.Module | torch.optim.Optimizer)
         ]
+        broken += [
+            f"{name} is {value!r}; it must be callable, or None"
+            for name, value in (("inputs", self.inputs), ("collate", self.collate), ("scheduler", self.scheduler))
+            if value is not None and not callable(value)
+        ]
+        return broken
+
+    def _contradicting(self) -> list[str]:
+        broken: list[str] = []
         if self.batch < 1:
             broken.append(f"batch={self.batch}: at least one sample per step is needed")
         if self.microbatch is not None and not self.microbatch >= 1:
@@ -95,3 +126,7 @@ class Task:
         if self.weights is not None and not Path(self.weights).is_file():
             broken.append(f"weights={str(self.weights)!r}: no such file; give a safetensors file")
         return broken
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"

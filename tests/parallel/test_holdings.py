@@ -1,0 +1,118 @@
+"""What every way of holding a model owes: no gradient lost, none that it cannot add up, and nothing left behind."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from plain import mlp_float64, planned
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from sheaf.errors import PlanError
+from sheaf.parallel.turnstile import Turnstile
+
+PLANS = ["dp=2", "dp=2,zero=1", "dp=2,zero=2", "dp=2,zero=3", "dp=2,zero=3,bucket_bytes=1024"]
+
+
+def raised(task, plan: str) -> str:
+    """The class and words of what a run raised."""
+    try:
+        planned(task, plan, 1)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+class Twice(nn.Module):
+    """One layer used three times under reentrant checkpoints, so its gradient comes in three parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.middle, self.out = nn.Linear(12, 20), nn.Linear(20, 20), nn.Linear(20, 5)
+
+    def forward(self, given: Tensor) -> Tensor:
+        hidden = self.into(given)
+        for _ in range(3):
+            hidden = checkpoint(self.inner, hidden, use_reentrant=True)
+        return self.out(hidden)
+
+    def inner(self, given: Tensor) -> Tensor:
+        return self.middle(given).tanh()
+
+
+@pytest.mark.parametrize(
+    "plan", ["dp=2,bucket_bytes=1024", "dp=2,zero=1,bucket_bytes=1024", "dp=2,zero=2,bucket_bytes=1024"]
+)
+def test_a_gradient_that_comes_after_its_bucket_went_is_refused_by_name(ranks, plan):
+    for text in ranks(raised, 2, mlp_float64(model=Twice), plan, timeout_s=20):
+        assert "PlanError: parameter middle." in text
+        assert "use_reentrant=False" in text
+
+
+def test_a_member_that_comes_twice_does_not_stand_in_for_another():
+    out: list[int] = []
+    turnstile = Turnstile([["a", "b"], ["c"]], out.append)
+    turnstile.arm()
+    for name in ("a", "a", "c"):
+        turnstile.ready(name)
+    assert out == []
+    turnstile.ready("b")
+    assert out == [0, 1]
+    with pytest.raises(PlanError, match="parameter c"):
+        turnstile.ready("c")
+    turnstile.flush()
+    turnstile.ready("c")  # no pass: other microbatches only add up
+    assert out == [0, 1]
+
+
+class Sparse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Parameter(torch.randn(40, 16)), nn.Linear(16, 5)
+
+    def forward(self, given: Tensor) -> Tensor:
+        return self.out(F.embedding((given[:, 0].abs() * 10).long() % 40, self.table, sparse=True))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_sparse_gradient_is_refused_by_name(ranks, plan):
+    for text in ranks(raised, 2, mlp_float64(model=Sparse), plan, timeout_s=20):
+        assert "PlanError: parameter table got a sparse gradient" in text
+        assert "sparse=False" in text
+
+
+@pytest.mark.parametrize("closed", [True, False], ids=["closed", "forgotten"])
+@pytest.mark.parametrize("plan", ["serial", *PLANS])
+def test_a_model_is_freed_with_its_step(ranks, plan, closed):
+    def alive() -> bool:
+        from sheaf.parallel import build
+        from sheaf.plans import Plan
+
+        step = build(mlp_float64(), Plan.parse(plan))
+        step()
+        parameter = weakref.ref(next(iter(step.model.parameters())))
+        if closed:
+            step._holding.close()
+            step.close()
+        del step
+        gc.collect()
+        return parameter() is not None
+
+    assert not any(ranks(alive, 1 if plan == "serial" else 2))
+
+
+def test_close_gives_blocks_their_own_forward_back(ranks):
+    def own() -> tuple[list[bool], bool]:
+        from sheaf.parallel import build
+        from sheaf.plans import Plan
+
+        step = build(mlp_float64(), Plan.parse("dp=2,zero=3,bucket_bytes=1024"))
+        wrapped = any("forward" in module.__dict__ for module in step.model.modules())
+        step._holding.close()
+        return ["forward" in module.__dict__ for module in step.model.modules()], wrapped
+
+    left, wrapped = ranks(own, 2)[0]
+    assert wrapped
+    assert not any(left)
