@@ -9,24 +9,16 @@ from sheaf import Plan, Task, launch
 from sheaf.api.plan import plan as rank
 from sheaf.cli.files import load
 
-EXAMPLES = ("gpt_text", "digits_resnet", "hf_gpt2")
+EXAMPLES = ("gpt_text", "digits_resnet")
 PLANS = (
     "serial",
-    "recompute=full",
     "dp=2",
     "dp=2,shares=stolen",
     "dp=2,zero=1",
     "dp=2,zero=2",
     "dp=2,zero=3",
     "dp=2,recompute=full",
-    "dp=2,zero=3,recompute=full",
-    "dp=3",
-    "dp=3,zero=1",
-    "dp=3,zero=3",
     "dp=4",
-    "dp=4,zero=1",
-    "dp=4,zero=2",
-    "dp=4,zero=3",
 )
 
 

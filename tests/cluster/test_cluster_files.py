@@ -90,7 +90,7 @@ def test_every_problem_is_listed_at_once(tmp_path):
     problems = problems_of(text, tmp_path)
     expected = [
         "backend: found 'glo'; did you mean gloo?",
-        "overlap: found 1.5, wanted a share from 0 to 1",
+        "overlap: found 1.5, wanted a share from -2.0 to 1.0",
         "contentoin is not a known key; did you mean contention?",
         "intra.latency_seconds: found -1, wanted a number that is not negative",
         "intra.bytes_per_second: found '2 GB/s', wanted a number",

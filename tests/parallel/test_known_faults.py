@@ -84,14 +84,17 @@ def test_a_time_out_names_who_waited_for_what_and_who_is_missing(ranks):
 
         world = World(torch.device("cpu"))
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+        found = "nobody missing"
         if world.rank == 1:
             time.sleep(2.5)
-            return "late"
-        try:
-            world.wait(world.all_reduce(torch.ones(3), "gradients of head.weight"))
-        except WorkerFailed as error:
-            return str(error)
-        return "nobody missing"
+            found = "late"
+        else:
+            try:
+                world.wait(world.all_reduce(torch.ones(3), "gradients of head.weight"))
+            except WorkerFailed as error:
+                found = str(error)
+        dist.destroy_process_group()  # its connections are gone; the pool makes another for the next test
+        return found
 
     message, other = ranks(waiting, 2)
     assert other == "late"
