@@ -69,4 +69,4 @@ def _tied(price: Price, best: Price) -> str:
         return f"but needs {price.plan.workers} workers instead of {best.plan.workers}"
     if memory_class(price) > memory_class(best):
         return f"but needs {pretty_bytes(price.peak_bytes - best.peak_bytes)} more memory"
-    return "and the plan with less to say goes first"
+    return "but longer to write"
