@@ -63,7 +63,7 @@ class AbstractHolding(ABC):
     """What the step needs of any way to hold a model. Every method is called on every worker, in the same order.
 
     Within a step: ``begin_step``; per microbatch ``arm``, backward, ``end_backward`` (or ``idle_round`` where another
-    worker has one microbatch more); ``finish``; ``norm`` and ``scale`` to clip; the optimizer's step; ``after_update``.
+    worker has one microbatch more); ``finish``; ``scale`` to clip; the optimizer's step; ``after_update``.
     """
 
     _touched: Touched
