@@ -42,7 +42,7 @@ def test_text_and_toml_read_back(description):
         ("dp=2,zero=7", ["zero=7: ZeRO has stages 0, 1, 2 and 3"]),
         ("dp=two,recompute=ful", ["dp=two is not a whole number", "recompute=ful: did you mean full?"]),
         ("dp=2,dp=3", ["dp is given twice; keep one"]),
-        ("dp=3,shares=1:2", ["shares=1:2 gives 2 weights for dp=3 workers: write one per worker"]),
+        ("dp=3,shares=1:2", ["shares=1:2 gives 2 weights for dp=3 replicas: write one per replica"]),
         ("dp=2,shares=0:0", ["shares=0:0: at least one weight must be above zero"]),
         ("zero=1", ["zero=1 shards state among dp workers, and dp=1: raise dp or drop zero"]),
         ("shares=stolen", ["shares=stolen needs someone to steal from, and dp=1: raise dp or drop shares"]),

@@ -3,6 +3,7 @@
 import re
 import tomllib
 from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
 
 import tomli_w
 
@@ -11,6 +12,9 @@ from sheaf.errors import PlanError, nearest
 EQUAL = "equal"
 STOLEN = "stolen"
 RECOMPUTE = ("none", "full")
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
+PARTS = ("tp", "whole")
+DEFAULT_SCHEDULE = "1f1b"
 DEFAULT_BUCKET_BYTES = 8 * 2**20
 
 
@@ -18,27 +22,47 @@ DEFAULT_BUCKET_BYTES = 8 * 2**20
 class Plan:
     """Who computes which part of a step, when, and how the gradients meet. It never changes what is computed.
 
-    ``dp``          workers among which the batch is split (data parallel)
-    ``shares``      how: ``equal``, weights such as ``11:5`` (one per worker), or ``stolen`` from a common queue
+    ``dp``          replicas among which the batch is split (data parallel)
+    ``tp``          workers that split each layer of a replica (tensor parallel)
+    ``pp``          stages into which the layers of a replica are cut (pipeline); ``pp=4:gpipe`` names the schedule
+    ``schedule``    ``gpipe``, ``1f1b``, ``interleaved`` or ``zero-bubble``: the order of a stage's work
+    ``virtual``     stages per worker of an interleaved pipeline
+    ``stages``      blocks per stage, such as ``3:4:5``; open: balanced by what blocks cost
+    ``sequence``    1: between split layers, norms and what adds up are split along the sequence
+    ``shares``      how the batch is split: ``equal``, weights such as ``11:5`` (one per replica), or ``stolen`` from a
+                    common queue
     ``zero``        0: all state on every worker; 1: optimizer state sharded; 2: gradients too; 3: parameters too
     ``recompute``   ``none``, or ``full``: each block keeps only its input and runs forward again in backward
     ``microbatch``  samples per microbatch where the task leaves it open
     ``bucket_bytes``  gradients travel in buckets of about this size
+    ``parts``       other answers for modules named by globs: ``classifier.*=tp`` splits them inside the layer over the
+                    ``dp`` workers that else hold replicas, ``head=whole`` keeps them whole under ``tp``
 
     >>> Plan.parse("dp=4,zero=3")
     Plan(dp=4,zero=3)
     >>> Plan.parse("dp=2,shares=11:5").weights
     (11, 5)
+    >>> Plan.parse("dp=2,tp=2,pp=2:gpipe").workers
+    8
+    >>> Plan.parse("dp=4,classifier.*=tp").parts
+    (('classifier.*', 'tp'),)
     >>> Plan.parse("serial") == Plan()
     True
     """
 
     dp: int = 1
+    tp: int = 1
+    pp: int = 1
+    schedule: str = DEFAULT_SCHEDULE
+    virtual: int = 1
+    stages: str = ""
+    sequence: int = 0
     shares: str = EQUAL
     zero: int = 0
     recompute: str = "none"
     microbatch: int | None = None
     bucket_bytes: int = DEFAULT_BUCKET_BYTES
+    parts: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         broken = self._broken()
@@ -48,11 +72,32 @@ class Plan:
     @property
     def workers(self) -> int:
         """How many workers the plan runs on."""
-        return self.dp
+        return self.dp * self.tp * self.pp
+
+    @property
+    def num_stages(self) -> int:
+        """Into how many stages the layers are cut, all of a worker's counted."""
+        return self.pp * self.virtual
+
+    @property
+    def stage_blocks(self) -> tuple[int, ...]:
+        """Blocks per stage where the plan says so; empty where they are balanced when the plan is built."""
+        return tuple(int(part) for part in self.stages.split(":")) if self.stages else ()
+
+    def part(self, module: str) -> str | None:
+        """What the plan says of a module by name: ``tp``, ``whole``, or nothing. The first glob that matches counts.
+
+        >>> Plan.parse("dp=4,classifier=tp").part("classifier.0")
+        'tp'
+        """
+        for glob, answer in self.parts:
+            if fnmatchcase(module, glob) or fnmatchcase(module, glob + ".*"):
+                return answer
+        return None
 
     @property
     def weights(self) -> tuple[int, ...]:
-        """The share of each worker, for equal and weighted shares."""
+        """The share of each replica, for equal and weighted shares."""
         return tuple(int(part) for part in self.shares.split(":")) if ":" in self.shares else (1,) * self.dp
 
     @property
@@ -67,12 +112,16 @@ class Plan:
 
     def __str__(self) -> str:
         """The plan as text: only what departs from the default; ``serial`` when nothing does."""
-        parts = [
+        written = [
             f"{field.name}={getattr(self, field.name)}"
             for field in fields(self)
-            if getattr(self, field.name) != field.default
+            if getattr(self, field.name) != field.default and field.name not in ("pp", "schedule", "parts")
         ]
-        return ",".join(parts) or "serial"
+        if self.pp > 1:
+            named = f":{self.schedule}" if self.schedule != DEFAULT_SCHEDULE else ""
+            written.insert(sum(key > 1 for key in (self.dp, self.tp)), f"pp={self.pp}{named}")
+        written += [f"{glob}={answer}" for glob, answer in self.parts]
+        return ",".join(written) or "serial"
 
     def __repr__(self) -> str:
         return f"Plan({self})"
@@ -92,25 +141,35 @@ class Plan:
             table = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise PlanError(f"the plan is not TOML: {error}") from None
-        return cls.from_pairs([(key, str(value)) for key, value in table.items()])
+        parts: dict[str, object] = table.pop("parts", {})
+        return cls.from_pairs([(key, str(value)) for key, value in (*table.items(), *parts.items())])
 
     @classmethod
     def from_pairs(cls, pairs: list[tuple[str, str]]) -> "Plan":
         """Read a plan from (key, text) pairs; raises PlanError listing everything wrong with them."""
         known = {field.name: field for field in fields(cls)}
-        values: dict[str, int | str] = {}
+        values: dict[str, int | str | tuple[tuple[str, str], ...]] = {}
+        parts: list[tuple[str, str]] = []
         broken: list[str] = []
         for key, text in pairs:
-            if key not in known:
+            if (key not in known and text in PARTS) or key == "parts":
+                parts.append((key, text))
+            elif key not in known:
                 broken.append(f"{key!r} is not a key of a plan; {nearest(key, known)}")
             elif key in values:
                 broken.append(f"{key} is given twice; keep one")
-            elif key in ("shares", "recompute"):
+            elif key in ("shares", "recompute", "schedule", "stages"):
                 values[key] = text
+            elif key == "pp" and ":" in text:
+                values["pp"], values["schedule"] = _pipeline(text, broken)
             elif re.fullmatch(r"-?\d+", text):
                 values[key] = int(text)
             else:
                 broken.append(f"{key}={text} is not a whole number")
+        if parts:
+            values["parts"] = tuple(parts)
+        if values.get("schedule") == "interleaved":
+            values.setdefault("virtual", 2)
         try:
             plan = cls(**values)  # pyright: ignore[reportArgumentType]
         except PlanError as error:
@@ -122,6 +181,7 @@ class Plan:
     def to_toml(self) -> str:
         """Every key of the plan as TOML, defaults included (an open microbatch is left out)."""
         table = {field.name: getattr(self, field.name) for field in fields(self)}
+        table["parts"] = dict(self.parts) or None
         return tomli_w.dumps({key: value for key, value in table.items() if value is not None})
 
     def with_microbatch(self, microbatch: int) -> "Plan":
@@ -132,6 +192,8 @@ class Plan:
         broken: list[str] = []
         if self.dp < 1:
             broken.append(f"dp={self.dp}: at least one worker is needed")
+        if self.tp < 1:
+            broken.append(f"tp={self.tp}: at least one worker is needed")
         if self.zero not in (0, 1, 2, 3):
             broken.append(f"zero={self.zero}: ZeRO has stages 0, 1, 2 and 3")
         if self.recompute not in RECOMPUTE:
@@ -143,16 +205,39 @@ class Plan:
         if self.shares not in (EQUAL, STOLEN):
             if not re.fullmatch(r"\d+(:\d+)*", self.shares):
                 broken.append(
-                    f"shares={self.shares}: write {EQUAL}, {STOLEN}, or one whole weight per worker such as 11:5"
+                    f"shares={self.shares}: write {EQUAL}, {STOLEN}, or one whole weight per replica such as 11:5"
                 )
             elif len(self.shares.split(":")) != self.dp:
                 broken.append(
-                    f"shares={self.shares} gives {len(self.shares.split(':'))} weights for dp={self.dp} workers: "
-                    "write one per worker"
+                    f"shares={self.shares} gives {len(self.shares.split(':'))} weights for dp={self.dp} replicas: "
+                    "write one per replica"
                 )
             elif not any(int(part) for part in self.shares.split(":")):
                 broken.append(f"shares={self.shares}: at least one weight must be above zero")
-        return broken + _illegal_mixes(self)
+        return broken + _broken_pipeline(self) + _illegal_mixes(self)
+
+
+def _broken_pipeline(plan: Plan) -> list[str]:
+    broken: list[str] = []
+    if plan.pp < 1:
+        broken.append(f"pp={plan.pp}: at least one stage is needed")
+    if plan.schedule not in SCHEDULES:
+        broken.append(f"schedule={plan.schedule}: {nearest(plan.schedule, SCHEDULES)}")
+    if plan.virtual < 1 or (plan.virtual > 1) != (plan.schedule == "interleaved"):
+        broken.append(
+            f"virtual={plan.virtual} with schedule={plan.schedule}: an interleaved pipeline has 2 or more stages per "
+            "worker, every other has 1: write pp=2:interleaved,virtual=2"
+        )
+    if plan.pp == 1 and (plan.schedule != DEFAULT_SCHEDULE or plan.stages):
+        broken.append("schedule and stages are of a pipeline, and pp=1: raise pp or drop them")
+    if plan.stages and not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)*", plan.stages):
+        broken.append(f"stages={plan.stages}: write the number of blocks of each stage, such as 3:4")
+    elif plan.stages and len(plan.stage_blocks) != plan.num_stages:
+        broken.append(
+            f"stages={plan.stages} names {len(plan.stage_blocks)} stages, pp={plan.pp} with virtual={plan.virtual} has "
+            f"{plan.num_stages}: write one number per stage"
+        )
+    return broken
 
 
 def _illegal_mixes(plan: Plan) -> list[str]:
@@ -163,11 +248,35 @@ def _illegal_mixes(plan: Plan) -> list[str]:
             f"zero={plan.zero} moves every worker through the layers in lockstep, so there is nothing to steal: "
             f"use zero=1,shares=stolen, or zero={plan.zero} with weighted shares"
         )
+    if plan.stolen and plan.workers > plan.dp:
+        broken.append(
+            f"shares=stolen lets single workers take microbatches, and {plan} computes each with several: use weighted "
+            "shares, or drop tp and pp"
+        )
+    if plan.sequence not in (0, 1) or (plan.sequence and plan.tp == 1):
+        broken.append(f"sequence={plan.sequence} splits along the sequence between split layers: use 0, or 1 with tp")
+    split = [glob for glob, answer in plan.parts if answer == "tp"]
+    if split and (plan.tp > 1 or plan.pp > 1 or plan.dp == 1 or plan.zero > 1 or plan.stolen):
+        broken.append(
+            f"{split[0]}=tp splits a part over the workers that are replicas elsewhere: use it with dp alone, zero up "
+            "to 1 and dealt shares"
+        )
+    kept = [glob for glob, answer in plan.parts if answer == "whole"]
+    if kept and plan.tp == 1:
+        broken.append(f"{kept[0]}=whole keeps a part whole under tp, and tp=1: raise tp or drop it")
     if plan.dp == 1 and plan.zero:
         broken.append(f"zero={plan.zero} shards state among dp workers, and dp=1: raise dp or drop zero")
     if plan.dp == 1 and plan.stolen:
         broken.append("shares=stolen needs someone to steal from, and dp=1: raise dp or drop shares")
     return broken
+
+
+def _pipeline(text: str, broken: list[str]) -> tuple[int, str]:
+    count, _, schedule = text.partition(":")
+    if not re.fullmatch(r"\d+", count):
+        broken.append(f"pp={text}: write pp=STAGES or pp=STAGES:SCHEDULE, such as pp=4:1f1b")
+        return 1, DEFAULT_SCHEDULE
+    return int(count), schedule
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
