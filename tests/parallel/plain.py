@@ -93,7 +93,8 @@ def planned(task: Task, plan_text: str, steps: int) -> Run | None:
     for _ in range(steps):
         report = step()
         run.losses.append(report.loss)
-        run.weights.append({name: value.clone() for name, value in step._holding.full_parameters().items()})
+        whole, names = step.full_state(), step._portion.blueprint.parameters
+        run.weights.append({name: value.clone() for name, value in whole.items() if name in names})
     run.buffers = {name: value.clone() for name, value in step.model.named_buffers()}
     step.close()
     return run if step.rank == 0 else None

@@ -10,7 +10,7 @@ from sheaf.graph.facts import GLUE, LOSS, ModelFacts
 from sheaf.plans import layout
 from sheaf.plans.layout import Held
 
-ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER = "all_reduce", "reduce_scatter", "all_gather"
+ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, BROADCAST = "all_reduce", "reduce_scatter", "all_gather", "broadcast"
 COUNTER_SECONDS = 100e-6  # one round trip to the counter from which microbatches are stolen
 
 
@@ -41,6 +41,16 @@ class Fabric:
         once = size_bytes * (self.workers - 1) / self.workers
         return 2 * once if operation == ALL_REDUCE else once
 
+    def passing_seconds(self, size_bytes: int) -> float:
+        """One message from one worker to another over the slowest of the links."""
+        if ("", size_bytes) not in self._known:
+            # A broadcast between two is one message.
+            self._known["", size_bytes] = self.factor * max(
+                (collective_seconds(link, BROADCAST, 2, float(size_bytes)) for link in self.links if size_bytes),
+                default=0.0,
+            )
+        return self._known["", size_bytes]
+
 
 def fabric(cluster: Cluster, placed: tuple[Seat, ...], factor: float = 1.0) -> Fabric:
     """The links that workers on these seats use."""
@@ -49,6 +59,15 @@ def fabric(cluster: Cluster, placed: tuple[Seat, ...], factor: float = 1.0) -> F
     if spans and cluster.inter and machines(placed) == len(placed):
         links = (cluster.inter,)  # one worker per machine: the link inside a machine is not used
     return Fabric(links, len(placed), factor)
+
+
+def fabric_of_groups(
+    cluster: Cluster, placed: tuple[Seat, ...], groups: Sequence[Sequence[int]], factor: float = 1.0
+) -> Fabric:
+    """The links of groups of as many ranks each, which communicate at once and wait for the slowest."""
+    fabrics = [fabric(cluster, tuple(placed[rank] for rank in group), factor) for group in groups]
+    links = {id(link): link for one in fabrics for link in one.links}
+    return Fabric(tuple(links.values()), fabrics[0].workers, factor)
 
 
 def exposed(pieces: Sequence[float], window_seconds: float, overlap: float) -> float:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from sheaf.cost.placement import Seat
-from sheaf.graph.facts import GLUE, LOSS, BlockFact, ModelFacts, Profile
+from sheaf.cost.tensor import NOTHING, Crossing
+from sheaf.graph.facts import GLUE, LOSS, BlockFact, BlockTime, ModelFacts, Profile
 
+UNKNOWN = BlockTime(0.0, 0.0)
 STATE_BYTES_PER_BYTE = 2.0  # of an optimizer that nobody looked at: Adam's two moments
 
 
@@ -36,6 +38,7 @@ class Pace:
     optimizer_seconds_per_byte: float  # of trainable parameters stepped
     fetch: Direction
     host_seconds: float
+    crossing: Crossing = NOTHING  # with the workers that split its layers
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,28 @@ class Pacer:
         return self._known[seat]
 
 
+def block_seconds(facts: ModelFacts, profile: Profile | None, seat: Seat, *, again: bool) -> dict[str, float]:
+    """Forward and backward of each block for one microbatch of the facts; with ``again``, recomputation included."""
+    repeated = {block.name for block in _recomputed(facts)} if again else set[str]()
+    seconds: dict[str, float] = {}
+    for block in facts.blocks:
+        if profile is None:
+            ahead, back = (_direction(facts, [way], seat) for way in (_forward(block), _backward(block)))
+            forward, backward = ahead.seconds(facts.samples), back.seconds(facts.samples)
+        else:
+            time = profile.blocks.get(block.name, UNKNOWN)
+            forward, backward = time.forward_seconds / seat.speed, time.backward_seconds / seat.speed
+        seconds[block.name] = forward * (2 if block.name in repeated else 1) + backward
+    return seconds
+
+
 def _measured(facts: ModelFacts, profile: Profile, speed: float) -> Pace:
     samples = profile.samples
     times = profile.blocks
     blocks = [block.name for block in _recomputed(facts) if block.name in times]
     return Pace(
-        forward=Direction(samples, sum(time.forward_seconds for time in times.values()) / speed),
-        backward=Direction(samples, sum(time.backward_seconds for time in times.values()) / speed),
+        forward=Direction(samples, sum((time.forward_seconds for time in times.values()), 0.0) / speed),
+        backward=Direction(samples, sum((time.backward_seconds for time in times.values()), 0.0) / speed),
         again=Direction(samples, sum((times[name].forward_seconds for name in blocks), 0.0) / speed),
         optimizer_seconds_per_byte=profile.optimizer_seconds_per_byte / speed,
         fetch=Direction(samples, profile.fetch_seconds / speed),

@@ -1,16 +1,20 @@
 """The price of a plan: a pure function of the plan, the model's facts, the cluster and measured times."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from sheaf.cluster.cluster import Cluster
-from sheaf.cost.communication import fabric
-from sheaf.cost.compute import Pacer
+from sheaf.cost.basis import Basis
+from sheaf.cost.compute import Pace
 from sheaf.cost.memory import memory
-from sheaf.cost.placement import seats
+from sheaf.cost.parts import held, part_times
+from sheaf.cost.pipeline import Pipeline, kept_stages, pipeline_times, slowest_clock
 from sheaf.cost.price import Price
-from sheaf.cost.step import own_seconds, step_times
+from sheaf.cost.step import StepTimes, own_seconds, step_times
 from sheaf.graph.facts import ModelFacts, Profile
 from sheaf.plans import Plan
+from sheaf.plans.mesh import Mesh
+from sheaf.plans.split import SplitFacts
 
 
 def microbatch_sizes(batch: int, microbatch: int) -> tuple[int, ...]:
@@ -30,38 +34,81 @@ def price(
     *,
     microbatches: Sequence[int],
     precision: str = "fp32",
+    split: SplitFacts | None = None,
 ) -> Price:
     """Predicted seconds per step and peak bytes of the fullest worker.
 
     ``microbatches`` are the samples of a step's microbatches, in order. ``profile`` holds times measured with as many
-    busy workers per host as the plan has; without one, times come from a roofline. Facts and profile may be of another
-    microbatch size: work, activations and fetching grow with the samples.
+    busy workers per host as the plan has; without one, times come from a roofline. Facts, profile and split facts may
+    be of another microbatch size: work, activations, what is sent and fetching grow with the samples. ``split`` says
+    what splitting the layers does, for a plan with ``tp`` (for that many workers) or with parts split over ``dp``.
 
-    Raises PlanError when the cluster has fewer workers than the plan needs.
+    Raises PlanError when the cluster has fewer workers than the plan needs or the model fewer blocks than stages, and
+    ValueError when the plan splits layers and ``split`` does not say how.
     """
-    placed = seats(cluster, plan.workers, precision)
-    pacer = Pacer(facts, profile)
-    paces = [pacer.pace(seat) for seat in placed]
-    factor = profile.collective_factor if profile is not None else 1.0
-    times = step_times(plan, facts, paces, fabric(cluster, placed, factor), cluster.overlap, microbatches)
-    return Price(
-        plan=plan,
-        seconds=times.seconds,
-        memory=memory(plan, facts, profile, microbatches),
-        traffic_bytes=times.traffic_bytes,
-        hidden_seconds=times.hidden_seconds,
+    basis = Basis.of(plan, facts, profile, cluster, precision=precision, split=split)
+    return priced(plan, basis, microbatches, drawn=True)
+
+
+def priced(plan: Plan, basis: Basis, sizes: Sequence[int], *, drawn: bool = False) -> Price:
+    """``price`` on a basis made for plans that split the same; ``drawn`` adds a pipeline's timeline."""
+    if plan.pp > 1:
+        return _piped(plan, basis, sizes, drawn=drawn)
+    if any(answer == "tp" for _, answer in plan.parts):
+        times = part_times(plan, basis, sizes)
+        holds = memory(plan, held(plan, basis), basis.profile, sizes, shared=basis.parts(plan)[0])
+    else:
+        fabric = basis.fabric(plan, "dp")
+        times = step_times(plan, basis.whole, _paces(plan, basis), fabric, basis.cluster.overlap, sizes)
+        holds = memory(plan, basis.whole, basis.profile, sizes)
+    return _price(plan, times, holds)
+
+
+def worker_seconds(plan: Plan, basis: Basis, size: int) -> tuple[float, ...]:
+    """Seconds each replica spends on one microbatch of ``size`` samples: of its slowest worker, or its busiest stage.
+
+    What is sent between replicas is not in it.
+    """
+    if plan.pp == 1:
+        return tuple(own_seconds(plan, pace, size) for pace in _paces(plan, basis))
+    pipeline = Pipeline.of(plan, basis)
+    return tuple(
+        max(pipeline.busy_seconds(replica, worker, [size]) for worker in range(plan.pp)) for replica in range(plan.dp)
     )
 
 
-def worker_seconds(
-    plan: Plan,
-    facts: ModelFacts,
-    cluster: Cluster,
-    profile: Profile | None,
-    *,
-    size: int,
-    precision: str = "fp32",
-) -> tuple[float, ...]:
-    """Seconds each worker, by rank, spends on one microbatch of ``size`` samples, communication apart."""
-    pacer = Pacer(facts, profile)
-    return tuple(own_seconds(plan, pacer.pace(seat), size) for seat in seats(cluster, plan.workers, precision))
+def _paces(plan: Plan, basis: Basis) -> list[Pace]:
+    """By replica, the pace of the slowest of the workers that split its layers."""
+    seats, mesh = basis.seats(plan.workers), Mesh.of(plan)
+    crossing = basis.crossing(basis.whole, basis.fabric(plan, "tp"))
+    paces: list[Pace] = []
+    for replica in range(plan.dp):
+        ranks = [mesh.rank(pp=0, dp=replica, tp=part) for part in range(plan.tp)]
+        there = [basis.pace(basis.whole, seat) for seat in dict.fromkeys(seats[rank] for rank in ranks)]
+        pace = max(there, key=lambda one: own_seconds(plan, one, basis.facts.samples)) if len(there) > 1 else there[0]
+        paces.append(replace(pace, crossing=crossing) if crossing.moves else pace)
+    return paces
+
+
+def _piped(plan: Plan, basis: Basis, sizes: Sequence[int], *, drawn: bool) -> Price:
+    pipeline = Pipeline.of(plan, basis)
+    times = pipeline_times(pipeline, basis, sizes)
+    kept = kept_stages(plan, len(sizes))
+    holds = [
+        memory(plan, portion, basis.profile, sizes, kept=stages / plan.virtual)
+        for portion, stages in zip(pipeline.workers, kept, strict=True)
+    ]
+    fullest = max(holds, key=lambda terms: sum(terms.values()))
+    found = _price(plan, times, fullest)
+    counts = tuple(len(names) for names in pipeline.names)
+    return replace(found, stages=counts, timeline=slowest_clock(pipeline, basis, sizes).rows if drawn else ())
+
+
+def _price(plan: Plan, times: StepTimes, holds: dict[str, int]) -> Price:
+    return Price(
+        plan=plan,
+        seconds=times.seconds,
+        memory=holds,
+        traffic_bytes=times.traffic_bytes,
+        hidden_seconds=times.hidden_seconds,
+    )

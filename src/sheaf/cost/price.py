@@ -4,16 +4,32 @@ from dataclasses import dataclass
 
 from sheaf.plans import Plan
 
-SECONDS_TERMS = ("compute", "recompute", "all_reduce", "reduce_scatter", "all_gather", "wait", "optimizer", "host")
+SECONDS_TERMS = (
+    "compute",
+    "recompute",
+    "tensor",
+    "transfer",
+    "bubble",
+    "all_reduce",
+    "reduce_scatter",
+    "all_gather",
+    "wait",
+    "optimizer",
+    "host",
+)
 BYTES_TERMS = ("parameters", "gradients", "optimizer_state", "activations", "buffers", "workspace")
+
+Row = tuple[int, str, int, int, float, float]  # worker, kind, microbatch, stage, start and stop in seconds
 
 
 @dataclass(frozen=True)
 class Price:
     """Predicted seconds per step and peak bytes of the fullest worker, term by term.
 
-    Communication terms hold the exposed part only; ``hidden_seconds`` is what computation covers. ``wait`` is the
-    time the fastest worker idles for the slowest.
+    Communication terms hold the exposed part only; ``hidden_seconds`` is what computation covers. ``tensor`` is what
+    the workers that split a layer send each other, ``transfer`` what passing microbatches from stage to stage adds,
+    and ``bubble`` what the busiest worker of a pipeline idles for the others. ``wait`` is the time the fastest replica
+    idles for the slowest. ``stages`` counts the blocks of a pipeline's stages; ``timeline`` is its slowest replica's.
     """
 
     plan: Plan
@@ -21,6 +37,8 @@ class Price:
     memory: dict[str, int]  # keys of BYTES_TERMS
     traffic_bytes: float  # sent by one worker per step
     hidden_seconds: float = 0.0
+    stages: tuple[int, ...] = ()
+    timeline: tuple[Row, ...] = ()
 
     @property
     def step_seconds(self) -> float:

@@ -5,7 +5,8 @@ the step.
 """
 
 import heapq
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sheaf.cost.communication import (
@@ -14,13 +15,11 @@ from sheaf.cost.communication import (
     COUNTER_SECONDS,
     REDUCE_SCATTER,
     Fabric,
-    buckets,
     exposed,
-    units,
 )
 from sheaf.cost.compute import Pace
+from sheaf.cost.portion import Portion
 from sheaf.cost.price import SECONDS_TERMS
-from sheaf.graph.facts import ModelFacts
 from sheaf.plans import Plan
 from sheaf.plans.layout import apportion
 
@@ -33,42 +32,60 @@ class StepTimes:
     hidden_seconds: float = 0.0
     traffic_bytes: float = 0.0
 
+    def add(self, other: "StepTimes", times: int) -> None:
+        """Count what another took so many times."""
+        for term, seconds in other.seconds.items():
+            self.seconds[term] += times * seconds
+        self.hidden_seconds += times * other.hidden_seconds
+        self.traffic_bytes += times * other.traffic_bytes
+
 
 def step_times(
-    plan: Plan, facts: ModelFacts, paces: Sequence[Pace], fabric: Fabric, overlap: float, sizes: Sequence[int]
+    plan: Plan, portion: Portion, paces: Sequence[Pace], fabric: Fabric, overlap: float, sizes: Sequence[int]
 ) -> StepTimes:
-    """Seconds of one step; ``paces`` by rank, ``sizes`` the samples of each microbatch in order."""
+    """Seconds of one step of replicas without stages.
+
+    ``portion`` is what one of the workers that share a replica computes; ``paces`` by replica, each that of its slowest
+    worker; ``fabric`` is between the replicas; ``sizes`` are the samples of each microbatch in order.
+    """
     times = StepTimes()
-    shares = _stolen(plan, paces, sizes) if plan.stolen else _dealt(plan, sizes)
+    shares = _stolen(plan, paces, sizes) if plan.stolen else dealt(plan, sizes)
     if plan.zero >= 2:
-        _in_rounds(times, plan, facts, paces, fabric, overlap, shares)
+        _in_rounds(times, plan, portion, paces, fabric, overlap, shares)
     else:
-        _accumulated(times, plan, facts, paces, fabric, overlap, shares)
-    stepped = facts.trainable_bytes / (plan.dp if plan.zero else 1)
+        _accumulated(times, plan, portion, paces, fabric, overlap, shares)
+    stepped = portion.trainable_bytes / (plan.dp if plan.zero else 1)
     times.seconds["optimizer"] = stepped * max(pace.optimizer_seconds_per_byte for pace in paces)
     times.seconds["host"] += max(pace.host_seconds for pace in paces)
-    _told(times, plan, facts, fabric, len(sizes))
+    told(times, portion, fabric, len(sizes))
     return times
 
 
-def _told(times: StepTimes, plan: Plan, facts: ModelFacts, fabric: Fabric, num_microbatches: int) -> None:
-    """What workers tell each other each step: losses, which parameters were used, batch statistics to merge."""
-    told = [8 * (2 * num_microbatches + plan.workers + 1), 4 * (len(facts.parameters) + plan.workers)]
+def told(times: StepTimes, portion: Portion, fabric: Fabric, num_microbatches: int) -> None:
+    """What replicas tell each other each step: losses, which parameters were used, batch statistics to merge."""
+    facts, replicas = portion.facts, fabric.workers
+    sizes = [8 * (2 * num_microbatches + replicas + 1), 4 * (len(facts.parameters) + replicas)]
     merged = sum(buffer.size_bytes for buffer in facts.buffers if buffer.updated)
     if merged:
-        told.append(num_microbatches * merged)
-    for size in told:
+        sizes.append(num_microbatches * merged)
+    for size in sizes:
         times.seconds["all_reduce"] += fabric.seconds(ALL_REDUCE, size)
 
 
 def own_seconds(plan: Plan, pace: Pace, size: int) -> float:
-    """What one worker spends on one microbatch, fetching it included."""
+    """What one worker spends on one microbatch, fetching it and talking to those who split its layers included."""
     again = pace.again.seconds(size) if plan.recompute == "full" else 0.0
     counter = COUNTER_SECONDS if plan.stolen else 0.0
-    return pace.forward.seconds(size) + pace.backward.seconds(size) + again + pace.fetch.seconds(size) + counter
+    computing = pace.forward.seconds(size) + pace.backward.seconds(size) + again
+    return computing + pace.fetch.seconds(size) + counter + pace.crossing.seconds(size, again=bool(again))
 
 
-def _dealt(plan: Plan, sizes: Sequence[int]) -> list[list[int]]:
+def total_seconds(plan: Plan, pace: Pace, sizes: Sequence[int]) -> float:
+    """``own_seconds`` of several microbatches."""
+    return sum(count * own_seconds(plan, pace, size) for size, count in Counter(sizes).items())
+
+
+def dealt(plan: Plan, sizes: Sequence[int]) -> list[list[int]]:
     """Contiguous runs in proportion to the plan's weights."""
     rest = list(sizes)
     shares: list[list[int]] = []
@@ -89,75 +106,109 @@ def _stolen(plan: Plan, paces: Sequence[Pace], sizes: Sequence[int]) -> list[lis
     return taken
 
 
-def _own_terms(times: StepTimes, plan: Plan, pace: Pace, sizes: Sequence[int]) -> None:
-    times.seconds["compute"] = sum(pace.forward.seconds(size) + pace.backward.seconds(size) for size in sizes)
-    if plan.recompute == "full":
-        times.seconds["recompute"] = sum(pace.again.seconds(size) for size in sizes)
-    counter = COUNTER_SECONDS if plan.stolen else 0.0
-    times.seconds["host"] = sum(pace.fetch.seconds(size) + counter for size in sizes)
+def own_terms(times: StepTimes, plan: Plan, pace: Pace, sizes: Sequence[int]) -> None:
+    """Add what ``own_seconds`` of these microbatches is made of."""
+    again = plan.recompute == "full"
+    times.seconds["host"] += COUNTER_SECONDS * len(sizes) if plan.stolen else 0.0
+    for size, count in Counter(sizes).items():
+        times.seconds["compute"] += count * (pace.forward.seconds(size) + pace.backward.seconds(size))
+        times.seconds["recompute"] += count * pace.again.seconds(size) if again else 0.0
+        times.seconds["host"] += count * pace.fetch.seconds(size)
+        times.seconds["tensor"] += count * pace.crossing.seconds(size, again=again)
+        times.traffic_bytes += count * pace.crossing.sent_bytes(size, again=again)
 
 
 def _accumulated(
     times: StepTimes,
     plan: Plan,
-    facts: ModelFacts,
+    portion: Portion,
     paces: Sequence[Pace],
     fabric: Fabric,
     overlap: float,
     shares: Sequence[Sequence[int]],
 ) -> None:
     """ZeRO 0 and 1: everyone works alone; buckets travel beside the slowest worker's last backward."""
-    totals = [sum(own_seconds(plan, pace, size) for size in share) for pace, share in zip(paces, shares, strict=True)]
+    totals = [total_seconds(plan, pace, share) for pace, share in zip(paces, shares, strict=True)]
     first, slowest = totals.index(min(totals)), totals.index(max(totals))
-    _own_terms(times, plan, paces[first], shares[first])
+    own_terms(times, plan, paces[first], shares[first])
     times.seconds["wait"] = totals[slowest] - totals[first]
+    reduced(times, plan, portion, fabric, backward_seconds(plan, paces[slowest], shares[slowest][-1]), overlap)
+
+
+def reduced(
+    times: StepTimes, plan: Plan, portion: Portion, fabric: Fabric, window_seconds: float, overlap: float
+) -> None:
+    """ZeRO 0 and 1: replicas sum their gradients beside the last backward; sharded weights are gathered again."""
     if plan.dp == 1:
         return
-    last = _backward(plan, paces[slowest], shares[slowest][-1])
-    gathered = buckets(facts, plan.bucket_bytes)
+    gathered = portion.buckets(plan.bucket_bytes)
     operation = REDUCE_SCATTER if plan.zero else ALL_REDUCE
-    _beside(times, fabric, [(operation, size) for size in gathered], last, overlap)
+    _beside(times, fabric, [(operation, size) for size in gathered], window_seconds, overlap)
     if plan.zero:
-        _alone(times, fabric, ALL_GATHER, gathered)
+        alone(times, fabric, ALL_GATHER, gathered)
 
 
 def _in_rounds(
     times: StepTimes,
     plan: Plan,
-    facts: ModelFacts,
+    portion: Portion,
     paces: Sequence[Pace],
     fabric: Fabric,
     overlap: float,
     shares: Sequence[Sequence[int]],
 ) -> None:
     """ZeRO 2 and 3: all workers go through the blocks together, one microbatch each, round by round."""
-    totals = [sum(own_seconds(plan, pace, size) for size in share) for pace, share in zip(paces, shares, strict=True)]
+    totals = [total_seconds(plan, pace, share) for pace, share in zip(paces, shares, strict=True)]
     first = totals.index(min(totals))
-    _own_terms(times, plan, paces[first], shares[first])
-    held, grouped = units(facts, plan.bucket_bytes), buckets(facts, plan.bucket_bytes)
+    own_terms(times, plan, paces[first], shares[first])
     lockstep = 0.0
+    rounds: Counter[tuple[float, float]] = Counter()
     for number in range(max(len(share) for share in shares)):
         here = [(pace, share[number]) for pace, share in zip(paces, shares, strict=True) if number < len(share)]
         lockstep += max(own_seconds(plan, pace, size) for pace, size in here)
         forward = max(pace.forward.seconds(size) for pace, size in here)
-        backward = max(_backward(plan, pace, size) for pace, size in here)
+        backward = max(backward_seconds(plan, pace, size) for pace, size in here)
+        rounds[forward, backward] += 1
+    rounds_moved(times, plan, portion, fabric, rounds, overlap)
+    times.seconds["wait"] = max(0.0, lockstep - totals[first])
+    after_rounds(times, plan, portion, fabric)
+
+
+def rounds_moved(
+    times: StepTimes,
+    plan: Plan,
+    portion: Portion,
+    fabric: Fabric,
+    rounds: Mapping[tuple[float, float], int],
+    overlap: float,
+) -> None:
+    """ZeRO 2 and 3: what travels beside microbatches; ``rounds`` counts them by forward and backward seconds."""
+    held = portion.units(plan.bucket_bytes)
+    for (forward_seconds, backward_seconds), count in rounds.items():
+        once = StepTimes()
         if plan.zero == 2:
-            travels = [(REDUCE_SCATTER, size) for size in grouped]
+            travels = [(REDUCE_SCATTER, size) for size in portion.buckets(plan.bucket_bytes)]
         else:
             reduced = (*reversed(held.block_trainable_bytes), held.glue_trainable_bytes)
             # The first gathering has nothing to hide behind, as the last reduction has not: listed last, it counts so.
-            _beside(times, fabric, [(ALL_GATHER, size) for size in reversed(held.block_bytes)], forward, overlap)
+            gathered = [(ALL_GATHER, size) for size in reversed(held.block_bytes)]
+            _beside(once, fabric, gathered, forward_seconds, overlap)
             travels = [(ALL_GATHER, size) for size in reversed(held.block_bytes[:-1])]
             travels += [(REDUCE_SCATTER, size) for size in reduced]
-        _beside(times, fabric, travels, backward, overlap)
-    times.seconds["wait"] = max(0.0, lockstep - totals[first])
+        _beside(once, fabric, travels, backward_seconds, overlap)
+        times.add(once, count)
+
+
+def after_rounds(times: StepTimes, plan: Plan, portion: Portion, fabric: Fabric) -> None:
+    """ZeRO 2 and 3: what is gathered once per step."""
     if plan.zero == 3:
-        _alone(times, fabric, ALL_GATHER, (held.glue_bytes,))
+        alone(times, fabric, ALL_GATHER, (portion.units(plan.bucket_bytes).glue_bytes,))
     else:
-        _alone(times, fabric, ALL_GATHER, grouped)
+        alone(times, fabric, ALL_GATHER, portion.buckets(plan.bucket_bytes))
 
 
-def _backward(plan: Plan, pace: Pace, size: int) -> float:
+def backward_seconds(plan: Plan, pace: Pace, size: int) -> float:
+    """Seconds of computing in a microbatch's backward, recomputation included."""
     return pace.backward.seconds(size) + (pace.again.seconds(size) if plan.recompute == "full" else 0.0)
 
 
@@ -175,7 +226,7 @@ def _beside(
         times.traffic_bytes += fabric.sent_bytes(operation, size)
 
 
-def _alone(times: StepTimes, fabric: Fabric, operation: str, sizes: Sequence[int]) -> None:
+def alone(times: StepTimes, fabric: Fabric, operation: str, sizes: Sequence[int]) -> None:
     """Collectives that everyone waits for."""
     for size in sizes:
         times.seconds[operation] += fabric.seconds(operation, size)

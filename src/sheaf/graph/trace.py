@@ -43,7 +43,7 @@ def trace(task: Task, samples: int) -> ModelFacts:
     blueprint = Blueprint(task)
     model, mode = blueprint.model, blueprint.mode
     if task.precision == "fp64":
-        _widen(model, mode)
+        widen(model, mode)
     weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     try:
         return _facts(task, samples, model, blueprint.names, batch, mode)
@@ -97,7 +97,7 @@ def _facts(
     with ExitStack() as stack:
         stack.enter_context(global_streams_kept())
         if mode is not None:
-            stack.enter_context(_quiet())
+            stack.enter_context(quiet())
             batch = converted(batch, mode.from_tensor)
             stack.enter_context(mode)
         try:
@@ -224,7 +224,7 @@ def _updated(model: nn.Module, before: dict[str, tuple[int, int]], changed: set[
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep torch from logging an error that is raised, and told to the user, anyway."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
@@ -235,7 +235,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _widen(model: nn.Module, mode: FakeTensorMode) -> None:
+def widen(model: nn.Module, mode: FakeTensorMode) -> None:
     """Hold every floating-point fake of a model as float64; shared ones stay shared."""
     made: dict[int, Tensor] = {}
     with mode:

@@ -1,6 +1,7 @@
 """A plan becomes a step: called on every worker, with a process group or alone."""
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -12,14 +13,22 @@ from sheaf.graph import cut, is_composite
 from sheaf.parallel.exchange import Exchange
 from sheaf.parallel.gathered import Gathered
 from sheaf.parallel.holding import AbstractHolding, Factor
+from sheaf.parallel.portion import Portion
 from sheaf.parallel.precision import LossScale
 from sheaf.parallel.recompute import recompute
 from sheaf.parallel.replicated import Replicated
+from sheaf.parallel.runner import Expectation, Parts, WholeModel
 from sheaf.parallel.sharded import Sharded
 from sheaf.parallel.shares import dealer
-from sheaf.parallel.step import Expectation, Step
+from sheaf.parallel.spread import Spread
+from sheaf.parallel.statistics import BatchStatistics
+from sheaf.parallel.step import Step
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
+from sheaf.plans.split import SplitFacts
+from sheaf.split.closing import close
+from sheaf.split.mode import Splitting
+from sheaf.split.rehearsal import rehearse
 from sheaf.task import Blueprint, Streams, Task
 from sheaf.task.probe import elementwise
 
@@ -32,28 +41,25 @@ def build(task: Task, plan: Plan, *, device: torch.device | None = None) -> Step
 
     Raises PlanError with the reason why the plan cannot run here.
     """
-    world = World(device or default_device(), gathers_apart=plan.zero == 3)
+    spread = Spread(plan, device or default_device())
     try:
-        return _build(task, plan, world)
+        return _build(task, plan, spread)
     except BaseException:
-        world.close()
+        spread.close()
         raise
 
 
-def _build(task: Task, plan: Plan, world: World) -> Step:
+def _build(task: Task, plan: Plan, spread: Spread) -> Step:
+    world = spread.world
     if plan.workers != world.workers:
         raise PlanError(
             f"the plan {plan} is for {plan.workers} workers and {world.workers} are here: "
             "start as many as it names, or plan for as many as there are"
         )
     blueprint = Blueprint(task)
-    shapes = [fake.shape for fake in blueprint.parameters.values()]
-    if plan.zero and not elementwise(task.optimizer, shapes):
-        raise PlanError(
-            f"zero={plan.zero} gives each worker slices of parameters, and this optimizer's update of a slice depends "
-            f"on the rest of the parameter: use dp={plan.dp} without zero, or an elementwise optimizer such as AdamW"
-        )
     task = with_microbatch(task, plan, blueprint.model)
+    splits = split_facts(task, plan)
+    _refuse_slices(task, plan, blueprint, splits)
     blocks = cut(blueprint.model)
     _refuse_sparse(blueprint.model, plan)
     expectation, scale, exchange = Expectation(float(task.batch)), LossScale(task), Exchange(world)
@@ -62,13 +68,70 @@ def _build(task: Task, plan: Plan, world: World) -> Step:
         weight = exchange.told().weight
         return expectation.weight / (weight * scale.value) if weight else 0.0
 
-    holding = _hold(blueprint, plan, world, factor, blocks)
+    portion = Portion(blueprint, slices=splits.slices if splits else None, rank=spread.place.tp)
+    holding = _hold(portion, plan, spread.replicas, factor, blocks)
+    splitting = _splitting(plan, holding.model, portion, spread, splits)
     streams = Streams(holding.model, task.seed, world.device)
     if plan.recompute == "full":
-        recompute([block for block in blocks.values() if is_composite(block)], streams)
+        around = nullcontext if splitting is None else lambda: splitting
+        recompute([block for block in blocks.values() if is_composite(block)], streams, around)
     number = world.number("sheaf/builds") if plan.stolen else 0
-    deal = dealer(plan, world.rank, world.counter, f"sheaf/stolen/{number}")
-    return Step(task, plan, world, holding, deal, exchange, expectation, scale, streams)
+    merged = world.workers > 1 or plan.recompute != "none"
+    parts = Parts(
+        task=task,
+        spread=spread,
+        holding=holding,
+        dealer=dealer(plan, spread.place.dp, world.counter, f"sheaf/stolen/{number}"),
+        exchange=exchange,
+        expectation=expectation,
+        scale=scale,
+        streams=streams,
+        statistics=BatchStatistics(holding.model, world, tells=spread.leads) if merged else None,
+        splitting=splitting,
+    )
+    return Step(plan, portion, WholeModel(parts))
+
+
+def split_facts(task: Task, plan: Plan) -> SplitFacts | None:
+    """How the plan splits the task's layers; None where it does not. The microbatch is decided."""
+    if plan.tp == 1:
+        return None
+    assert task.microbatch is not None
+    return rehearse(
+        task,
+        plan.tp,
+        samples=min(task.microbatch, task.num_samples),
+        sequence=bool(plan.sequence),
+        whole=lambda name: plan.part(name) == "whole",
+    )
+
+
+def _splitting(
+    plan: Plan, model: nn.Module, portion: Portion, spread: Spread, splits: SplitFacts | None
+) -> Splitting | None:
+    if splits is None or spread.layers is None:
+        return None
+    held = {
+        id(parameter): (name, splits.slices[name])
+        for name, parameter in portion.own(model).items()
+        if name in splits.slices
+    }
+    mode = Splitting(spread.layers, held, sequence=bool(plan.sequence))
+    close(model, splits.closed, mode)
+    return mode
+
+
+def _refuse_slices(task: Task, plan: Plan, blueprint: Blueprint, splits: SplitFacts | None) -> None:
+    """Raise PlanError where the plan steps slices of parameters, and the optimizer cannot."""
+    shapes = [fake.shape for fake in blueprint.parameters.values()]
+    sliced = splits is not None and bool(splits.slices)
+    if not (plan.zero or sliced) or elementwise(task.optimizer, shapes):
+        return
+    key, what = ("zero", f"zero={plan.zero}") if plan.zero else ("tp", f"tp={plan.tp}")
+    raise PlanError(
+        f"{what} gives each worker slices of parameters, and this optimizer's update of a slice depends "
+        f"on the rest of the parameter: use dp={plan.workers} without {key}, or an elementwise optimizer such as AdamW"
+    )
 
 
 def with_microbatch(task: Task, plan: Plan, model: nn.Module | None = None) -> Task:
@@ -91,7 +154,7 @@ def with_microbatch(task: Task, plan: Plan, model: nn.Module | None = None) -> T
                 f"neither the task nor the plan gives a microbatch, and {name} makes the answer depend on it: "
                 f"give the task one, such as microbatch={max(1, task.batch // 4)}"
             )
-        chosen = -(-task.batch // plan.dp)
+        chosen = -(-task.batch // (plan.dp * (4 * plan.pp if plan.pp > 1 else 1)))
     if chosen > task.batch:
         raise PlanError(f"microbatch={chosen} is larger than batch={task.batch}: lower it or raise batch")
     return replace(task, microbatch=chosen)
@@ -139,13 +202,13 @@ def _draws(module: nn.Module) -> bool:
 
 
 def _hold(
-    blueprint: Blueprint, plan: Plan, world: World, factor: Factor, blocks: dict[str, nn.Module]
+    portion: Portion, plan: Plan, replicas: World, factor: Factor, blocks: dict[str, nn.Module]
 ) -> AbstractHolding:
     if plan.zero == 0:
-        return Replicated(blueprint, world, factor, plan.bucket_bytes)
+        return Replicated(portion, replicas, factor, plan.bucket_bytes)
     if plan.zero == 3:
-        return Gathered(blueprint, world, factor, blocks, plan)
-    return Sharded(blueprint, world, factor, plan.bucket_bytes, shard_gradients=plan.zero == 2)
+        return Gathered(portion, replicas, factor, blocks, plan)
+    return Sharded(portion, replicas, factor, plan.bucket_bytes, shard_gradients=plan.zero == 2)
 
 
 def _refuse_sparse(model: nn.Module, plan: Plan) -> None:

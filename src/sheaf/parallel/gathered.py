@@ -35,6 +35,7 @@ from sheaf.graph.facts import GLUE
 from sheaf.parallel.flat import FlatTensors
 from sheaf.parallel.holding import AbstractHolding, Factor, Touched
 from sheaf.parallel.optimizers import sliced_optimizer
+from sheaf.parallel.portion import Portion
 from sheaf.parallel.rehearsal import rehearse, tensors_in, unit_members, watching
 from sheaf.parallel.sharded import gathered
 from sheaf.parallel.turns import Turns
@@ -42,7 +43,6 @@ from sheaf.parallel.turnstile import Turnstile
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
 from sheaf.plans.layout import Piece, flats
-from sheaf.task import Blueprint
 
 _IN_FLIGHT = 2
 
@@ -62,13 +62,13 @@ class Gathered(AbstractHolding):
 
     lockstep = True
 
-    def __init__(self, blueprint: Blueprint, world: World, factor: Factor, blocks: dict[str, nn.Module], plan: Plan):
+    def __init__(self, portion: Portion, world: World, factor: Factor, blocks: dict[str, nn.Module], plan: Plan):
         self._world, self._factor = world, factor
-        rehearsal = rehearse(blueprint, blocks)
-        named = unit_members(blueprint, blocks, rehearsal, plan.bucket_bytes)
+        rehearsal = rehearse(portion, blocks)
+        named = unit_members(portion, blocks, rehearsal, plan.bucket_bytes)
         order = [name for name in rehearsal.order if name in named]
         order += [name for name in named if name not in order and name != GLUE]
-        shapes = {name: fake.shape for name, fake in blueprint.parameters.items()}
+        shapes = {name: fake.shape for name, fake in portion.parameters.items()}
         self._flats = [
             FlatTensors(flat, world.rank, shapes, world.device, apart=True)
             for flat in flats(named.items(), world.workers)
@@ -77,7 +77,7 @@ class Gathered(AbstractHolding):
         self._unit_of_storage = {
             flat.storage: unit for name, unit in self._units.items() if name != GLUE for flat in unit.parts
         }
-        self._fill(blueprint)
+        self._fill(portion)
         self.slices: dict[str, tuple[Tensor, Piece]] = {
             piece.name: (flat.part_of(flat.shard, piece), piece)
             for flat in self._flats
@@ -90,7 +90,7 @@ class Gathered(AbstractHolding):
             if flat.trained
             for piece in flat.pieces
         }
-        self.optimizer = sliced_optimizer(blueprint, self.slices)
+        self.optimizer = sliced_optimizer(portion, self.slices)
         self._trained = self._reduction_order(order)
         backward = order[::-1]
         self._last_turn = {name: len(backward) for name in self._units}  # GLUE's is after all others
@@ -213,15 +213,15 @@ class Gathered(AbstractHolding):
                 block.__dict__["forward"] = own
         self._wrapped.clear()
 
-    def _fill(self, blueprint: Blueprint) -> None:
+    def _fill(self, portion: Portion) -> None:
         flat_of = {name: flat for flat in self._flats for name in flat.names}
 
         def parameter(name: str) -> Tensor:
-            flat_of[name].put(name, blueprint.value(name))
+            flat_of[name].put(name, portion.value(name))
             return flat_of[name].views[name]
 
-        self.model = blueprint.install(self._world.device, parameter)
-        self.parameters = dict(self.model.named_parameters())
+        self.model = portion.install(self._world.device, parameter)
+        self.parameters = portion.own(self.model)
 
     def _reduction_order(self, order: Sequence[str]) -> list[FlatTensors]:
         # a unit that runs more than once is complete when backward comes to its first run

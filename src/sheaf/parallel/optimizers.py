@@ -11,13 +11,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sheaf.errors import PlanError, TaskError
+from sheaf.parallel.portion import Portion
 from sheaf.parallel.values import decoded, encoded
 from sheaf.plans.layout import Piece
-from sheaf.task import Blueprint
 from sheaf.task.recorder import replace_tensors
 
 
-def sliced_optimizer(blueprint: Blueprint, slices: dict[str, tuple[Tensor, Piece]]) -> torch.optim.Optimizer:
+def sliced_optimizer(portion: Portion, slices: dict[str, tuple[Tensor, Piece]]) -> torch.optim.Optimizer:
     """The task's optimizer, made over the whole parameters without memory, then moved to this worker's slices.
 
     Groups and their settings are decided on whole shapes (``p.ndim >= 2`` works); state that the constructor makes is
@@ -27,11 +27,11 @@ def sliced_optimizer(blueprint: Blueprint, slices: dict[str, tuple[Tensor, Piece
     Raises TaskError for an optimizer over tensors that are no parameters, and PlanError for one that keeps whole
     parameters, or tensors in objects of its own, where they cannot be exchanged.
     """
-    fakes = blueprint.parameters
-    with blueprint.recording():
-        optimizer = blueprint.task.optimizer(list(fakes.values()))  # pyright: ignore[reportArgumentType]
+    fakes = portion.parameters
+    with portion.recording():
+        optimizer = portion.task.optimizer(list(fakes.values()))  # pyright: ignore[reportArgumentType]
     name_of = {id(fake): name for name, fake in fakes.items()}
-    real = _computing(blueprint, set(name_of))
+    real = _computing(portion, set(name_of))
     made = dict(optimizer.state)
     optimizer.state = defaultdict(dict)
     for group in optimizer.param_groups:
@@ -124,7 +124,7 @@ def _like(value: Any, held: Any) -> Any:
     return value
 
 
-def _computing(blueprint: Blueprint, parameters: set[int]) -> Callable[[Tensor], Tensor]:
+def _computing(portion: Portion, parameters: set[int]) -> Callable[[Tensor], Tensor]:
     """Gives the real value of a tensor that the optimizer made, the same for the same; parameters stay as they are."""
     computed: dict[int, Tensor] = {}
 
@@ -132,7 +132,7 @@ def _computing(blueprint: Blueprint, parameters: set[int]) -> Callable[[Tensor],
         if not isinstance(tensor, FakeTensor) or id(tensor) in parameters:
             return tensor
         if id(tensor) not in computed:
-            computed[id(tensor)] = blueprint.compute(tensor).detach().clone()
+            computed[id(tensor)] = portion.compute(tensor).detach().clone()
         return computed[id(tensor)]
 
     return real

@@ -30,16 +30,24 @@ def running_again() -> bool:
     return _again.running
 
 
-def recompute(blocks: Iterable[nn.Module], streams: Streams) -> None:
+def recompute(
+    blocks: Iterable[nn.Module],
+    streams: Streams,
+    around: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> None:
     """Make every block recompute itself in backward, drawing from its random streams what it drew at first.
+
+    It runs again inside ``around()``.
 
     Backward raises PlanError where a block does not compute again what it computed at first.
     """
     for block in blocks:
-        block.forward = _recomputing(streams.name_of(block), block.forward, streams)
+        block.forward = _recomputing(streams.name_of(block), block.forward, streams, around)
 
 
-def _recomputing(name: str, forward: Callable[..., Any], streams: Streams) -> Callable[..., Any]:
+def _recomputing(
+    name: str, forward: Callable[..., Any], streams: Streams, around: Callable[[], AbstractContextManager[object]]
+) -> Callable[..., Any]:
     def explained(*positional: Any, **named: Any) -> Any:
         with nullcontext() if running_again() else _explaining(name):
             return forward(*positional, **named)
@@ -53,7 +61,7 @@ def _recomputing(name: str, forward: Callable[..., Any], streams: Streams) -> Ca
             *positional,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), _at_first(streams, position)),
+            context_fn=lambda: (nullcontext(), _at_first(streams, position, around)),
             **named,
         )
 
@@ -61,11 +69,13 @@ def _recomputing(name: str, forward: Callable[..., Any], streams: Streams) -> Ca
 
 
 @contextmanager
-def _at_first(streams: Streams, position: Position) -> Iterator[None]:
+def _at_first(
+    streams: Streams, position: Position, around: Callable[[], AbstractContextManager[object]]
+) -> Iterator[None]:
     """Run a block again as at first."""
     before, _again.running = _again.running, True
     try:
-        with streams.at(position):
+        with streams.at(position), around():
             yield
     finally:
         _again.running = before

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from sheaf.graph.facts import GLUE
+from sheaf.parallel.portion import Portion
 from sheaf.plans.layout import Held, kept_whole
-from sheaf.task import Blueprint, Order, arguments, fetch, key
+from sheaf.task import Order, arguments, fetch, key
 
 
 @dataclass(frozen=True)
@@ -28,19 +29,19 @@ class Rehearsal:
     complete: bool
 
 
-def rehearse(blueprint: Blueprint, blocks: Mapping[str, nn.Module]) -> Rehearsal:
-    """Run the blueprint's fake model on the first microbatch of the first step.
+def rehearse(portion: Portion, blocks: Mapping[str, nn.Module]) -> Rehearsal:
+    """Run the portion's fake model on the first microbatch of the first step.
 
     Where control flow needs real values the rehearsal ends there: blocks that it did not reach follow in the order of
     definition. The same on every worker. What the forward changed in the modules (a tensor that it cached, a counter)
     is put back.
     """
-    task = blueprint.task
+    task = portion.task
     order: list[str] = []
     running: list[str] = []
     outside: set[str] = set()
-    homes = _homes(blueprint, blocks)
-    names = {fake.untyped_storage()._cdata: name for name, fake in blueprint.parameters.items()}
+    homes = _homes(portion, blocks)
+    names = {fake.untyped_storage()._cdata: name for name, fake in portion.parameters.items()}
 
     def uses(tensor: Tensor) -> None:
         name = names.get(tensor.untyped_storage()._cdata)
@@ -50,13 +51,13 @@ def rehearse(blueprint: Blueprint, blocks: Mapping[str, nn.Module]) -> Rehearsal
     first = Order(task.num_samples, task.batch, task.microbatch or task.batch, task.seed, shuffle=task.shuffle).step(0)
     batch = fetch(task, first[0].samples, key(task.seed, "data", 0, 0))
     positional, named = tree_map(
-        lambda leaf: blueprint.mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, arguments(task, batch)
+        lambda leaf: portion.mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, arguments(task, batch)
     )
     complete = True
-    with _put_back(blueprint.model), _running(blocks, order, running):
+    with _put_back(portion.model), _running(blocks, order, running):
         try:
-            with blueprint.mode, _Arguments(uses):
-                blueprint.model(*positional, **named)
+            with portion.mode, _Arguments(uses):
+                portion.model(*positional, **named)
         except Exception:  # noqa: BLE001 - control flow on values; what is truly wrong, the real forward will raise
             complete = False
             order = list(dict.fromkeys(order)) + [name for name in blocks if name not in order]
@@ -133,19 +134,19 @@ def _running(blocks: Mapping[str, nn.Module], order: list[str], running: list[st
             handle.remove()
 
 
-def _homes(blueprint: Blueprint, blocks: Mapping[str, nn.Module]) -> dict[str, set[str]]:
+def _homes(portion: Portion, blocks: Mapping[str, nn.Module]) -> dict[str, set[str]]:
     """The blocks in which each parameter lives, by canonical name."""
-    canonical = {alias: name for name, aliases in blueprint.names.items() for alias in (name, *aliases)}
-    homes: dict[str, set[str]] = {name: set() for name in blueprint.names}
+    canonical = {alias: name for name, aliases in portion.names.items() for alias in (name, *aliases)}
+    homes: dict[str, set[str]] = {name: set() for name in portion.names}
     for block_name, block in blocks.items():
         for name, _ in block.named_parameters(remove_duplicate=False):
             homes[canonical[f"{block_name}.{name}" if block_name else name]].add(block_name)
     return homes
 
 
-def home(blueprint: Blueprint, blocks: Mapping[str, nn.Module], rehearsal: Rehearsal) -> dict[str, str | None]:
+def home(portion: Portion, blocks: Mapping[str, nn.Module], rehearsal: Rehearsal) -> dict[str, str | None]:
     """The one block that alone uses a parameter, by canonical name; None where there is none such."""
-    homes = _homes(blueprint, blocks)
+    homes = _homes(portion, blocks)
     return {
         name: next(iter(found)) if len(found) == 1 and name not in rehearsal.outside else None
         for name, found in homes.items()
@@ -153,21 +154,21 @@ def home(blueprint: Blueprint, blocks: Mapping[str, nn.Module], rehearsal: Rehea
 
 
 def unit_members(
-    blueprint: Blueprint, blocks: dict[str, nn.Module], rehearsal: Rehearsal, bucket_bytes: int
+    portion: Portion, blocks: dict[str, nn.Module], rehearsal: Rehearsal, bucket_bytes: int
 ) -> dict[str, list[Held]]:
     """Which parameters each unit holds: a block those that only it uses, GLUE all others, whole for the whole step.
 
     Blocks that are too small to be worth a collective are left to GLUE too.
     """
     members: dict[str, list[Held]] = {}
-    homes = home(blueprint, blocks, rehearsal)
+    homes = home(portion, blocks, rehearsal)
     sizes: dict[str | None, int] = {}
     for name, block in homes.items():
-        fake = blueprint.parameters[name]
-        sizes[block] = sizes.get(block, 0) + fake.numel() * blueprint.dtype_of(fake).itemsize
+        fake = portion.parameters[name]
+        sizes[block] = sizes.get(block, 0) + fake.numel() * portion.dtype_of(fake).itemsize
     for name, block in homes.items():
-        fake = blueprint.parameters[name]
-        dtype = str(blueprint.dtype_of(fake)).removeprefix("torch.")
+        fake = portion.parameters[name]
+        dtype = str(portion.dtype_of(fake)).removeprefix("torch.")
         unit = GLUE if block is None or kept_whole(sizes[block], bucket_bytes) else block
         members.setdefault(unit, []).append(Held(name, fake.numel(), dtype, fake.requires_grad))
     return members

@@ -8,20 +8,20 @@ from torch import Tensor
 
 from sheaf.cluster.primitives import Pending
 from sheaf.parallel.holding import AbstractHolding, Factor, Touched, refuse_sparse
+from sheaf.parallel.portion import Portion
 from sheaf.parallel.turnstile import Turnstile
 from sheaf.parallel.world import World
 from sheaf.plans.layout import Held, buckets
-from sheaf.task import Blueprint
 
 
 class Replicated(AbstractHolding):
     """The whole model and optimizer on each worker; alone, it is what a plain training loop does."""
 
-    def __init__(self, blueprint: Blueprint, world: World, factor: Factor, bucket_bytes: int) -> None:
+    def __init__(self, portion: Portion, world: World, factor: Factor, bucket_bytes: int) -> None:
         self._world, self._factor = world, factor
-        self.model = blueprint.fill(world.device)
-        self.parameters = dict(self.model.named_parameters())
-        self.optimizer = blueprint.task.optimizer(list(self.parameters.values()))
+        self.model = portion.fill(world.device)
+        self.parameters = portion.own(self.model)
+        self.optimizer = portion.task.optimizer(list(self.parameters.values()))
         held = [
             Held(name, value.numel(), str(value.dtype), value.requires_grad) for name, value in self.parameters.items()
         ]

@@ -12,10 +12,10 @@ from sheaf.cluster.primitives import Pending
 from sheaf.parallel.flat import FlatTensors
 from sheaf.parallel.holding import AbstractHolding, Factor, Touched
 from sheaf.parallel.optimizers import sliced_optimizer
+from sheaf.parallel.portion import Portion
 from sheaf.parallel.turnstile import Turnstile
 from sheaf.parallel.world import World
 from sheaf.plans.layout import Flat, Held, Piece, buckets
-from sheaf.task import Blueprint
 
 _IN_FLIGHT = 2  # reductions under way at once: one is sent while the next is laid out
 
@@ -24,13 +24,13 @@ class Sharded(AbstractHolding):
     """Optimizer state in shards; with ``shard_gradients`` (ZeRO-2) gradients too, reduced in every backward."""
 
     def __init__(
-        self, blueprint: Blueprint, world: World, factor: Factor, bucket_bytes: int, *, shard_gradients: bool
+        self, portion: Portion, world: World, factor: Factor, bucket_bytes: int, *, shard_gradients: bool
     ) -> None:
         self._world, self._factor = world, factor
         self.lockstep = shard_gradients
-        fakes = blueprint.parameters
+        fakes = portion.parameters
         held = [
-            Held(name, fake.numel(), str(blueprint.dtype_of(fake)).removeprefix("torch."), fake.requires_grad)
+            Held(name, fake.numel(), str(portion.dtype_of(fake)).removeprefix("torch."), fake.requires_grad)
             for name, fake in fakes.items()
         ]
         sizes = {member.dtype: getattr(torch, member.dtype).itemsize for member in held}
@@ -42,18 +42,18 @@ class Sharded(AbstractHolding):
         views = {name: view for flat in self._flats for name, view in flat.views.items()}
 
         def parameter(name: str) -> Tensor:
-            value = blueprint.value(name)
+            value = portion.value(name)
             return views[name].copy_(value) if name in views else value.to(world.device)
 
-        self.model = blueprint.install(world.device, parameter)
-        self.parameters = dict(self.model.named_parameters())
+        self.model = portion.install(world.device, parameter)
+        self.parameters = portion.own(self.model)
         self.slices: dict[str, tuple[Tensor, Piece]] = {
             piece.name: (flat.part_of(flat.shard, piece), piece) for flat in self._flats for piece in flat.pieces
         }
         self._gradients = {
             piece.name: flat.part_of(flat.gradient_shard, piece) for flat in self._flats for piece in flat.pieces
         }
-        self.optimizer = sliced_optimizer(blueprint, self.slices)
+        self.optimizer = sliced_optimizer(portion, self.slices)
         self._flat_of = {name: index for index, flat in enumerate(self._flats) for name in flat.names}
         self._pending: deque[tuple[Pending, Tensor | None, Tensor]] = deque()
         self._launched = 0

@@ -115,10 +115,13 @@ def _refuse_synchronised(module: nn.Module, _arguments: Any) -> None:
 
 
 class BatchStatistics:
-    """The running statistics of a model's normalisation layers, as one step updates them."""
+    """The running statistics of a model's normalisation layers, as one step updates them.
 
-    def __init__(self, model: nn.Module, world: World) -> None:
-        self._world, self._phase = world, _Phase()
+    Of several workers that run the same microbatch together, one ``tells``.
+    """
+
+    def __init__(self, model: nn.Module, world: World, *, tells: bool = True) -> None:
+        self._world, self._phase, self._tells = world, _Phase(), tells
         self._layers = [
             _Layer(name, module, self._phase) for name, module in model.named_modules() if _is_merged(module)
         ]
@@ -152,6 +155,24 @@ class BatchStatistics:
         if self._steps == 1:
             self._traces.check("backward")
 
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Run a microbatch's backward inside, after other microbatches' forwards."""
+        self._phase.active = True
+        try:
+            yield
+        finally:
+            self._phase.active = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Run modules inside without counting them."""
+        active, self._phase.active = self._phase.active, False
+        try:
+            yield
+        finally:
+            self._phase.active = active
+
     def collect(self, index: int) -> None:
         """Forward has run: take the statistics it left (called inside ``microbatch``, before backward).
 
@@ -171,7 +192,7 @@ class BatchStatistics:
             return
         widths = [2 * layer.size + 2 for layer in self._layers]
         table = torch.zeros(microbatches, sum(widths), dtype=torch.float64)
-        for index, row in self._found.items():
+        for index, row in self._found.items() if self._tells else ():
             table[index] = row
         table = self._world.summed(table, "running statistics")
         for layer, statistics in zip(self._layers, table.split(widths, dim=1), strict=True):

@@ -2,25 +2,20 @@
 
 import resource
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from sheaf.errors import NonFiniteLoss, PlanError, TaskError
-from sheaf.parallel.exchange import Exchange, Told
-from sheaf.parallel.holding import AbstractHolding
+from sheaf.parallel.exchange import Told
 from sheaf.parallel.optimizers import load_named_state, named_state
-from sheaf.parallel.precision import LossScale, autocast
-from sheaf.parallel.shares import AbstractDealer, Dealt
-from sheaf.parallel.statistics import BatchStatistics
+from sheaf.parallel.portion import Portion
+from sheaf.parallel.runner import AbstractRunner
 from sheaf.parallel.values import decoded, encoded
-from sheaf.parallel.world import World
 from sheaf.plans import Plan
 from sheaf.record import StepReport
-from sheaf.task import Microbatch, Order, Streams, Task, arguments, as_loss, fetch, key, moved
+from sheaf.task import Microbatch, Order
 
 
 @runtime_checkable
@@ -32,55 +27,47 @@ class Observer(Protocol):
         ...
 
 
-@dataclass
-class Expectation:
-    """What one backward's loss sum is divided by: the last step's weight, so that gradients have their usual size.
-
-    The exact weight of a step is known only when its last forward has run; what departs is made up for at the end.
-    """
-
-    weight: float
-
-
 class Step:
     """Runs one global step each time it is called, on every worker of the plan; made by ``sheaf.build``.
 
-    ``index`` is the number of the next step, ``position`` the (step, microbatch) that is running, ``model`` this
-    worker's module. A call raises on every worker, before anything is updated: NonFiniteLoss when a loss is no number,
-    TaskError when no parameter got a gradient, PlanError when other parameters are trained than when it was built.
+    ``index`` is the number of the next step, ``model`` this worker's module. A call raises on every worker, before
+    anything is updated: NonFiniteLoss when a loss is no number, TaskError when no parameter got a gradient, PlanError
+    when other parameters are trained than when it was built.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        plan: Plan,
-        world: World,
-        holding: AbstractHolding,
-        dealer: AbstractDealer,
-        exchange: Exchange,
-        expectation: Expectation,
-        scale: LossScale,
-        streams: Streams,
-    ) -> None:
-        assert task.microbatch is not None
-        self.task, self.plan = task, plan
+    def __init__(self, plan: Plan, portion: Portion, runner: AbstractRunner) -> None:
+        parts = runner.parts
+        assert parts.task.microbatch is not None
+        self.task, self.plan = parts.task, plan
         self.index = 0
-        self.position = (0, 0)
-        self._world, self._holding, self._dealer = world, holding, dealer
-        self._exchange, self._expectation, self._scale, self._streams = exchange, expectation, scale, streams
-        self._order = Order(task.num_samples, task.batch, task.microbatch, task.seed, shuffle=task.shuffle)
-        self._scheduler = task.scheduler(holding.optimizer) if task.scheduler is not None else None
-        merged = world.workers > 1 or plan.recompute != "none"
-        self._statistics = BatchStatistics(holding.model, world) if merged else None
-        self._floating = torch.float64 if task.precision == "fp64" else None
+        self._portion, self._runner, self._spread = portion, runner, parts.spread
+        self._world, self._holding = parts.spread.world, parts.holding
+        self._exchange, self._expectation, self._scale = parts.exchange, parts.expectation, parts.scale
+        task = parts.task
+        self._order = Order(task.num_samples, task.batch, parts.task.microbatch, task.seed, shuffle=task.shuffle)
+        self._scheduler = task.scheduler(parts.holding.optimizer) if task.scheduler is not None else None
+        self._statistics = parts.statistics
         self._observer: Observer | None = None
-        self._compute_seconds = 0.0
         self._trained = self._names()
 
     @property
     def model(self) -> nn.Module:
         """This worker's module; under ZeRO-3 its parameters are empty between steps."""
         return self._holding.model
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """The (step, microbatch) that is running."""
+        return self._runner.position
+
+    def runs(self, block: str) -> bool:
+        """Whether this worker runs a block of the model itself."""
+        return self._runner.runs(block)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this worker speaks for those that compute the same microbatch with it."""
+        return self._spread.leads
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -99,18 +86,18 @@ class Step:
 
     def __call__(self) -> StepReport:
         """Run the next global step; collective."""
-        start, waited = time.perf_counter(), self._world.waited_seconds
-        self._compute_seconds = 0.0
+        start, waited = time.perf_counter(), self._spread.waited_seconds
+        self._runner.compute_seconds = 0.0
         self._check_trained()
         microbatches = self._order.step(self.index)
         self._exchange.begin(len(microbatches))
         if self._statistics is not None:
             self._statistics.begin_step()
         self._holding.begin_step()
-        self._run_all(microbatches)
+        self._runner.run(self.index, microbatches)
         self._holding.flush()
         told = self._exchange.told()
-        self._dealer.finished()
+        self._runner.parts.dealer.finished()
         used, computed = self._agree()
         self._holding.finish(used)
         told.check(self.index)
@@ -121,7 +108,10 @@ class Step:
                 "no_grad() between the model's output and the loss, and for a loss that does not use the output"
             )
         if self._observer is not None:
-            self._observer.gradients(self.index, self._holding.full_gradients())
+            names = [name for name in self._trained if name in used]
+            self._observer.gradients(
+                self.index, self._spread.assembled(self._holding.full_gradients(), self._portion, names)
+            )
         updating = time.perf_counter()
         norm, skipped = self._update()
         optimizer_seconds = time.perf_counter() - updating
@@ -133,7 +123,7 @@ class Step:
             microbatches,
             told,
             seconds=time.perf_counter() - start,
-            waited=self._world.waited_seconds - waited,
+            waited=self._spread.waited_seconds - waited,
             optimizer_seconds=optimizer_seconds,
             computed=computed,
             norm=norm,
@@ -152,8 +142,8 @@ class Step:
 
     @property
     def state_owner(self) -> int:
-        """The worker whose ``state`` this worker loads: itself, or 0 where every worker holds the same."""
-        return self.rank if self._holding.sharded else 0
+        """The worker whose ``state`` this worker loads: itself, or the first of those that hold the same."""
+        return self.rank if self._holding.sharded else self._spread.replicas.ranks[0]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that a later run needs to go on: tensors (none where another worker owns them), and JSON-able values.
@@ -204,7 +194,9 @@ class Step:
         Names are those of the model's ``state_dict``: what is shared stands under each of its names, as one tensor.
         Extra state (``get_extra_state``) is left out.
         """
-        whole = self._holding.full_parameters()
+        whole = self._spread.assembled(
+            self._holding.full_parameters(), self._portion, list(self._portion.blueprint.parameters)
+        )
         if self.rank != 0:
             return {}
         first = {id(parameter): name for name, parameter in self.model.named_parameters()}
@@ -224,57 +216,21 @@ class Step:
 
     def close(self) -> None:
         """Detach from the model, and give back what workers share; call it on every worker."""
-        self._streams.close()
+        self._runner.close()
+        self._runner.parts.streams.close()
         self._holding.close()
-        self._world.close()
-
-    def _run_all(self, microbatches: tuple[Microbatch, ...]) -> None:
-        computed = 0
-        for microbatch, is_last in self._dealer.deal(self.index, microbatches):
-            batch = fetch(self.task, microbatch.samples, key(self.task.seed, "data", self.index, microbatch.index))
-            batch = moved(batch, self._world.device, self._floating)
-            start, waited = time.perf_counter(), self._world.waited_seconds
-            self._run(microbatch, batch, is_last)
-            self._compute_seconds += time.perf_counter() - start - (self._world.waited_seconds - waited)
-            computed += 1
-        if self._holding.lockstep:
-            assert isinstance(self._dealer, Dealt)
-            for _ in range(self._dealer.rounds(microbatches) - computed):
-                self._holding.idle_round()
-        if self._holding.lockstep or not computed:
-            self._exchange.send()
-
-    def _run(self, microbatch: Microbatch, batch: Any, is_last: Any) -> None:
-        self.position = (self.index, microbatch.index)
-        self._streams.enter(self.index, microbatch.index)
-        positional, named = arguments(self.task, batch)
-        statistics = self._statistics
-        with statistics.microbatch() if statistics is not None else nullcontext():
-            with autocast(self.task, self._world.device), self._holding.forward_context():
-                output = self.model(*positional, **named)
-                loss = as_loss(self.task.loss(output, batch), len(microbatch.samples))
-            if statistics is not None:
-                statistics.collect(microbatch.index)
-            self._exchange.add(microbatch.index, loss.sum, loss.weight)
-            last = bool(is_last())
-            if last and not self._holding.lockstep:
-                self._exchange.send()
-            self._holding.arm(last=last)
-            if loss.sum.requires_grad:
-                seed = torch.full_like(loss.sum, self._scale.value / self._expectation.weight)
-                torch.autograd.backward([loss.sum], [seed])
-            self._holding.end_backward()
+        self._spread.close()
 
     def _agree(self) -> tuple[set[str], list[float]]:
         """Which parameters any worker's microbatches used, and how long each worker computed."""
         touched = self._holding.touched
         if self.workers == 1:
-            return touched, [self._compute_seconds]
+            return touched, [self._runner.compute_seconds]
         names = list(self._trained)
         told = torch.zeros(len(names) + self.workers)
         for position, name in enumerate(names):
             told[position] = float(name in touched)
-        told[len(names) + self.rank] = self._compute_seconds
+        told[len(names) + self.rank] = self._runner.compute_seconds
         told = self._world.summed(told, "parameters used").tolist()
         return {name for name, count in zip(names, told, strict=False) if count > 0}, told[len(names) :]
 
@@ -311,12 +267,21 @@ class Step:
         return norm, False
 
     def _norm(self) -> Tensor:
-        gradients = list(self._holding.held().values())
+        held = self._holding.held()
+        if not self._spread.alone:
+            held = {name: gradient for name, gradient in held.items() if self._counts(name)}
+        gradients = list(held.values())
         norm = torch.nn.utils.get_total_norm(gradients).detach() if gradients else torch.zeros(())
-        if not self._holding.sharded:
+        if not self._holding.sharded and self._spread.alone:
             return norm
         square = self._world.summed(norm.to("cpu", torch.float64).reshape(1) ** 2, "gradient norm")
         return square.sqrt()[0].to(norm.dtype)
+
+    def _counts(self, name: str) -> bool:
+        """Whether this worker's part of a gradient adds to the norm: of those that hold it alike, one does."""
+        replica = self._holding.sharded or self._spread.place.dp == 0
+        layer = name in self._portion.slices or self._spread.leads
+        return replica and layer and self._portion.counts(name)
 
     def _report(
         self,
@@ -330,9 +295,9 @@ class Step:
         norm: float | None,
         skipped: bool,
     ) -> StepReport:
-        idle = min(max(0.0, max(computed) - self._compute_seconds), waited)
+        idle = min(max(0.0, max(computed) - self._runner.compute_seconds), waited)
         terms = {
-            "compute": self._compute_seconds,
+            "compute": self._runner.compute_seconds,
             "wait": idle,
             "communicate": waited - idle,
             "optimizer": optimizer_seconds,
@@ -348,7 +313,7 @@ class Step:
             gradient_norm=norm if self.task.clip is not None else None,
             learning_rate=float(self._holding.optimizer.param_groups[0]["lr"]),
             memory_bytes=_memory_bytes(self._world.device),
-            microbatches=told.counts,
+            microbatches=self._spread.shared(told.counts),
             skipped=skipped,
             stop=told.stop,
         )

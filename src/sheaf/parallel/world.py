@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 import torch
@@ -20,18 +20,44 @@ class World:
 
     ``waited_seconds`` adds up the time this worker stood still for others. A collective that fails raises
     WorkerFailed with what this worker was doing, and what every worker that still answers was doing.
-    With ``gathers_apart`` gathers have a process group of their own until ``close``, for executors whose gathers and
-    reductions interleave differently on different workers; making it is collective.
+    With ``among`` it is the one of several disjoint groups of ranks that this worker is in, together all of them. With
+    ``gathers_apart`` gathers have a process group of their own, for executors whose gathers and reductions interleave
+    differently on different workers. Groups are made by all workers together, and given back by ``close``.
     """
 
-    def __init__(self, device: torch.device, *, gathers_apart: bool = False) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        gathers_apart: bool = False,
+        among: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         self.device = device
         joined = dist.is_available() and dist.is_initialized()
-        self.workers = dist.get_world_size() if joined else 1
-        self.rank = dist.get_rank() if joined else 0
+        self._whole = dist.get_world_size() if joined else 1
+        everyone = list(range(self._whole))
+        mine = dist.get_rank() if joined else 0
+        groups = [list(ranks) for ranks in among] if among is not None else [everyone]
+        self.ranks = next(ranks for ranks in groups if mine in ranks)
+        self.workers, self.rank = len(self.ranks), self.ranks.index(mine)
         self.waited_seconds = 0.0
         self._last: deque[str] = deque(maxlen=8)
-        self._gathers = _new_group() if gathers_apart and self.workers > 1 else None
+        self._made: list[dist.ProcessGroup] = []
+        self.group = None if self.workers in (1, self._whole) and not _many(groups) else self._grouped(groups)
+        self._gathers = self._grouped(groups) if gathers_apart and _many(groups, single=True) else None
+
+    def _grouped(self, groups: list[list[int]]) -> dist.ProcessGroup | None:
+        """Make every group, each of which all ranks must make; keep this worker's."""
+        mine: dist.ProcessGroup | None = None
+        for ranks in groups:
+            if len(ranks) < 2:
+                continue
+            group = dist.new_group(ranks)
+            if self.ranks == ranks:
+                assert isinstance(group, dist.ProcessGroup)
+                mine = group
+                self._made.append(group)
+        return mine
 
     @property
     def counter(self) -> dist.Store | None:
@@ -40,23 +66,23 @@ class World:
 
     def all_reduce(self, tensor: Tensor, what: str) -> Pending:
         """Start summing ``tensor`` over all workers, in place."""
-        with self._explained("all_reduce", what, tensor):
-            return primitives.start_all_reduce(tensor)
+        with self.explained("all_reduce", what, tensor):
+            return primitives.start_all_reduce(tensor, self.group)
 
     def reduce_scatter(self, output: Tensor, given: Tensor, what: str) -> Pending:
         """Start summing ``given`` over all workers; this worker's part of it goes to ``output``."""
-        with self._explained("reduce_scatter", what, given):
-            return primitives.start_reduce_scatter(output, given)
+        with self.explained("reduce_scatter", what, given):
+            return primitives.start_reduce_scatter(output, given, self.group)
 
     def all_gather(self, output: Tensor, given: Tensor, what: str) -> Pending:
         """Start gathering every worker's ``given`` into ``output``, in rank order."""
-        with self._explained("all_gather", what, output):
-            return primitives.start_all_gather(output, given, self._gathers)
+        with self.explained("all_gather", what, output):
+            return primitives.start_all_gather(output, given, self._gathers or self.group)
 
     def wait(self, pending: Pending) -> None:
         """Finish a collective, and count the time."""
         start = time.perf_counter()
-        with self._explained():
+        with self.explained():
             pending.wait()
         self.waited_seconds += time.perf_counter() - start
 
@@ -82,13 +108,14 @@ class World:
         return int(self.summed(mine, key))
 
     def close(self) -> None:
-        """Give back the group of the gathers, if there is one; call it on every worker, as often as you like."""
-        group, self._gathers = self._gathers, None
-        if group is not None and dist.is_initialized():  # it went with the default group otherwise
-            dist.destroy_process_group(group)
+        """Give back the groups that were made; call it on every worker, as often as you like."""
+        groups, self._made, self.group, self._gathers = self._made, [], None, None
+        for group in groups:
+            if dist.is_initialized():  # they went with the default group otherwise
+                dist.destroy_process_group(group)
 
     @contextlib.contextmanager
-    def _explained(self, operation: str = "", what: str = "", tensor: Tensor | None = None) -> Iterator[None]:
+    def explained(self, operation: str = "", what: str = "", tensor: Tensor | None = None) -> Iterator[None]:
         if tensor is not None:
             self._last.append(f"{operation} of {what} {tuple(tensor.shape)}")
         try:
@@ -98,23 +125,23 @@ class World:
 
     def _explanation(self, error: BaseException) -> str:
         mine = self._last[-1] if self._last else "nothing yet"
-        lines = [f"worker {self.rank} of {self.workers} lost the others in {mine}: {str(error).splitlines()[0]}"]
+        rank = self.ranks[self.rank]
+        lines = [f"worker {rank} of {self._whole} lost the others in {mine}: {str(error).splitlines()[0]}"]
         with contextlib.suppress(Exception):  # the store may be gone with its host
-            store = self.counter
-            assert store is not None
-            store.set(f"sheaf/lost/{self.rank}", mine)
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"sheaf/lost/{rank}", mine)
             time.sleep(0.5)
-            for other in range(self.workers):
+            for other in range(self._whole):
                 key = f"sheaf/lost/{other}"
-                if other != self.rank and store.check([key]):
+                if other != rank and store.check([key]):
                     store.set_timeout(timedelta(seconds=1))
                     lines.append(f"worker {other} also failed, in {store.get(key).decode()}")
-                elif other != self.rank:
+                elif other != rank:
                     lines.append(f"worker {other} has not answered: look at it first")
         return "\n".join(lines)
 
 
-def _new_group() -> dist.ProcessGroup:
-    group = dist.new_group()
-    assert isinstance(group, dist.ProcessGroup)
-    return group
+def _many(groups: list[list[int]], *, single: bool = False) -> bool:
+    """Whether there is a group of several ranks that is not all of them; ``single``: any of several."""
+    several = [ranks for ranks in groups if len(ranks) > 1]
+    return bool(several) and (single or len(groups) > 1)

@@ -90,12 +90,13 @@ class SplitFacts:
 
     ``slices`` maps parameters that are split to how; all others are whole on each worker. ``moves`` are the
     collectives of one microbatch in order. ``work`` maps a block to the share of its arithmetic that the busiest
-    worker does (1 where all do all of it); ``activations`` to the share of what it keeps for backward.
+    worker does (1 where all do all of it); ``closed`` names modules that had to be kept whole, with the reason; ``activations`` to the share of what it keeps for backward.
     """
 
     degree: int
     samples: int
     slices: dict[str, Slice]
-    moves: tuple[Move, ...]
+    moves: tuple[Move, ...] = ()
+    closed: dict[str, str] = field(default_factory=dict[str, str])
     work: dict[str, float] = field(default_factory=dict[str, float])
     activations: dict[str, float] = field(default_factory=dict[str, float])

@@ -6,6 +6,7 @@ from sheaf.cost.placement import seats
 from sheaf.cost.price import Price
 from sheaf.graph.facts import ModelFacts
 from sheaf.plans import Plan
+from sheaf.plans.stages import placed
 from sheaf.search.ranking import Refusal
 from sheaf.search.words import largest_memory
 from sheaf.units import pretty_bytes
@@ -37,13 +38,14 @@ def broken(
             Refusal(text, f"a microbatch of {size} is larger than the batch of {batch}", f"use at most {batch}")
         )
     count = -(-batch // size)
-    if plan.workers > count:
-        smaller = batch // plan.workers
+    if plan.dp > count:
+        smaller = batch // plan.dp
+        round_whom = f"{plan.dp} {'workers' if plan.dp == plan.workers else 'replicas'}"
         remedy = f"dp={count}" + (f", or microbatch={smaller} in the task" if smaller else ", or a larger batch")
         found.append(
             Refusal(
                 text,
-                f"{count} microbatch{'es' if count > 1 else ''} of {size} do not go round {plan.workers} workers",
+                f"{count} microbatch{'es' if count > 1 else ''} of {size} do not go round {round_whom}",
                 remedy,
             )
         )
@@ -55,6 +57,16 @@ def broken(
                 "zero=0, or an elementwise optimizer such as AdamW or SGD",
             )
         )
+    elif not elementwise and (plan.pp > 1 or _splits(plan)):
+        what = "split layers step slices of parameters" if _splits(plan) else "cut stages step some parameters each"
+        found.append(
+            Refusal(
+                text,
+                f"the optimizer is not elementwise, and workers that {what}",
+                f"dp={plan.dp} alone, or an elementwise optimizer such as AdamW or SGD",
+            )
+        )
+    found += _unstageable(plan, facts)
     unmerged = unmergeable(facts)
     if unmerged and (plan.workers > 1 or plan.recompute != "none"):
         found.append(
@@ -65,6 +77,38 @@ def broken(
             )
         )
     return found
+
+
+def _splits(plan: Plan) -> bool:
+    return plan.tp > 1 or any(answer == "tp" for _, answer in plan.parts)
+
+
+def _unstageable(plan: Plan, facts: ModelFacts) -> list[Refusal]:
+    """Why the model cannot be cut into the plan's stages."""
+    if plan.pp == 1:
+        return []
+    count = len(placed(facts))
+    if plan.num_stages > count:
+        per_worker = f", {plan.virtual} per worker" if plan.virtual > 1 else ""
+        most = max(1, count // plan.virtual)
+        remedy = f"pp={most}" if most > 1 else "dp or tp in place of pp"
+        return [
+            Refusal(
+                str(plan),
+                f"has {plan.num_stages} stages{per_worker}, and the model has {count} "
+                f"block{'s' if count != 1 else ''} to make them of",
+                remedy,
+            )
+        ]
+    if plan.stages and sum(plan.stage_blocks) != count:
+        return [
+            Refusal(
+                str(plan),
+                f"stages={plan.stages} places {sum(plan.stage_blocks)} blocks, the model has {count}",
+                "drop stages, or make them add up to that",
+            )
+        ]
+    return []
 
 
 def unmergeable(facts: ModelFacts) -> tuple[str, ...]:

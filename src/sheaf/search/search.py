@@ -1,14 +1,18 @@
 """Price every plan worth it, refuse what cannot run, rank the rest, and say why."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from sheaf.cluster.cluster import Cluster
-from sheaf.cost import Price, microbatch_sizes, price, worker_seconds
+from sheaf.cost import Price, microbatch_sizes, priced, worker_seconds
+from sheaf.cost.basis import Basis
+from sheaf.cost.pipeline import measured_stages
 from sheaf.cost.placement import seats
 from sheaf.graph.facts import GLUE, LOSS, ModelFacts, Profile
 from sheaf.plans import Plan
 from sheaf.plans.plan import EQUAL
+from sheaf.plans.split import SplitFacts
+from sheaf.plans.stages import placed
 from sheaf.search import rules, space, words
 from sheaf.search.measured import Profiles, facts_for, profile_for
 from sheaf.search.ranking import Entry, Ranking, Refusal
@@ -20,7 +24,8 @@ class Question:
 
     ``facts`` by samples per microbatch: one size where the task fixes it (``microbatch``), else those worth trying
     or a few of them. ``profiles`` by (samples, busy workers per host); none: a roofline prices. ``elementwise`` says
-    whether the optimizer may step flat slices.
+    whether the optimizer may step flat slices. ``splits`` by (workers that split a layer, sequence 0 or 1): what is
+    not there is not proposed.
     """
 
     batch: int
@@ -31,6 +36,8 @@ class Question:
     profiles: Profiles = field(default_factory=dict)
     elementwise: bool = True
     precision: str = "fp32"
+    splits: Mapping[tuple[int, int], SplitFacts] = field(default_factory=dict)
+    _bases: dict[object, Basis] = field(default_factory=dict[object, Basis], init=False, repr=False, compare=False)
 
     @property
     def available(self) -> int:
@@ -48,21 +55,35 @@ class Question:
         return any(block.composite for block in blocks if block.name not in (GLUE, LOSS))
 
     def price(self, plan: Plan) -> Price:
-        """The price of one plan."""
+        """The price of one plan, with a pipeline's timeline.
+
+        Raises ValueError for a plan that splits layers in a way that ``splits`` does not hold.
+        """
+        return priced(plan, self.basis(plan), microbatch_sizes(self.batch, self.size(plan)), drawn=True)
+
+    def rough(self, plan: Plan) -> Price:
+        """The price without timeline."""
+        return priced(plan, self.basis(plan), microbatch_sizes(self.batch, self.size(plan)))
+
+    def basis(self, plan: Plan) -> Basis:
+        """What the price of this plan has in common with others."""
         size = self.size(plan)
-        return price(
-            plan,
-            facts_for(self.facts, size),
-            self.cluster,
-            self.profile(plan),
-            microbatches=microbatch_sizes(self.batch, size),
-            precision=self.precision,
-        )
+        facts = facts_for(self.facts, size)
+        split = (plan.tp if plan.tp > 1 else plan.dp if plan.parts else 1, plan.sequence)
+        measured = (size, self._busy(plan)) if self.profiles else None
+        key = (facts.samples, measured, split, plan.parts)
+        if key not in self._bases:
+            self._bases[key] = Basis.of(
+                plan, facts, self.profile(plan), self.cluster, precision=self.precision, split=self.splits.get(split)
+            )
+        return self._bases[key]
 
     def profile(self, plan: Plan) -> Profile | None:
         """Measured times under as much company as the plan's workers have."""
-        busy = max(seat.busy for seat in seats(self.cluster, plan.workers))
-        return profile_for(self.profiles, self.size(plan), busy)
+        return profile_for(self.profiles, self.size(plan), self._busy(plan))
+
+    def _busy(self, plan: Plan) -> int:
+        return max(seat.busy for seat in seats(self.cluster, plan.workers))
 
 
 def search(question: Question) -> Ranking:
@@ -79,16 +100,19 @@ def search(question: Question) -> Ranking:
         if not legal:
             refused.append(faults[0])
             continue
-        priced = [question.price(plan) for plan in legal]
-        fitting = [one for one in priced if rules.too_large(one, question.cluster) is None]
+        found = [question.rough(plan) for plan in legal]
+        fitting = [one for one in found if rules.too_large(one, question.cluster) is None]
         if fitting:
             prices.append(_ordered(fitting)[0])
         else:
-            leanest = min(priced, key=lambda one: one.peak_bytes)
+            leanest = min(found, key=lambda one: one.peak_bytes)
             starved.append((leanest, rules.too_large(leanest, question.cluster) or ""))
     refused.extend(Refusal(str(one.plan), why, rules.memory_remedy(one, prices)) for one, why in starved)
+    ordered = _ordered(prices)
+    if ordered and ordered[0].plan.pp > 1:
+        ordered[0] = question.price(ordered[0].plan)
     return Ranking(
-        ranked=_explained(_ordered(prices)),
+        ranked=_explained(ordered),
         refused=tuple(refused),
         cluster=question.cluster.name,
         batch=question.batch,
@@ -107,27 +131,70 @@ def _families(question: Question) -> Iterator[list[Plan]]:
     for workers in space.degrees(question.available, question.batch):
         sizes = [None] if question.microbatch else list(space.microbatch_choices(question.batch, workers))
         for strategy in space.strategies(workers):
-            if strategy.recompute != "none" and not question.recomputable:
+            yield from _with_shares(question, strategy, sizes)
+    yield from _mesh_families(question)
+    yield from _part_families(question)
+
+
+def _mesh_families(question: Question) -> Iterator[list[Plan]]:
+    """Plans with split layers or stages, where each replica gets a microbatch.
+
+    Splitting a layer talks all the time: never between machines that hold several workers. Where the optimizer allows
+    neither, one plan of each mesh stands for all.
+    """
+    most_stages = len(placed(facts_for(question.facts, 1)))
+    per_machine = max(host.workers for host in question.cluster.hosts)
+    tps = {tp for tp, _ in question.splits if per_machine == 1 or tp <= per_machine}
+    count = -(-question.batch // question.microbatch) if question.microbatch else question.batch
+    for workers in space.mesh_degrees(question.available):
+        for dp, tp, pp in space.meshes(workers, sorted(tps), most_stages):
+            if dp > count:
                 continue
-            same = [replace(strategy, microbatch=size) for size in sizes]
-            yield same
-            if workers > 1 and not strategy.stolen:
-                weighted = [plan for one in same if (plan := _weighted(question, one)) is not None]
-                if weighted:
-                    yield weighted
+            sequences = sorted(sequence for degree, sequence in question.splits if degree == tp)
+            sizes = [None] if question.microbatch else list(space.mesh_microbatches(question.batch, dp, pp))
+            for strategy in space.mesh_strategies(dp, tp, pp, sequences, most_stages):
+                yield from _with_shares(question, strategy, sizes)
+                if not question.elementwise:
+                    break
+
+
+def _part_families(question: Question) -> Iterator[list[Plan]]:
+    """Replicas that split the part in which most parameters are."""
+    facts = facts_for(question.facts, 1)
+    name = space.heavy_part(facts)
+    if name is None:
+        return
+    for workers in space.degrees(question.available, question.batch):
+        split = question.splits.get((workers, 0))
+        if workers > 1 and split is not None and any(f"{one}.".startswith(f"{name}.") for one in split.slices):
+            sizes = [None] if question.microbatch else list(space.microbatch_choices(question.batch, workers))
+            for strategy in space.part_plans(workers, name):
+                yield from _with_shares(question, strategy, sizes)
+
+
+def _with_shares(question: Question, strategy: Plan, sizes: Sequence[int | None]) -> Iterator[list[Plan]]:
+    if strategy.recompute != "none" and not question.recomputable:
+        return
+    same = [_staged(question, replace(strategy, microbatch=size)) for size in sizes]
+    yield same
+    if strategy.dp > 1 and not strategy.stolen:
+        weighted = [plan for one in same if (plan := _weighted(question, one)) is not None]
+        if weighted:
+            yield weighted
+
+
+def _staged(question: Question, plan: Plan) -> Plan:
+    """The plan with its stages written in where measured times ask for others than the default."""
+    if plan.pp == 1:
+        return plan
+    return replace(plan, stages=measured_stages(plan, question.basis(plan)))
 
 
 def _weighted(question: Question, plan: Plan) -> Plan | None:
-    size = question.size(plan)
-    seconds = worker_seconds(
-        plan,
-        facts_for(question.facts, size),
-        question.cluster,
-        question.profile(plan),
-        size=size,
-        precision=question.precision,
-    )
-    shares = space.weighted_shares(seconds, -(-question.batch // size))
+    basis, size = question.basis(plan), question.size(plan)
+    if len(set(basis.seats(plan.workers))) == 1:
+        return None
+    shares = space.weighted_shares(worker_seconds(plan, basis, size), -(-question.batch // size))
     return None if shares in (EQUAL, "") else replace(plan, shares=shares)
 
 

@@ -5,10 +5,17 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import reduce
 
+from sheaf.errors import PlanError
+from sheaf.graph.facts import ModelFacts
 from sheaf.plans import Plan
-from sheaf.plans.plan import EQUAL, RECOMPUTE, STOLEN
+from sheaf.plans.plan import DEFAULT_SCHEDULE, EQUAL, RECOMPUTE, SCHEDULES, STOLEN
+from sheaf.plans.stages import placed
 
 ALL_DEGREES_UP_TO = 16  # workers; beyond, powers of two, divisors of the batch, and all of them
+MESHES_UP_TO = 8  # workers of which every number is tried with split layers and stages; beyond, powers of two and all
+STAGES_UP_TO = 16  # beyond, powers of two
+VIRTUAL = 2  # stages per worker of an interleaved pipeline
+PART_BYTES, PART_FLOPS = 0.6, 0.3  # a part with more of the parameters and less of the work is worth splitting alone
 UNEQUAL = 1.02  # workers whose speeds differ by less count as equal
 
 
@@ -41,6 +48,89 @@ def strategies(workers: int) -> Iterator[Plan]:
             yield Plan(dp=workers, zero=zero, recompute=recompute)
             if workers > 1 and zero < 2:
                 yield Plan(dp=workers, zero=zero, recompute=recompute, shares=STOLEN)
+
+
+def meshes(workers: int, tps: Sequence[int], most_stages: int) -> Iterator[tuple[int, int, int]]:
+    """(dp, tp, pp) for so many workers, other than dp alone; ``tps`` are the numbers that may split a layer.
+
+    >>> list(meshes(4, (2,), 4))
+    [(2, 1, 2), (1, 1, 4), (2, 2, 1), (1, 2, 2)]
+    """
+    for tp in sorted({1, *tps}):
+        for pp in _divisors(workers // tp) if workers % tp == 0 else ():
+            worth_trying = pp <= STAGES_UP_TO or pp.bit_count() == 1
+            if tp * pp > 1 and pp <= most_stages and worth_trying:
+                yield workers // (tp * pp), tp, pp
+
+
+def mesh_degrees(workers: int) -> tuple[int, ...]:
+    """How many workers to try with split layers and stages.
+
+    >>> mesh_degrees(24)
+    (2, 3, 4, 5, 6, 7, 8, 16, 24)
+    """
+    found = {*range(2, MESHES_UP_TO + 1), *_powers(workers)[1:], workers}
+    return tuple(sorted(number for number in found if 1 < number <= workers))
+
+
+def mesh_strategies(dp: int, tp: int, pp: int, sequences: Sequence[int], most_stages: int) -> Iterator[Plan]:
+    """Every answer to the other questions worth trying for a mesh.
+
+    Replicas of pipelines shard no more than optimizer state: gathering parameters for each microbatch of a stage loses
+    what a pipeline gains. Keeping all microbatches of a gpipe makes no sense where memory asks for recomputation.
+    """
+    for schedule in SCHEDULES if pp > 1 else (DEFAULT_SCHEDULE,):
+        virtual = VIRTUAL if schedule == "interleaved" else 1
+        if pp * virtual > most_stages:
+            continue
+        for zero in ((0, 1) if pp > 1 else (0, 1, 2, 3)) if dp > 1 else (0,):
+            for recompute in RECOMPUTE if schedule != "gpipe" else RECOMPUTE[:1]:
+                for sequence in sequences if tp > 1 else (0,):
+                    try:
+                        yield Plan(
+                            dp=dp, tp=tp, pp=pp, schedule=schedule, virtual=virtual, sequence=sequence, zero=zero,
+                            recompute=recompute,
+                        )  # fmt: skip
+                    except PlanError:
+                        continue
+
+
+def mesh_microbatches(batch: int, dp: int, pp: int) -> tuple[int, ...]:
+    """Sizes to try where the task leaves the microbatch open: as large as they get, and smaller ones for a pipeline.
+
+    >>> mesh_microbatches(64, 2, 1), mesh_microbatches(64, 2, 4), mesh_microbatches(4, 4, 2)
+    ((8, 16, 32), (2, 4, 8), (1,))
+    """
+    whole = -(-batch // dp)
+    return tuple(sorted({max(1, -(-whole // (pp * parts))) for parts in (1, 2, 4)}))
+
+
+def part_plans(dp: int, name: str) -> Iterator[Plan]:
+    """Replicas that split one part among each other."""
+    for zero in (0, 1):
+        for recompute in RECOMPUTE:
+            yield Plan(dp=dp, zero=zero, recompute=recompute, parts=((name, "tp"),))
+
+
+def heavy_part(facts: ModelFacts) -> str | None:
+    """The outermost module that holds most parameters in a run of blocks with little work; None without one.
+
+    Its gradients are what replicas would send each other, its activations little in comparison.
+    """
+    blocks = placed(facts)
+    prefixes = {".".join(block.name.split(".")[:depth]) for block in blocks for depth in range(1, 5)}
+    for name in sorted(prefixes, key=lambda prefix: (prefix.count("."), prefix)):
+        within = [place for place, block in enumerate(blocks) if f"{block.name}.".startswith(f"{name}.")]
+        contiguous = within == list(range(within[0], within[-1] + 1))
+        mine = [blocks[place] for place in within]
+        flops = sum(block.forward_flops + block.backward_flops for block in mine)
+        if (
+            contiguous
+            and sum(block.parameter_bytes for block in mine) > PART_BYTES * facts.parameter_bytes
+            and flops < PART_FLOPS * facts.flops
+        ):
+            return name
+    return None
 
 
 def weighted_shares(seconds: Sequence[float], num_microbatches: int) -> str:

@@ -9,6 +9,9 @@ TIE = 0.01  # plans whose times differ by less are equally fast
 TERM_WORDS = {
     "compute": "computing",
     "recompute": "running blocks forward again",
+    "tensor": "sending between the workers that split a layer",
+    "transfer": "passing microbatches from stage to stage",
+    "bubble": "idling in the pipeline",
     "all_reduce": "all-reduce that nothing hides",
     "reduce_scatter": "reduce-scatter that nothing hides",
     "all_gather": "all-gather that nothing hides",

@@ -86,15 +86,18 @@ class Blueprint:
         """Put every real value in, whole, on ``device``; the model is then an ordinary module."""
         return self.install(device, lambda name: self.value(name).to(device))
 
-    def install(self, device: torch.device, parameter: Callable[[str], Tensor]) -> nn.Module:
+    def install(self, device: torch.device, parameter: Callable[[str], Tensor | None]) -> nn.Module:
         """Put real tensors in: parameters from ``parameter(canonical name)``, all else as computed, on ``device``.
 
+        A parameter for which that gives None stays fake.
         Shared parameters stay shared; tensors kept as plain attributes are filled too.
         """
         made: dict[int, Tensor] = {}
         for name, fake in self.parameters.items():
-            made[id(fake)] = real = nn.Parameter(parameter(name), requires_grad=fake.requires_grad)
-            _copy_attributes(fake, real)
+            value = parameter(name)
+            if value is not None:
+                made[id(fake)] = real = nn.Parameter(value, requires_grad=fake.requires_grad)
+                _copy_attributes(fake, real)
         for views in self._views():
             values = _moved_together(self._recorder.compute_all(views), device, self.dtype_of)
             made.update({id(fake): value for fake, value in zip(views, values, strict=True)})

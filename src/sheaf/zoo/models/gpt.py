@@ -105,24 +105,11 @@ class GPT(nn.Module):
         time = tokens.shape[1]
         if time > self.context:
             raise ValueError(f"{time} tokens in a row, and the model has positions for {self.context}: cut the text")
-        positions, mask = self._places(tokens)
+        positions, mask = places(tokens, self.padding)
         hidden = self.dropout(self.tokens(tokens) + self.positions(positions))
         for block in self.blocks:
             hidden = block(hidden, mask)
         return self.head(self.norm(hidden))
-
-    def _places(
-        self, tokens: Int[Tensor, "batch time"]
-    ) -> tuple[Int[Tensor, "..."], Bool[Tensor, "batch 1 time time"] | None]:
-        steps = torch.arange(tokens.shape[1], device=tokens.device)
-        if self.padding is None:
-            return steps, None
-        real = tokens != self.padding
-        causal = steps[:, None] >= steps[None, :]
-        # A position always sees itself: a row of a softmax with nothing to see is NaN.
-        itself = steps[:, None] == steps[None, :]
-        mask = (causal & real[:, None, :]) | itself
-        return (real.cumsum(1) - 1).clamp(min=0), mask[:, None]
 
     def _initialise(self, layers: int) -> None:
         for module in self.modules():
@@ -135,3 +122,18 @@ class GPT(nn.Module):
             assert isinstance(block, Block)
             for last in (block.attention.out, block.feed_out):
                 nn.init.normal_(last.weight, std=_STD / math.sqrt(2 * layers))
+
+
+def places(
+    tokens: Int[Tensor, "batch time"], padding: int | None
+) -> tuple[Int[Tensor, "..."], Bool[Tensor, "batch 1 time time"] | None]:
+    """Each token's position, not counting padding, and the mask for Attention; (time,) and None without padding."""
+    steps = torch.arange(tokens.shape[1], device=tokens.device)
+    if padding is None:
+        return steps, None
+    real = tokens != padding
+    causal = steps[:, None] >= steps[None, :]
+    # A position always sees itself: a row of a softmax with nothing to see is NaN.
+    itself = steps[:, None] == steps[None, :]
+    mask = (causal & real[:, None, :]) | itself
+    return (real.cumsum(1) - 1).clamp(min=0), mask[:, None]

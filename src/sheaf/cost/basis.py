@@ -1,0 +1,162 @@
+"""What the prices of many plans for one model and cluster share: portions, paces, links."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from sheaf.cluster.cluster import Cluster
+from sheaf.cost.communication import Fabric, fabric_of_groups
+from sheaf.cost.compute import Pace, Pacer, block_seconds
+from sheaf.cost.placement import Seat, seats
+from sheaf.cost.portion import Portion, bounded, in_part, portion, scoped, together
+from sheaf.cost.tensor import Crossing
+from sheaf.graph.facts import GLUE, LOSS, ModelFacts, Profile
+from sheaf.plans import Plan
+from sheaf.plans.mesh import Mesh
+from sheaf.plans.split import Move, SplitFacts
+from sheaf.plans.stages import placed
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """One model on one cluster, split in one way, with everything that was worked out for it once.
+
+    Good for all plans with the ``tp`` and ``parts`` it was made for (``Basis.of``).
+    """
+
+    facts: ModelFacts
+    profile: Profile | None
+    cluster: Cluster
+    precision: str
+    split: SplitFacts | None
+    _known: dict[Any, Any] = field(default_factory=dict[Any, Any])
+
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        facts: ModelFacts,
+        profile: Profile | None,
+        cluster: Cluster,
+        *,
+        precision: str = "fp32",
+        split: SplitFacts | None = None,
+    ) -> "Basis":
+        """The basis for a plan; raises ValueError when it splits layers and ``split`` does not say how."""
+        return cls(facts, profile, cluster, precision, scoped(plan, facts, split))
+
+    def seats(self, workers: int) -> tuple[Seat, ...]:
+        """One seat per rank; raises PlanError when the cluster has fewer."""
+        return self.once(("seats", workers), lambda: seats(self.cluster, workers, self.precision))
+
+    def fabric(self, plan: Plan, kind: str) -> Fabric:
+        """The links among the plan's workers of one ``kind`` of group: ``dp``, ``tp`` or ``pp``."""
+        mesh = Mesh.of(plan)
+
+        def made() -> Fabric:
+            groups = {"dp": mesh.dp_groups, "tp": mesh.tp_groups, "pp": mesh.pp_groups}[kind]
+            return fabric_of_groups(self.cluster, self.seats(plan.workers), groups, self.factor)
+
+        return self.once((kind, mesh), made)
+
+    def between(self, plan: Plan, ranks: Sequence[int]) -> Fabric:
+        """The links among these ranks."""
+        return self.once(
+            ("between", plan.workers, *ranks),
+            lambda: fabric_of_groups(self.cluster, self.seats(plan.workers), [ranks], self.factor),
+        )
+
+    @property
+    def factor(self) -> float:
+        """How much longer a collective takes in a step than alone."""
+        return self.profile.collective_factor if self.profile is not None else 1.0
+
+    @property
+    def whole(self) -> Portion:
+        """The model in one piece, as one of the workers that split its layers has it."""
+        if self.split is None:
+            return self.once("whole", lambda: Portion(self.facts, self.profile))
+        return self.stage(tuple(block.name for block in placed(self.facts)), 0, 1)
+
+    def stage(self, names: tuple[str, ...], number: int, stages: int) -> Portion:
+        """Stage ``number`` of a pipeline, made of the blocks of these names."""
+        first, last = number == 0, number == stages - 1
+
+        def made() -> Portion:
+            return bounded(self._portion(names, 1 / stages, first=first, last=last), first=first, last=last)
+
+        return self.once((names, number, stages), made)
+
+    def together(self, parts: Sequence[Portion]) -> Portion:
+        """Several portions of one worker."""
+        return self.once(("together", *map(id, parts)), lambda: together(parts, self.facts))
+
+    def parts(self, plan: Plan) -> tuple[Portion, Portion]:
+        """What each replica computes alone, and the parts that all of them split."""
+
+        def made() -> tuple[Portion, Portion]:
+            inside = {block.name for block in self.facts.blocks if in_part(plan, block) == "tp"}
+            outside = [block.name for block in self.facts.blocks if block.name not in inside]
+            return (
+                self._portion(tuple(outside), 1.0, first=True, last=True),
+                self._portion(tuple(inside), 0.0, first=False, last=False),
+            )
+
+        return self.once(("parts", plan.parts), made)
+
+    def pace(self, part: Portion, seat: Seat) -> Pace:
+        """How fast a seat computes a portion."""
+        return self.once((id(part), "pacer"), lambda: Pacer(part.facts, part.profile)).pace(seat)
+
+    def crossing(self, part: Portion, fabric: Fabric, more: tuple[Move, ...] = ()) -> Crossing:
+        """The collectives that splitting a portion's layers takes, over these links; ``more`` are of the facts."""
+
+        def made() -> Crossing:
+            scaled = tuple(
+                replace(move, size_bytes=round(move.size_bytes * part.samples / self.facts.samples)) for move in more
+            )
+            return Crossing(fabric, (*part.moves, *scaled), part.samples, part.repeated)
+
+        return self.once((id(part), id(fabric), "crossing"), made)
+
+    def block_seconds(self, plan: Plan) -> tuple[float, ...]:
+        """Forward and backward of each placed block on the first seat, for a microbatch of the facts.
+
+        What splitting it takes is included; the loss counts with the last block.
+        """
+
+        def made() -> tuple[float, ...]:
+            again = plan.recompute == "full"
+            whole, seat = self.whole, self.seats(plan.workers)[0]
+            seconds = block_seconds(whole.facts, whole.profile, seat, again=again)
+            crossing = self.crossing(whole, self.fabric(plan, "tp"))
+            for name in {move.block for move in whole.moves}:
+                seconds[name] = seconds.get(name, 0.0) + crossing.of(name).seconds(self.facts.samples, again=again)
+            names = [block.name for block in placed(self.facts)]
+            found = [seconds[name] for name in names]
+            if found:
+                found[-1] += seconds.get(LOSS, 0.0)
+            return tuple(found)
+
+        return self.once(("seconds", plan.recompute, Mesh.of(plan)), made)
+
+    def _portion(self, names: tuple[str, ...], glue_share: float, *, first: bool, last: bool) -> Portion:
+        host = self.cluster.hosts[0]
+        return portion(
+            self.facts,
+            self.profile,
+            self.split,
+            frozenset(names) - {GLUE, LOSS},
+            glue_share=glue_share,
+            first=first,
+            last=last,
+            kernel_seconds=host.device.kernel_seconds / host.speed,
+        )
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """What was made for this key before, or now."""
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]

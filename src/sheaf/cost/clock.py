@@ -1,0 +1,86 @@
+"""How long a pipeline's schedule takes, for pricing many plans: the simulation's clock without its drawing.
+
+Who waits for whom does not depend on how long anything takes, so a schedule is worked out once for each number of
+stages and microbatches, and played against many clocks.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from sheaf.plans.schedule import BACKWARD, FORWARD, WEIGHTS, Action, actions, carried_out, held
+from sheaf.plans.timeline import Timeline, simulate
+
+KINDS = (FORWARD, BACKWARD, WEIGHTS)
+
+
+def schedule_seconds(
+    schedule: str,
+    workers: int,
+    stages: int,
+    num_microbatches: int,
+    forward_seconds: Sequence[float],
+    backward_seconds: Sequence[float],
+    weight_seconds: Sequence[float],
+    transfer_seconds: float,
+) -> float:
+    """From the first forward to the last backward; the same as ``simulate(...).seconds``.
+
+    Seconds are by stage; ``weight_seconds`` may be empty where the schedule has no backward of weights apart.
+    """
+    costs = (forward_seconds, backward_seconds, weight_seconds)
+    free = [0.0] * workers
+    done: list[float] = []
+    for worker, kind, stage, far in _steps(schedule, workers, stages, num_microbatches):
+        start = free[worker]
+        for before in far:
+            start = max(start, done[before] + transfer_seconds)
+        free[worker] = start + costs[kind][stage]
+        done.append(free[worker])
+    return max(free)
+
+
+def timeline(
+    schedule: str,
+    workers: int,
+    stages: int,
+    num_microbatches: int,
+    forward_seconds: Sequence[float],
+    backward_seconds: Sequence[float],
+    weight_seconds: Sequence[float],
+    transfer_seconds: float,
+) -> Timeline:
+    """The same, with every action's start and stop."""
+    return simulate(
+        _listed(schedule, workers, stages, num_microbatches),
+        forward_seconds=forward_seconds,
+        backward_seconds=backward_seconds,
+        weight_seconds=weight_seconds or None,
+        transfer_seconds=transfer_seconds,
+    )
+
+
+@lru_cache(maxsize=4096)
+def kept(schedule: str, workers: int, stages: int, num_microbatches: int) -> tuple[int, ...]:
+    """The most microbatches each pipeline rank keeps at once, each of its stages counted."""
+    return held(_listed(schedule, workers, stages, num_microbatches))
+
+
+@lru_cache(maxsize=256)
+def _listed(schedule: str, workers: int, stages: int, num_microbatches: int) -> tuple[tuple[Action, ...], ...]:
+    return actions(schedule, workers=workers, stages=stages, microbatches=num_microbatches)
+
+
+@lru_cache(maxsize=128)
+def _steps(
+    schedule: str, workers: int, stages: int, num_microbatches: int
+) -> tuple[tuple[int, int, int, tuple[int, ...]], ...]:
+    """Worker, kind, stage, and by place what others must have done before."""
+    places: dict[Action, tuple[int, int]] = {}
+    steps: list[tuple[int, int, int, tuple[int, ...]]] = []
+    for worker, action, needed in carried_out(_listed(schedule, workers, stages, num_microbatches)):
+        before = [places[one] for one in needed]
+        # What the worker did itself is done once it is free.
+        far = tuple(place for place, other in before if other != worker)
+        places[action] = (len(steps), worker)
+        steps.append((worker, KINDS.index(action.kind), action.stage, far))
+    return tuple(steps)

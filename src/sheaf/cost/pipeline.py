@@ -1,0 +1,262 @@
+"""Steps of a pipeline: its schedule against the clock, stage by stage, and what each of its workers holds."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from sheaf.cost.basis import Basis
+from sheaf.cost.clock import kept, schedule_seconds, timeline
+from sheaf.cost.communication import ALL_REDUCE
+from sheaf.cost.compute import Pace
+from sheaf.cost.portion import Portion
+from sheaf.cost.step import (
+    StepTimes,
+    after_rounds,
+    alone,
+    backward_seconds,
+    dealt,
+    own_terms,
+    reduced,
+    rounds_moved,
+    told,
+)
+from sheaf.plans import Plan
+from sheaf.plans.mesh import Mesh
+from sheaf.plans.stages import balanced, default_costs, placed, slowest, stages_of
+from sheaf.plans.timeline import Timeline
+
+WEIGHTS_SHARE = 0.5  # of a backward: the gradients of weights take as many operations as those of inputs
+WORTH_SAYING = 0.01  # a cut by measured times is written down where its slowest stage is faster by more
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A plan's stages: their portions, and by replica how fast each goes."""
+
+    plan: Plan
+    names: tuple[tuple[str, ...], ...]
+    portions: tuple[Portion, ...]
+    paces: tuple[tuple[Pace, ...], ...]  # [replica][stage]
+    workers: tuple[Portion, ...]  # what each pipeline rank computes and holds: its stages together
+
+    @classmethod
+    def of(cls, plan: Plan, basis: Basis) -> "Pipeline":
+        """The pipeline of a plan; raises PlanError where its stages do not fit the model."""
+        names = basis.once(("names", plan.stages, plan.num_stages), lambda: stages_of(plan, basis.facts))
+        portions = tuple(basis.stage(one, number, len(names)) for number, one in enumerate(names))
+        mesh, seats = Mesh.of(plan), basis.seats(plan.workers)
+        fabric = basis.fabric(plan, "tp")
+        crossings = [basis.crossing(portion, fabric) for portion in portions]
+
+        def pace(replica: int, stage: int) -> Pace:
+            ranks = (mesh.rank(pp=stage % plan.pp, dp=replica, tp=part) for part in range(plan.tp))
+            there = {seats[rank]: basis.pace(portions[stage], seats[rank]) for rank in ranks}
+            size = basis.facts.samples
+            paced = max(there.values(), key=lambda one: one.forward.seconds(size) + one.backward.seconds(size))
+            return replace(paced, crossing=crossings[stage])
+
+        paces = tuple(tuple(pace(replica, stage) for stage in range(len(names))) for replica in range(plan.dp))
+        workers = tuple(basis.together(portions[worker :: plan.pp]) for worker in range(plan.pp))
+        return cls(plan, names, portions, paces, workers)
+
+    def stages_on(self, worker: int) -> range:
+        """The stages of one pipeline rank."""
+        return range(worker, len(self.names), self.plan.pp)
+
+    def forward_seconds(self, replica: int, stage: int, size: int) -> float:
+        """One forward; each worker fetches a microbatch before the first of its stages."""
+        pace = self.paces[replica][stage]
+        fetch = pace.fetch.seconds(size) if stage < self.plan.pp else 0.0
+        return pace.forward.seconds(size) + pace.crossing.forward(size) + fetch
+
+    def backward_seconds(self, replica: int, stage: int, size: int) -> float:
+        """One backward, recomputation included."""
+        pace = self.paces[replica][stage]
+        again = self.plan.recompute == "full"
+        return backward_seconds(self.plan, pace, size) + pace.crossing.backward(size, again=again)
+
+    def busy_seconds(self, replica: int, worker: int, share: Sequence[int]) -> float:
+        """What one pipeline rank computes, fetches and tells those who split its layers."""
+        return sum(
+            times * (self.forward_seconds(replica, stage, size) + self.backward_seconds(replica, stage, size))
+            for stage in self.stages_on(worker)
+            for size, times in Counter(share).items()
+        )
+
+
+def pipeline_times(pipeline: Pipeline, basis: Basis, sizes: Sequence[int]) -> StepTimes:
+    """Seconds of one step, in the terms of the busiest worker of the fastest replica.
+
+    Microbatches of one replica count as equally large. Raises PlanError where the schedule cannot run.
+    """
+    plan = pipeline.plan
+    shares = dealt(plan, sizes)
+    whole = [_replica_seconds(pipeline, basis, replica, share) for replica, share in enumerate(shares)]
+    first, last = whole.index(min(whole)), whole.index(max(whole))
+    times = StepTimes()
+    busiest = max(range(plan.pp), key=lambda worker: pipeline.busy_seconds(first, worker, shares[first]))
+    for stage in pipeline.stages_on(busiest):
+        pace = pipeline.paces[first][stage]
+        fetch = pace.fetch if stage < plan.pp else replace(pace.fetch, work_seconds=0.0, launch_seconds=0.0)
+        own_terms(times, plan, replace(pace, fetch=fetch), shares[first])
+    own = sum(times.seconds.values())
+    # What no worker could do sooner even if passing on took no time is the schedule's bubble.
+    still = min(whole[first], _replica_seconds(pipeline, basis, first, shares[first], passing=False))
+    times.seconds["bubble"] = max(0.0, still - own)
+    times.seconds["transfer"] = max(0.0, whole[first] - own - times.seconds["bubble"])
+    times.seconds["wait"] = whole[last] - whole[first]
+    times.traffic_bytes += _passed_bytes(pipeline, basis, busiest, shares[first])
+    _replicated(times, pipeline, basis, shares, last)
+    return times
+
+
+def slowest_clock(pipeline: Pipeline, basis: Basis, sizes: Sequence[int]) -> Timeline:
+    """The timeline of the replica that takes longest."""
+    shares = dealt(pipeline.plan, sizes)
+    whole = [_replica_seconds(pipeline, basis, replica, share) for replica, share in enumerate(shares)]
+    last = whole.index(max(whole))
+    return timeline(*_asked(pipeline, basis, last, shares[last]))
+
+
+def kept_stages(plan: Plan, num_microbatches: int) -> tuple[int, ...]:
+    """The most microbatches each pipeline rank keeps at once, each of its stages counted."""
+    most = max(1, *(len(share) for share in dealt(plan, [1] * num_microbatches)))
+    return kept(plan.schedule, plan.pp, plan.num_stages, most)
+
+
+def measured_stages(plan: Plan, basis: Basis) -> str:
+    """The cut balanced by what blocks take on this plan's seats, as a plan writes it.
+
+    Empty where the default cut is as good within 1 %. Raises PlanError where there are fewer blocks than stages.
+    """
+    found = basis.once(("cut", Mesh.of(plan), plan.num_stages, plan.recompute), lambda: _measured_cut(plan, basis))
+    return ":".join(str(count) for count in found)
+
+
+def _measured_cut(plan: Plan, basis: Basis) -> tuple[int, ...]:
+    mesh, seats = Mesh.of(plan), basis.seats(plan.workers)
+    costs, count = basis.block_seconds(plan), plan.num_stages
+
+    def speed(worker: int) -> float:
+        ranks = (mesh.rank(pp=worker, dp=replica, tp=part) for replica in range(plan.dp) for part in range(plan.tp))
+        there = [seats[rank] for rank in ranks]
+        return min(seat.flops_per_second if basis.profile is None else seat.speed for seat in there)
+
+    paces = [speed(worker) for worker in range(plan.pp)]
+    speeds = [paces[stage % plan.pp] / paces[0] for stage in range(count)]
+    found = balanced(costs, count, speeds=speeds)
+    default = basis.once(("default", count), lambda: balanced(default_costs(basis.facts), count))
+    same = slowest(costs, default, speeds) <= slowest(costs, found, speeds) * (1 + WORTH_SAYING)
+    return () if same else found
+
+
+def _replica_seconds(
+    pipeline: Pipeline, basis: Basis, replica: int, share: Sequence[int], *, passing: bool = True
+) -> float:
+    """What the schedule takes, and what it would if passing on took no time."""
+    if not share:
+        return 0.0
+    *asked, transfer_seconds = _asked(pipeline, basis, replica, share)
+    key = ("schedule", *asked, transfer_seconds if passing else 0.0)
+    return basis.once(key, lambda: schedule_seconds(*key[1:]))
+
+
+def _asked(
+    pipeline: Pipeline, basis: Basis, replica: int, share: Sequence[int]
+) -> tuple[str, int, int, int, tuple[float, ...], tuple[float, ...], tuple[float, ...], float]:
+    """The schedule and its seconds by stage: forward, backward, backward of weights where it is apart, and passing."""
+    plan = pipeline.plan
+    counted = Counter(share)
+
+    def mean(seconds: Callable[[int, int, int], float]) -> tuple[float, ...]:
+        return tuple(
+            sum(times * seconds(replica, stage, size) for size, times in counted.items()) / len(share)
+            for stage in range(len(pipeline.names))
+        )
+
+    forward, backward = mean(pipeline.forward_seconds), mean(pipeline.backward_seconds)
+    weights: tuple[float, ...] = ()
+    if plan.schedule == "zero-bubble":
+        weights = mean(lambda one, stage, size: WEIGHTS_SHARE * pipeline.paces[one][stage].backward.seconds(size))
+        backward = tuple(both - later for both, later in zip(backward, weights, strict=True))
+    passing = _passing_seconds(pipeline, basis, replica, sum(share) / len(share))
+    return plan.schedule, plan.pp, len(pipeline.names), len(share), forward, backward, weights, passing
+
+
+def _passing_seconds(pipeline: Pipeline, basis: Basis, replica: int, size: float) -> float:
+    """The longest any stage takes to pass a microbatch on to another worker."""
+    plan = pipeline.plan
+    longest = 0.0
+    mesh = Mesh.of(plan)
+    for stage, sent_bytes in enumerate(_outputs(pipeline, basis)):
+        here, there = stage % plan.pp, (stage + 1) % plan.pp
+        if here != there:
+            ranks = [mesh.rank(pp=worker, dp=replica, tp=0) for worker in (here, there)]
+            scaled = round(sent_bytes * size / basis.facts.samples)
+            longest = max(longest, basis.between(plan, ranks).passing_seconds(scaled))
+    return longest
+
+
+def _outputs(pipeline: Pipeline, basis: Basis) -> list[int]:
+    """Bytes that each stage but the last passes on for one microbatch of the facts."""
+    output_bytes = {block.name: block.output_bytes for block in placed(basis.facts)}
+    return [output_bytes[names[-1]] for names in pipeline.names[:-1]]
+
+
+def _passed_bytes(pipeline: Pipeline, basis: Basis, worker: int, share: Sequence[int]) -> float:
+    """What a worker sends its neighbours in a step: outputs forward, gradients of inputs backward."""
+    outputs = _outputs(pipeline, basis)
+    sent = 0
+    for stage in pipeline.stages_on(worker):
+        sent += outputs[stage] if stage < len(outputs) else 0
+        sent += outputs[stage - 1] if stage else 0
+    return sent * sum(share) / basis.facts.samples
+
+
+def _replicated(
+    times: StepTimes, pipeline: Pipeline, basis: Basis, shares: Sequence[Sequence[int]], slowest_replica: int
+) -> None:
+    """What replicas of the fullest worker do together, shared parameters across stages, the optimizer and the host."""
+    plan = pipeline.plan
+    portions = pipeline.workers
+    fullest = max(range(plan.pp), key=lambda worker: portions[worker].trainable_bytes)
+    portion, fabric, overlap = portions[fullest], basis.fabric(plan, "dp"), basis.cluster.overlap
+    paces = [pipeline.paces[slowest_replica][stage] for stage in pipeline.stages_on(fullest)]
+    share = shares[slowest_replica]
+    if plan.zero >= 2:
+        rounds: Counter[tuple[float, float]] = Counter()
+        for size, count in Counter(share).items():
+            forward = sum(pace.forward.seconds(size) for pace in paces)
+            rounds[forward, sum(backward_seconds(plan, pace, size) for pace in paces)] += count
+        rounds_moved(times, plan, portion, fabric, rounds, overlap)
+        after_rounds(times, plan, portion, fabric)
+    else:
+        window = backward_seconds(plan, paces[0], share[-1])
+        reduced(times, plan, portion, fabric, window, overlap)
+    _shared_between_stages(times, pipeline, basis, portions)
+    every = [pace for replica in pipeline.paces for pace in replica]
+    seconds_per_byte = [
+        max(replica[worker].optimizer_seconds_per_byte for replica in pipeline.paces) for worker in range(plan.pp)
+    ]
+    stepped = (one.trainable_bytes * rate for one, rate in zip(portions, seconds_per_byte, strict=True))
+    times.seconds["optimizer"] = max(stepped) / (plan.dp if plan.zero else 1)
+    times.seconds["host"] += max(pace.host_seconds for pace in every)
+    told(times, portion, fabric, sum(len(one) for one in shares))
+
+
+def _shared_between_stages(times: StepTimes, pipeline: Pipeline, basis: Basis, portions: Sequence[Portion]) -> None:
+    """Gradients of parameters that several workers of a pipeline hold are summed between them."""
+    plan, mesh = pipeline.plan, Mesh.of(pipeline.plan)
+    sizes: dict[tuple[int, ...], list[int]] = {}
+    for parameter in (one for one in basis.facts.parameters if one.aliases and one.requires_grad):
+        local = {
+            worker: one.size_bytes
+            for worker, portion in enumerate(portions)
+            for one in portion.facts.parameters
+            if one.name == parameter.name
+        }
+        if len(local) > 1:
+            sizes.setdefault(tuple(local), []).append(max(local.values()))
+    for workers, given in sizes.items():
+        ranks = [mesh.rank(pp=worker, dp=0, tp=0) for worker in workers]
+        alone(times, basis.between(plan, ranks), ALL_REDUCE, given)

@@ -1,0 +1,258 @@
+"""What one worker computes and holds of a model under a plan: its blocks, its slices, and measured times of both."""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from sheaf.cost.communication import Units, buckets, units
+from sheaf.graph.facts import GLUE, LOSS, BlockFact, BlockTime, ModelFacts, ParameterFact, Profile
+from sheaf.plans import Plan
+from sheaf.plans.split import Move, SplitFacts
+
+
+@dataclass(frozen=True, eq=False)
+class Portion:
+    """Facts and times of a part of a model, and the collectives that splitting its layers needs.
+
+    Parameters are as large as the slices of the worker that holds most; work and activations are those of the busiest.
+    ``samples`` is the microbatch size of ``moves``.
+    """
+
+    facts: ModelFacts
+    profile: Profile | None
+    moves: tuple[Move, ...] = ()
+    samples: int = 1
+    _buckets: dict[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
+    _units: dict[int, Units] = field(default_factory=dict[int, Units])
+
+    @cached_property
+    def parameter_bytes(self) -> int:
+        """What its parameters weigh."""
+        return self.facts.parameter_bytes
+
+    @cached_property
+    def trainable_bytes(self) -> int:
+        """What those of them weigh that get gradients."""
+        return self.facts.trainable_bytes
+
+    def buckets(self, bucket_bytes: int) -> tuple[int, ...]:
+        """Sizes of its gradient buckets, in the order they fill."""
+        if bucket_bytes not in self._buckets:
+            self._buckets[bucket_bytes] = buckets(self.facts, bucket_bytes)
+        return self._buckets[bucket_bytes]
+
+    def units(self, bucket_bytes: int) -> Units:
+        """Its parameters as ZeRO-2 and 3 move them."""
+        if bucket_bytes not in self._units:
+            self._units[bucket_bytes] = units(self.facts, bucket_bytes)
+        return self._units[bucket_bytes]
+
+    @property
+    def repeated(self) -> frozenset[str]:
+        """The blocks that recomputation runs again."""
+        return frozenset(block.name for block in self.facts.blocks if block.composite)
+
+
+def in_part(plan: Plan, block: BlockFact) -> str | None:
+    """What the plan says of a block by name, or of any parameter it holds."""
+    if not plan.parts or block.name in (GLUE, LOSS):
+        return None
+    answers = (plan.part(name) for name in (block.name, *block.parameters))
+    return next((answer for answer in answers if answer), None)
+
+
+def scoped(plan: Plan, facts: ModelFacts, split: SplitFacts | None) -> SplitFacts | None:
+    """The split as far as the plan asks for it: without the parts kept whole under tp; under dp, only the split ones.
+
+    Raises ValueError when the plan splits layers and no facts say how, or they are of another number of workers.
+    """
+    parts = any(answer == "tp" for _, answer in plan.parts)
+    if plan.tp == 1 and not parts:
+        return None
+    degree = plan.tp if plan.tp > 1 else plan.dp
+    if split is None or split.degree != degree:
+        there = "none are given" if split is None else f"those given are of {split.degree}"
+        raise ValueError(
+            f"{plan} splits layers among {degree} workers; pricing it needs their split facts, and {there}"
+        )
+    moves = [replace(move, block=_owner(facts, move.block)) for move in split.moves]
+    inside = {block.name for block in facts.blocks if (in_part(plan, block) == "tp") == parts}
+    if not parts:
+        inside -= {block.name for block in facts.blocks if in_part(plan, block) == "whole"}
+    names = {name for block in facts.blocks if block.name in inside for name in block.parameters}
+    if parts:
+        names = {name for name in names if plan.part(name) == "tp"}
+    return replace(
+        split,
+        slices={name: cut for name, cut in split.slices.items() if name in names},
+        moves=tuple(move for move in moves if move.block in inside),
+        work={name: share for name, share in split.work.items() if name in inside},
+        activations={name: share for name, share in split.activations.items() if name in inside},
+    )
+
+
+def portion(
+    facts: ModelFacts,
+    profile: Profile | None,
+    split: SplitFacts | None,
+    names: Collection[str],
+    *,
+    glue_share: float = 1.0,
+    first: bool = True,
+    last: bool = True,
+    kernel_seconds: float = 0.0,
+) -> Portion:
+    """A run of blocks as one worker has it.
+
+    The loss belongs to the ``last`` run. The glue's work is shared evenly among runs; its parameters, and those of
+    blocks that are never called, are held with the ``first``. A shared parameter is held with every block that uses
+    it. Splitting shortens the work of a block, not the launching of its kernels (``kernel_seconds`` each).
+    """
+    work = split.work if split else {}
+    kept = split.activations if split else {}
+    chosen: list[BlockFact] = []
+    for block in facts.blocks:
+        if block.name == GLUE:
+            if glue_share:
+                chosen.append(_glue(block, glue_share, holding=first))
+        elif block.name == LOSS:
+            if last:
+                chosen.append(_scaled(block, work.get(LOSS, 1.0), kept.get(LOSS, 1.0)))
+        elif block.name in names or (first and not block.calls):
+            chosen.append(_scaled(block, work.get(block.name, 1.0), kept.get(block.name, 1.0)))
+    present = {block.name for block in chosen}
+    blocks = {block.name: block for block in facts.blocks}
+    return Portion(
+        facts=replace(
+            facts,
+            blocks=tuple(chosen),
+            parameters=_held(facts, chosen, split),
+            buffers=tuple(one for one in facts.buffers if _within(one.name, present, blocks, elsewhere=first)),
+        ),
+        profile=profile
+        and replace(
+            profile,
+            blocks={
+                name: _time(time, blocks.get(name), glue_share if name == GLUE else 1.0, work, kernel_seconds)
+                for name, time in profile.blocks.items()
+                if name in present
+            },
+        ),
+        moves=tuple(move for move in split.moves if move.block in present) if split else (),
+        samples=split.samples if split else facts.samples,
+    )
+
+
+def bounded(part: Portion, *, first: bool, last: bool) -> Portion:
+    """A stage of a pipeline: what it receives and what it sends is kept until its backward."""
+    blocks = list(part.facts.blocks)
+    inner = [place for place, block in enumerate(blocks) if block.name not in (GLUE, LOSS) and block.calls]
+    if inner and not first:
+        block = blocks[inner[0]]
+        blocks[inner[0]] = replace(
+            block,
+            saved_input_bytes=max(block.saved_input_bytes, block.input_bytes),
+            fresh_input_bytes=max(block.fresh_input_bytes, block.input_bytes),
+        )
+    if inner and not last:
+        block = blocks[inner[-1]]
+        # What it sends counts with what it receives, as recomputation drops neither.
+        blocks[inner[-1]] = replace(
+            block,
+            saved_input_bytes=block.saved_input_bytes + block.output_bytes,
+            fresh_input_bytes=block.fresh_input_bytes + block.output_bytes,
+        )
+    return replace(part, facts=replace(part.facts, blocks=tuple(blocks)), _buckets={}, _units={})
+
+
+def together(parts: Sequence[Portion], facts: ModelFacts) -> Portion:
+    """Several runs of one worker; ``facts`` of the whole model give the order of parameters."""
+    if len(parts) == 1:
+        return parts[0]
+    held = {parameter.name: parameter for part in parts for parameter in part.facts.parameters}
+    buffers = {buffer.name for part in parts for buffer in part.facts.buffers}
+    first = parts[0]
+    merged = replace(
+        facts,
+        blocks=tuple(block for part in parts for block in part.facts.blocks),
+        parameters=tuple(held[one.name] for one in facts.parameters if one.name in held),
+        buffers=tuple(buffer for buffer in facts.buffers if buffer.name in buffers),
+    )
+    return Portion(merged, first.profile, tuple(move for part in parts for move in part.moves), first.samples)
+
+
+def _owner(facts: ModelFacts, module: str) -> str:
+    """The block that a module is, or is in; the glue where it is in none."""
+    parts = module.split(".")
+    names = {block.name for block in facts.blocks}
+    inner = (".".join(parts[:count]) for count in range(len(parts), -1, -1))
+    return next((name for name in inner if name in names), GLUE)
+
+
+def _scaled(block: BlockFact, work: float, kept: float) -> BlockFact:
+    if work == 1.0 and kept == 1.0:
+        return block
+    return replace(
+        block,
+        forward_flops=block.forward_flops * work,
+        backward_flops=block.backward_flops * work,
+        forward_bytes=block.forward_bytes * work,
+        backward_bytes=block.backward_bytes * work,
+        saved_bytes=round(block.saved_bytes * kept),
+        saved_input_bytes=round(block.saved_input_bytes * kept),
+    )
+
+
+def _glue(block: BlockFact, share: float, *, holding: bool) -> BlockFact:
+    if share == 1.0 and holding:
+        return block
+    return replace(
+        _scaled(block, share, share),
+        forward_kernels=round(block.forward_kernels * share),
+        backward_kernels=round(block.backward_kernels * share),
+        parameters=block.parameters if holding else (),
+        parameter_bytes=block.parameter_bytes if holding else 0,
+    )
+
+
+def _time(
+    time: BlockTime, block: BlockFact | None, share: float, work: dict[str, float], kernel_seconds: float
+) -> BlockTime:
+    if block is None:
+        return time
+    split = work.get(block.name, 1.0)
+    if split == 1.0:
+        return time if share == 1.0 else BlockTime(time.forward_seconds * share, time.backward_seconds * share)
+
+    def shorter(seconds: float, kernels: int) -> float:
+        launching = min(seconds, kernels * kernel_seconds)
+        return share * (launching + split * (seconds - launching))
+
+    return BlockTime(
+        shorter(time.forward_seconds, block.forward_kernels), shorter(time.backward_seconds, block.backward_kernels)
+    )
+
+
+def _held(facts: ModelFacts, chosen: Iterable[BlockFact], split: SplitFacts | None) -> tuple[ParameterFact, ...]:
+    owned = {name for block in chosen for name in block.parameters}
+    used = tuple(f"{block.name}." for block in chosen if block.name not in (GLUE, LOSS))
+    held = [
+        one
+        for one in facts.parameters
+        if one.name in owned or (one.aliases and any(alias.startswith(used) for alias in one.aliases))
+    ]
+    return tuple(_local(one, split) for one in held)
+
+
+def _local(parameter: ParameterFact, split: SplitFacts | None) -> ParameterFact:
+    if split is None or parameter.name not in split.slices:
+        return parameter
+    cut = split.slices[parameter.name]
+    sizes = cut.cut.sizes
+    return replace(parameter, shape=cut.local_shape(parameter.shape, sizes.index(max(sizes))))
+
+
+def _within(name: str, present: set[str], blocks: dict[str, BlockFact], *, elsewhere: bool) -> bool:
+    """Whether a buffer is in a block that is present; one in no block goes with the first run."""
+    owner = max((block for block in blocks if name.startswith(f"{block}.") or not block), key=len, default=None)
+    return elsewhere if owner is None else owner in present

@@ -1,0 +1,133 @@
+"""Runs a worker's microbatches of a step: fetch, forward, backward, in whatever order the plan has them."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sheaf.parallel.exchange import Exchange
+from sheaf.parallel.holding import AbstractHolding
+from sheaf.parallel.precision import LossScale, autocast
+from sheaf.parallel.shares import AbstractDealer, Dealt
+from sheaf.parallel.spread import Spread
+from sheaf.parallel.statistics import BatchStatistics
+from sheaf.split.mode import Splitting
+from sheaf.task import Loss, Microbatch, Streams, Task, arguments, as_loss, fetch, key, moved
+
+
+@dataclass
+class Expectation:
+    """What one backward's loss sum is divided by: the last step's weight, so that gradients have their usual size.
+
+    The exact weight of a step is known only when its last forward has run; what departs is made up for at the end.
+    """
+
+    weight: float
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a runner works with."""
+
+    task: Task
+    spread: Spread
+    holding: AbstractHolding
+    dealer: AbstractDealer
+    exchange: Exchange
+    expectation: Expectation
+    scale: LossScale
+    streams: Streams
+    statistics: BatchStatistics | None
+    splitting: Splitting | None
+
+    def fetched(self, step: int, microbatch: Microbatch) -> Any:
+        """A microbatch's batch, on this worker's device."""
+        batch = fetch(self.task, microbatch.samples, key(self.task.seed, "data", step, microbatch.index))
+        return moved(batch, self.spread.world.device, torch.float64 if self.task.precision == "fp64" else None)
+
+    def forward_context(self) -> AbstractContextManager[object]:
+        """What model and loss run in when layers are split."""
+        return self.splitting if self.splitting is not None else nullcontext()
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The task's precision."""
+        return autocast(self.task, self.spread.world.device)
+
+    def seed(self, total: Tensor) -> Tensor:
+        """The gradient of a microbatch's loss sum."""
+        return torch.full_like(total, self.scale.value / self.expectation.weight)
+
+    def tell(self, microbatch: Microbatch, loss: Loss) -> None:
+        """Note a microbatch's loss; of several workers that compute it together, one does."""
+        if self.spread.leads:
+            self.exchange.add(microbatch.index, loss.sum, loss.weight)
+
+
+class AbstractRunner(ABC):
+    """``position`` is the (step, microbatch) whose forward or loss runs; ``compute_seconds`` counts own work."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.position = (0, 0)
+        self.compute_seconds = 0.0
+
+    @abstractmethod
+    def run(self, step: int, microbatches: Sequence[Microbatch]) -> None:
+        """All of this worker's forwards and backwards of a step; its losses are sent when it has no more."""
+
+    def runs(self, block: str) -> bool:  # noqa: ARG002 - a pipeline looks
+        """Whether this worker runs a block of the model itself."""
+        return True
+
+    def close(self) -> None:  # noqa: B027 - most have put nothing on it
+        """Take everything off the model."""
+
+    def timed(self, start: float, waited: float) -> None:
+        """Count what has passed since as own work, waiting apart."""
+        self.compute_seconds += time.perf_counter() - start - (self.parts.spread.waited_seconds - waited)
+
+
+class WholeModel(AbstractRunner):
+    """Each microbatch forward through the whole model, then backward, then the next."""
+
+    def run(self, step: int, microbatches: Sequence[Microbatch]) -> None:
+        """As the plan deals them."""
+        parts, computed = self.parts, 0
+        for microbatch, is_last in parts.dealer.deal(step, microbatches):
+            batch = parts.fetched(step, microbatch)
+            start, waited = time.perf_counter(), parts.spread.waited_seconds
+            self._run(step, microbatch, batch, is_last)
+            self.timed(start, waited)
+            computed += 1
+        if parts.holding.lockstep:
+            assert isinstance(parts.dealer, Dealt)
+            for _ in range(parts.dealer.rounds(microbatches) - computed):
+                parts.holding.idle_round()
+        if parts.holding.lockstep or not computed:
+            parts.exchange.send()
+
+    def _run(self, step: int, microbatch: Microbatch, batch: Any, is_last: Any) -> None:
+        parts = self.parts
+        self.position = (step, microbatch.index)
+        parts.streams.enter(step, microbatch.index)
+        statistics, holding = parts.statistics, parts.holding
+        with statistics.microbatch() if statistics is not None else nullcontext():
+            with parts.autocast(), holding.forward_context(), parts.forward_context():
+                positional, named = arguments(parts.task, batch)
+                output = holding.model(*positional, **named)
+                loss = as_loss(parts.task.loss(output, batch), len(microbatch.samples))
+            if statistics is not None:
+                statistics.collect(microbatch.index)
+            parts.tell(microbatch, loss)
+            last = bool(is_last())
+            if last and not holding.lockstep:
+                parts.exchange.send()
+            holding.arm(last=last)
+            if loss.sum.requires_grad:
+                torch.autograd.backward([loss.sum], [parts.seed(loss.sum)])
+            holding.end_backward()

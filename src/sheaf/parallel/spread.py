@@ -1,0 +1,89 @@
+"""Where this worker stands among stages, replicas and split layers, and the groups in which it talks to the others."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sheaf.parallel.portion import Portion
+from sheaf.parallel.world import World
+from sheaf.plans import Plan
+from sheaf.plans.mesh import Mesh
+from sheaf.split.team import GroupTeam
+
+
+class Spread:
+    """The worlds of one worker: ``world`` of all, ``replicas`` that hold the same, ``layers`` that split a layer
+    together, ``stages`` that pass microbatches on. Making it is collective.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.mesh = Mesh.of(plan)
+        self.world = World(device)
+        known = self.world.workers == self.mesh.workers
+        self.place = self.mesh.place(self.world.rank) if known else Mesh(1, 1, 1).place(0)
+        groups = self.mesh if known else Mesh(1, self.world.workers, 1)
+        self.replicas = World(device, gathers_apart=plan.zero == 3, among=groups.dp_groups)
+        self._layers = World(device, among=groups.tp_groups)
+        self.stages = World(device, among=groups.pp_groups)
+        self.layers = GroupTeam(self._layers.group, self._layers.explained) if known and self.mesh.tp > 1 else None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this worker speaks for those that split layers with it."""
+        return self.place.tp == 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether each worker holds the whole model, or shards of it among replicas only."""
+        return self.mesh.tp == 1 and self.mesh.pp == 1
+
+    @property
+    def waited_seconds(self) -> float:
+        """How long this worker stood still for others."""
+        worlds = (self.world, self.replicas, self._layers, self.stages)
+        return sum(one.waited_seconds for one in worlds) + (self.layers.waited_seconds if self.layers else 0.0)
+
+    def close(self) -> None:
+        """Give the groups back (collective)."""
+        for one in (self.replicas, self._layers, self.stages, self.world):
+            one.close()
+
+    def assembled(self, local: Mapping[str, Tensor], portion: Portion, names: list[str]) -> dict[str, Tensor]:
+        """Whole tensors under the given parameter names, from every worker's own (collective).
+
+        ``local`` has what this worker holds. What several workers hold alike is taken from the first of them.
+        """
+        if self.alone:
+            return {name: local[name] for name in names if name in local}
+        whole: dict[str, Tensor] = {}
+        for name in names:
+            fake, found = portion.blueprint.parameters[name], portion.slices.get(name)
+            made = torch.zeros(tuple(fake.shape), dtype=portion.dtype_of(fake), device=self.world.device)
+            if name in local and self.place.dp == 0 and portion.counts(name):
+                if found is not None:
+                    _put(made, local[name], found.dim, found.cut.ranges(self.place.tp))
+                elif self.leads:
+                    made.copy_(local[name])
+            if made.numel():
+                # as bytes: what all others have is zero, so the sum is one worker's bits, signs of zeros too
+                flat = made.view(-1) if made.ndim else made.reshape(1)
+                self.world.wait(self.world.all_reduce(flat.view(torch.uint8), f"all of {name}"))
+            whole[name] = made
+        return whole
+
+    def shared(self, counts: tuple[int, ...]) -> tuple[int, ...]:
+        """By worker, the microbatches of its replica, from those that each worker has told."""
+        if self.alone:
+            return counts
+        by_replica = [0] * self.mesh.dp
+        for rank, count in enumerate(counts):
+            by_replica[self.mesh.place(rank).dp] += count
+        return tuple(by_replica[self.mesh.place(rank).dp] for rank in range(len(counts)))
+
+
+def _put(whole: Tensor, local: Tensor, dim: int, ranges: tuple[tuple[int, int], ...]) -> None:
+    start = 0
+    for low, high in ranges:
+        whole.narrow(dim, low, high - low).copy_(local.narrow(dim, start, high - low))
+        start += high - low

@@ -1,0 +1,182 @@
+"""The mode in which a model runs while its layers are split: every torch function that meets a slice goes by a rule.
+
+A function with a rule computes on slices and says what the result is a slice of. Any other gets its arguments whole,
+which is always right. So no model needs to be written for it, and what pairs with what (a product cut by columns, then
+one cut by rows) comes out of running it.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from sheaf.errors import PlanError
+from sheaf.plans.split import Cut, Slice
+from sheaf.split.moves import Enter, Gather, GatherEnter, Part, Team, Total, TotalPart
+from sheaf.split.registry import FALLBACK, RULES
+from sheaf.split.tensor import Split
+
+LENGTH_DIM = 1  # of batch x length x features, along which sequence=1 splits
+
+
+class Splitting(TorchFunctionMode):
+    """Runs a forward whose parameters are slices. ``parameters`` maps the id of a local parameter to (name, slice).
+
+    With ``sequence`` partial sums of batch x length x features are left split along the length.
+    """
+
+    def __init__(self, team: Team, parameters: Mapping[int, tuple[str, Slice]], *, sequence: bool = False) -> None:
+        super().__init__()
+        self.team, self.sequence = team, sequence
+        self._parameters = dict(parameters)
+        self._held: dict[int, tuple[Tensor, Split]] = {}
+        self._entered: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
+
+    def __exit__(self, *raised: Any) -> None:
+        """Forward ends: forget what it moved."""
+        self._entered.clear()
+        self._held.clear()
+        super().__exit__(*raised)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not any(self._concerns(value) for value in _leaves(args, kwargs)):
+            return func(*args, **kwargs)
+        args = tuple(self._seen(value) for value in args)
+        kwargs = {key: self._seen(value) for key, value in kwargs.items()}
+        found = RULES.get(func)
+        if found is not None:
+            result = found(self, func, args, kwargs)
+            if result is not FALLBACK:
+                return result
+        return self.fallback(func, args, kwargs)
+
+    def fallback(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute on whole tensors."""
+        name = resolve_name(func) or getattr(func, "__name__", str(func))
+        short = name.rpartition(".")[2]
+        changes = (
+            short.startswith("__i") or (short.endswith("_") and not short.endswith("__")) or short == "__setitem__"
+        )
+        if (changes and isinstance(args[0], Split)) or isinstance(kwargs.get("out"), Split):
+            raise PlanError(
+                f"{name} changes a tensor that is split among workers in a way that has no split counterpart: keep the "
+                "module whole, with NAME=whole in the plan"
+            )
+        return func(
+            *(self.whole(value, short) for value in args), **{k: self.whole(v, short) for k, v in kwargs.items()}
+        )
+
+    # What rules ask for ---------------------------------------------------------------------------------------------
+
+    def whole(self, value: Any, why: str) -> Any:
+        """The same value with every slice gathered, in containers too."""
+        if isinstance(value, Split):
+            return self.gather(value, why)
+        if isinstance(value, list | tuple) and any(isinstance(item, Split) for item in _leaves(tuple(value), {})):
+            made = [self.whole(item, why) for item in value]
+            return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
+        if isinstance(value, dict):
+            return {key: self.whole(item, why) for key, item in value.items()}
+        return value
+
+    def gather(self, split: Split, why: str) -> Tensor:
+        """The whole tensor, the same on every worker; gathered once however often it is asked for."""
+        return self._once(
+            split, lambda: Gather.apply(split.local, split.axis, split.cut, self.team, f"whole for {why}{self.place}")
+        )
+
+    def enter(self, tensor: Tensor, why: str) -> Tensor:
+        """A whole tensor (or one gathered) for use in split work, where each worker finds a part of its gradient."""
+        if isinstance(tensor, Split):
+            split = tensor
+            return self._once(
+                split,
+                lambda: GatherEnter.apply(
+                    split.local, split.axis, split.cut, self.team, f"whole for {why}{self.place}"
+                ),
+                place=-id(split),
+            )
+        if not tensor.requires_grad or not torch.is_grad_enabled():
+            return tensor
+        return self._once(tensor, lambda: Enter.apply(tensor, self.team, f"gradient of {why}'s input{self.place}"))
+
+    def part(self, tensor: Tensor, dim: int, cut: Cut, why: str) -> Tensor:
+        """This worker's slice of a whole tensor: a slice that is held anyway, or one that is cut off."""
+        proposed = self.propose(tensor, dim, cut)
+        if proposed is not None:
+            tensor = proposed
+        if isinstance(tensor, Split):
+            if (tensor.axis, tensor.cut) == (dim, cut):
+                return tensor.local
+            tensor = self.gather(tensor, why)
+        return Part.apply(tensor, dim, cut, self.team, f"gradient of {why}'s input{self.place}")
+
+    def total(self, partial: Tensor, why: str) -> Tensor:
+        """Partial sums, added up over the workers."""
+        return Total.apply(partial, self.team, f"partial sums of {why}{self.place}")
+
+    def add_up(self, partial: Tensor, why: str) -> Tensor:
+        """Partial sums of a layer's output: whole, or split along the sequence if the plan says so."""
+        if not self.sequence or partial.ndim != LENGTH_DIM + 2 or partial.shape[LENGTH_DIM] < self.team.workers:
+            return self.total(partial, why)
+        cut = Cut.even(partial.shape[LENGTH_DIM], self.team.workers)
+        local = TotalPart.apply(partial, LENGTH_DIM, cut, self.team, f"partial sums of {why}{self.place}")
+        return Split(local, LENGTH_DIM, cut)
+
+    def propose(self, tensor: Tensor, dim: int, cut: Cut | None = None) -> Split | None:  # noqa: ARG002 - rehearsals do
+        """Offer to hold a parameter as slices along ``dim``; None where it is whole, or no parameter.
+
+        Only a rehearsal decides; a run has slices already.
+        """
+        return None
+
+    def refine(self, split: Split, outer: int, unit: int) -> None:
+        """A slice would be of use if the run it is cut from were ``outer`` runs cut in units of ``unit``."""
+
+    @property
+    def place(self) -> str:
+        """Where forward is, to be told with what moves; a rehearsal knows."""
+        return ""
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _once(self, tensor: Tensor, make: Callable[[], Tensor], place: int | None = None) -> Tensor:
+        local = tensor.local if isinstance(tensor, Split) else tensor
+        place = id(tensor) if place is None else place
+        kept = self._entered.get(place)
+        if kept is not None and kept[0]() is tensor and kept[1] == local._version:
+            return kept[2]
+        made = make()
+        self._entered[place] = (weakref.ref(tensor), local._version, made)
+        return made
+
+    def _concerns(self, value: Any) -> bool:
+        return type(value) is Split or id(value) in self._parameters
+
+    def _seen(self, value: Any) -> Any:
+        if id(value) in self._parameters and isinstance(value, Tensor):
+            return self._parameter(value)
+        if type(value) in (list, tuple) and any(id(item) in self._parameters for item in value):
+            return type(value)(self._seen(item) for item in value)
+        return value
+
+    def _parameter(self, local: Tensor) -> Split:
+        held = self._held.get(id(local))
+        if held is None:
+            name, cut = self._parameters[id(local)]
+            held = self._held[id(local)] = (local, Split(local, cut.dim, cut.cut, origin=name, held=True))
+        return held[1]
+
+
+def _leaves(args: Any, kwargs: Any) -> Iterator[Any]:
+    for value in (*args, *kwargs.values()):
+        if type(value) in (list, tuple):
+            yield from _leaves(value, {})
+        else:
+            yield value

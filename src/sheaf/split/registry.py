@@ -1,0 +1,42 @@
+"""Which rule a torch function has when it meets a split tensor."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+FALLBACK = object()  # what a rule returns when it has no way but to gather
+
+_SPACES: tuple[Any, ...] = (torch, Tensor, F, torch._C._nn, torch.special)
+
+
+# (mode, function, args, kwargs): the Splitting mode; arguments may hold Split tensors. Returns FALLBACK to give up.
+Rule = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+RULES: dict[Any, Rule] = {}
+
+
+def rule(*functions: Any) -> Callable[[Rule], Rule]:
+    """Give functions a rule: function objects, or names that stand for all of torch.NAME, Tensor.NAME, F.NAME."""
+
+    def register(given: Rule) -> Rule:
+        for function in functions:
+            for found in _found(function) if isinstance(function, str) else (function,):
+                RULES[found] = given
+        return given
+
+    return register
+
+
+def getter(name: str) -> Any:
+    """The function by which torch asks for an attribute of a tensor."""
+    return getattr(Tensor, name).__get__
+
+
+def _found(name: str) -> list[Any]:
+    found = [getattr(space, name) for space in _SPACES if callable(getattr(space, name, None))]
+    if not found:
+        raise KeyError(f"torch has no function {name}")
+    return found

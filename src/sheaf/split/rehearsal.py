@@ -1,0 +1,389 @@
+"""Which parameters are split, and how: found by running the model on tensors without memory, with nobody to talk to.
+
+A parameter is cut when a function first meets it, by the rule of that function. Where a later view would need other
+units (heads of an attention, queries and keys and values in one matrix), the units are tried and those kept that move
+the fewest bytes; layers that differ by numbers in their names are decided together.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+import sheaf.split.rules  # noqa: F401 - gives the rules to the registry
+from sheaf.errors import PlanError
+from sheaf.graph import cut as blocks_of
+from sheaf.graph.example import converted, example, global_streams_kept, precision
+from sheaf.graph.facts import GLUE, LOSS
+from sheaf.graph.trace import SMALL_BYTES, quiet, widen
+from sheaf.plans.split import Cut, Move, Slice, SplitFacts
+from sheaf.split.closing import close
+from sheaf.split.mode import Splitting
+from sheaf.split.moves import sliced
+from sheaf.split.tensor import Split
+from sheaf.task import Task, arguments, as_loss
+from sheaf.task.blueprint import Blueprint
+
+MOST_RUNS = 80
+MESSAGE_BYTES = 64 * 1024  # what a message costs beside its bytes, in bytes
+_AT = " @ "
+
+
+class Alone:
+    """A team of which only worker 0 is here; what the others would send is zeros. Notes what would move."""
+
+    rank = 0
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self.moves: list[Move] = []
+
+    def total(self, tensor: Tensor, why: str) -> Tensor:
+        """Nothing is added."""
+        self._note("all_reduce", tensor.nbytes, why)
+        return tensor
+
+    def collect(self, own: Tensor, shapes: Sequence[Sequence[int]], why: str) -> list[Tensor]:
+        """Zeros from the others."""
+        parts = [own, *(own.new_zeros(tuple(shape)) for shape in shapes[1:])]
+        self._note("all_gather", sum(part.nbytes for part in parts), why)
+        return parts
+
+    def swap_sum(self, pieces: list[Tensor], why: str) -> Tensor:
+        """This worker's own."""
+        self._note("reduce_scatter", sum(piece.nbytes for piece in pieces), why)
+        return pieces[0].clone()
+
+    def _note(self, operation: str, size_bytes: int, why: str) -> None:
+        what, _, block = why.partition(_AT)
+        backward = torch._C._current_graph_task_id() != -1
+        self.moves.append(Move(block or GLUE, operation, size_bytes, backward, what))
+
+
+@dataclass(frozen=True)
+class Units:
+    """How a parameter is to be cut: in each of ``outer`` runs, between units of ``unit`` elements."""
+
+    outer: int = 1
+    unit: int = 1
+
+
+@dataclass
+class Try:
+    """One rehearsal: what was decided, asked for and moved."""
+
+    slices: dict[str, Slice] = field(default_factory=dict[str, Slice])
+    asked: dict[str, list[Units]] = field(default_factory=dict[str, list[Units]])
+    moves: list[Move] = field(default_factory=list[Move])
+    flops: dict[str, float] = field(default_factory=dict[str, float])
+    saved: dict[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def cost_bytes(self) -> float:
+        """What is moved, counting an all-reduce twice and each message for a few bytes more."""
+        return sum(MESSAGE_BYTES + move.size_bytes * (1 + (move.operation == "all_reduce")) for move in self.moves)
+
+
+class Rehearsing(Splitting):
+    """Decides as it goes; parameters are whole fakes, their slices cut off them."""
+
+    def __init__(
+        self,
+        team: Alone,
+        names: dict[int, str],
+        units: dict[str, Units],
+        whole: Callable[[str], bool],
+        least_elements: int,
+        *,
+        sequence: bool,
+    ) -> None:
+        super().__init__(team, {}, sequence=sequence)
+        self.names, self.found, self.block = names, Try(moves=team.moves), GLUE
+        self._units, self._whole, self._least = units, whole, least_elements
+        self._turned: dict[int, tuple[Tensor, str, Any]] = {}
+
+    @property
+    def place(self) -> str:
+        """The block that runs."""
+        return _AT + self.block
+
+    def propose(self, tensor: Tensor, dim: int, cut: Cut | None = None) -> Split | None:
+        """Cut a parameter that is not cut yet, if it may be."""
+        name = self.names.get(id(tensor))
+        if name is None or id(tensor) in self._parameters or self._whole(name):
+            return None
+        if tensor.shape[dim] < 2 or (cut is None and tensor.ndim == 2 and tensor.numel() < self._least):
+            return None
+        if cut is None:
+            units = self._units.get(pattern(name), Units())
+            if tensor.shape[dim] % (units.outer * units.unit):
+                units = Units()
+            cut = Cut.even(tensor.shape[dim], self.team.workers, outer=units.outer, unit=units.unit)
+        self.found.slices[name] = Slice(dim, cut)
+        self._parameters[id(tensor)] = (name, Slice(dim, cut))
+        return self._parameter(tensor)
+
+    def refine(self, split: Split, outer: int, unit: int) -> None:
+        """Note what would help; the units are put in the parameter's own elements."""
+        if split.origin is None or split.scale < 1 or split.origin not in self.found.slices:
+            return
+        held = self.found.slices[split.origin].cut
+        wanted = Units(held.outer * outer, unit * split.scale)
+        if held.length % (wanted.outer * wanted.unit) or held.length // (wanted.outer * wanted.unit) < 2:
+            return
+        known = self.found.asked.setdefault(split.origin, [])
+        if wanted not in known and (wanted.outer, wanted.unit) != (held.outer, 1):
+            known.append(wanted)
+
+    def _concerns(self, value: Any) -> bool:
+        return super()._concerns(value) or (isinstance(value, Tensor) and id(value) in self.names)
+
+    def _parameter(self, local: Tensor) -> Split:
+        held = self._held.get(id(local))
+        if held is None:
+            name, found = self._parameters[id(local)]
+            part = sliced(local, found.dim, found.cut, 0)
+            held = self._held[id(local)] = (
+                local,
+                Split(part, found.dim, found.cut, origin=name, held=True),
+            )
+        return held[1]
+
+
+def rehearse(
+    task: Task,
+    workers: int,
+    *,
+    samples: int,
+    sequence: bool = False,
+    whole: Callable[[str], bool] = lambda _name: False,
+) -> SplitFacts:
+    """How the task's layers are split among ``workers`` workers, and what that moves for ``samples`` samples.
+
+    ``whole`` says of a parameter's name that it is to be kept whole. Modules in which splitting fails are kept whole,
+    and named in ``closed``. A model whose path depends on values is rehearsed with real ones when it is small.
+
+    Raises PlanError when the model cannot be run so.
+    """
+    stage = _Stage(task, workers, samples, sequence, whole)
+    return stage.decide()
+
+
+class _Stage:
+    """Runs the rehearsals of one model."""
+
+    def __init__(self, task: Task, workers: int, samples: int, sequence: bool, whole: Callable[[str], bool]) -> None:
+        self.task, self.workers, self.samples, self.sequence, self.kept = task, workers, samples, sequence, whole
+        self.closed: dict[str, str] = {}
+        self.runs = 0
+        self.known: dict[tuple[tuple[str, Units], ...], Try] = {}
+        self._set(real=False)
+
+    def decide(self) -> SplitFacts:
+        units: dict[str, Units] = {}
+        best = self.attempt(units)
+        settled: set[str] = set()
+        while self.runs < MOST_RUNS:
+            open_groups = [group for group in _groups(best.asked) if group not in settled]
+            if not open_groups:
+                break
+            group = open_groups[0]
+            settled.add(group)
+            units, best = self._settle(group, units, best, depth=3)
+        alone = self.attempt(units, workers=1)
+        return SplitFacts(
+            degree=self.workers,
+            samples=self.samples,
+            slices=best.slices,
+            moves=tuple(best.moves),
+            closed=dict(self.closed),
+            work={name: best.flops.get(name, 0.0) / flops for name, flops in alone.flops.items() if flops},
+            activations={name: best.saved.get(name, 0.0) / size for name, size in alone.saved.items() if size},
+        )
+
+    def _settle(self, group: str, units: dict[str, Units], best: Try, depth: int) -> tuple[dict[str, Units], Try]:
+        """The cheapest units for the parameters of one group of layers."""
+        asked = _groups(best.asked).get(group, {})
+        for index in range(max((len(options) for options in asked.values()), default=0)):
+            if self.runs >= MOST_RUNS:
+                break
+            changed = units | {name: options[min(index, len(options) - 1)] for name, options in asked.items()}
+            if changed == units:
+                continue
+            found = self.attempt(changed)
+            if depth > 1 and group in _groups(found.asked):
+                changed, found = self._settle(group, changed, found, depth - 1)
+            if found.cost_bytes < best.cost_bytes:
+                units, best = changed, found
+        return units, best
+
+    def attempt(self, units: dict[str, Units], workers: int | None = None) -> Try:
+        """One forward and backward; a module that cannot be split is closed, and the model run again."""
+        key = (("", Units(workers or self.workers)), *sorted(units.items(), key=str))
+        if key in self.known:
+            return self.known[key]
+        while True:
+            self.runs += 1
+            mode = self._mode(units, workers or self.workers)
+            module = [""]
+            try:
+                with ExitStack() as stack:
+                    self._enter(stack, mode, module)
+                    self._run(mode)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it may come of splitting
+                self._after(error, module[0], workers == 1)
+                continue
+            finally:
+                self.model.zero_grad(set_to_none=True)
+            self.known[key] = mode.found
+            return mode.found
+
+    def _set(self, *, real: bool) -> None:
+        self.real = real
+        self.blueprint = Blueprint(self.task)
+        self.model, self.mode = self.blueprint.model, self.blueprint.mode
+        self.weight_bytes = sum(one.numel() * one.element_size() for one in self.model.parameters())
+        if real:
+            self.model = self.blueprint.fill(torch.device("cpu"))
+        elif self.task.precision == "fp64":
+            widen(self.model, self.mode)
+        self.batch = example(self.task, self.samples)
+        if not real:
+            self.batch = converted(self.batch, self.mode.from_tensor)
+        self.model.train()
+        self.names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        self.least = sum(parameter.numel() for parameter in self.model.parameters()) // 100
+
+    def _mode(self, units: dict[str, Units], workers: int) -> Rehearsing:
+        def whole(name: str) -> bool:
+            return workers == 1 or self.kept(name) or any(_inside(name, module) for module in self.closed)
+
+        return Rehearsing(Alone(workers), self.names, units, whole, self.least, sequence=self.sequence and workers > 1)
+
+    def _enter(self, stack: ExitStack, mode: Rehearsing, module: list[str]) -> None:
+        stack.enter_context(global_streams_kept())
+        stack.enter_context(_followed(self.model, mode, module))
+        for handle in close(self.model, self.closed, mode):
+            stack.callback(handle.remove)
+        if not self.real:
+            stack.enter_context(quiet())
+            stack.enter_context(self.mode)
+        stack.enter_context(_Counted(mode))
+
+    def _run(self, mode: Rehearsing) -> None:
+        positional, named = arguments(self.task, self.batch)
+        saved = torch.autograd.graph.saved_tensors_hooks(_Saved(mode, self.model).pack, lambda tensor: tensor)
+        with precision(self.task, torch.device("cpu")), saved, mode:
+            output = self.model(*positional, **named)
+            mode.block = LOSS
+            loss = as_loss(self.task.loss(output, self.batch), self.samples)
+        if isinstance(loss.sum, Split):
+            raise PlanError(f"the loss is still split: {loss.sum}")
+        if loss.sum.requires_grad:
+            loss.sum.backward()
+
+    def _after(self, error: Exception, module: str, alone: bool) -> None:
+        """Close the module that failed; where splitting is not to blame, go on with real values, or give up."""
+        first = (str(error).strip().splitlines() or [""])[0]
+        plain = alone or any(_inside(module, closed) for closed in self.closed)
+        if not plain:
+            self.closed[module] = f"{type(error).__name__}: {first}"
+            for name in [name for name in self.closed if name != module and _inside(name, module)]:
+                del self.closed[name]
+            return
+        if not self.real and self.weight_bytes <= SMALL_BYTES:
+            self.closed.clear()
+            self.known.clear()
+            self._set(real=True)
+            return
+        raise PlanError(f"{module or 'the model'} cannot be rehearsed: {type(error).__name__}: {first}") from error
+
+
+def pattern(name: str) -> str:
+    """A name with its numbers left open, so that the layers of a stack are alike.
+
+    >>> pattern("h.11.attn.c_attn.weight")
+    'h.*.attn.c_attn.weight'
+    """
+    return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)
+
+
+def _groups(asked: dict[str, list[Units]]) -> dict[str, dict[str, list[Units]]]:
+    """Requests by the module that holds the layers that ask, then by parameter, both with open numbers."""
+    grouped: dict[str, dict[str, list[Units]]] = {}
+    for name, options in asked.items():
+        path = pattern(name).split(".")
+        known = grouped.setdefault(".".join(path[:-2]), {}).setdefault(".".join(path), [])
+        known.extend(option for option in options if option not in known)
+    return grouped
+
+
+def _inside(name: str, module: str) -> bool:
+    return not module or name == module or name.startswith(f"{module}.")
+
+
+@contextmanager
+def _followed(model: nn.Module, mode: Rehearsing, module: list[str]) -> Iterator[None]:
+    """Keep the names of the block and of the innermost module that run."""
+    blocks = {id(block): name for name, block in blocks_of(model).items()}
+    stack: list[tuple[str, str]] = []
+
+    def enter(name: str, inner: nn.Module) -> Callable[..., None]:
+        def before(*_: Any) -> None:
+            stack.append((mode.block, module[0]))
+            mode.block, module[0] = blocks.get(id(inner), mode.block), name
+
+        return before
+
+    def leave(*_: Any) -> None:
+        mode.block, module[0] = stack.pop()
+
+    handles = [
+        inner.register_forward_pre_hook(enter(name, inner), prepend=True) for name, inner in model.named_modules()
+    ]
+    handles += [inner.register_forward_hook(leave) for inner in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Counted(TorchDispatchMode):
+    """Adds up what products and convolutions compute, block by block, forward only."""
+
+    def __init__(self, mode: Rehearsing) -> None:
+        super().__init__()
+        self._mode = mode
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func.overloadpacket) if torch._C._current_graph_task_id() == -1 else None
+        if count is not None:
+            flops = self._mode.found.flops
+            counted = float(count(*args, **(kwargs or {}), out_val=result))
+            flops[self._mode.block] = flops.get(self._mode.block, 0.0) + counted
+        return result
+
+
+class _Saved:
+    """Adds up what autograd keeps, block by block, parameters apart, each tensor once."""
+
+    def __init__(self, mode: Rehearsing, model: nn.Module) -> None:
+        self._mode = mode
+        self._seen = {id(parameter) for parameter in model.parameters()}
+        self._alive: list[Tensor] = []
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self._seen and (tensor._base is None or id(tensor._base) not in self._seen):
+            self._seen.add(id(tensor))
+            self._alive.append(tensor)
+            saved = self._mode.found.saved
+            saved[self._mode.block] = saved.get(self._mode.block, 0.0) + tensor.nbytes
+        return tensor

@@ -1,0 +1,12 @@
+"""How torch's functions work on slices; importing this room gives every rule to the registry."""
+
+from sheaf.split.rules import (
+    convolution as convolution,
+    elementwise as elementwise,
+    loss as loss,
+    normalisation as normalisation,
+    products as products,
+    reductions as reductions,
+    shapes as shapes,
+    windows as windows,
+)

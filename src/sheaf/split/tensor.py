@@ -1,0 +1,63 @@
+"""A tensor of which each worker holds a slice: to the model it looks whole."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sheaf.errors import PlanError
+from sheaf.plans.split import Cut
+
+
+class Split(Tensor):
+    """A tensor cut along dimension ``axis``; ``local`` is this worker's slice, and the one that autograd knows.
+
+    Shape, dtype and device are those of the whole. Every function that meets one goes through the ``Splitting`` mode;
+    nothing can be computed with one outside of it. ``origin`` names the parameter whose output dimension gave the cut,
+    and one element along ``axis`` stands for ``scale`` elements of that parameter's dimension.
+    """
+
+    local: Tensor
+    axis: int
+    cut: Cut
+    origin: str | None
+    scale: int
+    held: bool
+
+    @staticmethod
+    def __new__(
+        cls, local: Tensor, dim: int, cut: Cut, *, origin: str | None = None, scale: int = 1, held: bool = False
+    ) -> "Split":
+        """Wrap a slice; ``held`` marks a parameter."""
+        sizes = (*local.shape[:dim], cut.length, *local.shape[dim + 1 :])
+        made: Split = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
+            cls, sizes, dtype=local.dtype, device=local.device, layout=local.layout, requires_grad=False
+        )
+        made.local, made.axis, made.cut = local, dim, cut  # pyright: ignore[reportAttributeAccessIssue]
+        made.origin, made.scale, made.held = origin, scale, held
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Raises PlanError: a function got here that the mode did not see, such as a custom autograd function."""
+        raise PlanError(
+            f"{func} reached a tensor that is split among workers unseen (a custom autograd.Function or a compiled "
+            "extension does that): keep the module whole, with NAME=whole in the plan"
+        )
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # noqa: ARG002 - torch's signature
+        return f"Split(axis={self.axis}, {self.cut}, local={tuple(self.local.shape)})"
+
+    def like(
+        self, local: Tensor, *, dim: int | None = None, cut: Cut | None = None, scale: int | None = None
+    ) -> "Split":
+        """Another tensor with the same history, cut in the same or another place."""
+        return Split(
+            local,
+            self.axis if dim is None else dim,
+            self.cut if cut is None else cut,
+            origin=self.origin,
+            scale=self.scale if scale is None else scale,
+        )
