@@ -2,6 +2,7 @@
 
 from sheaf.cluster.cluster import Cluster, Device, Host, Link
 from sheaf.graph.facts import GLUE, LOSS, BlockFact, BlockTime, BufferFact, ModelFacts, ParameterFact, Profile
+from sheaf.plans.split import Cut, Move, Slice, SplitFacts
 
 
 def facts(
@@ -92,4 +93,24 @@ def profile(facts: ModelFacts, *, concurrency: int = 1, block_seconds: float = 0
         optimizer_state_bytes_per_byte=2.0,
         fetch_seconds=1e-3,
         host_seconds=2e-3,
+    )
+
+
+def split(facts: ModelFacts, degree: int, *, kept: float = 0.6) -> SplitFacts:
+    """Every block of the facts split: one all-reduce of its output, and one of its input's gradient."""
+    blocks = [block for block in facts.blocks if block.name not in (GLUE, LOSS) and block.parameters]
+    return SplitFacts(
+        degree=degree,
+        samples=facts.samples,
+        slices={
+            name: Slice(0, Cut.even(facts.parameter(name).shape[0], degree))
+            for block in blocks
+            for name in block.parameters
+        },
+        moves=(
+            *(Move(block.name, "all_reduce", block.output_bytes, backward=False, why="its output") for block in blocks),
+            *(Move(block.name, "all_reduce", block.input_bytes, backward=True, why="its input") for block in blocks),
+        ),
+        work={block.name: 1 / degree for block in blocks},
+        activations={block.name: kept for block in blocks},
     )

@@ -28,8 +28,9 @@ def question(**changes) -> Question:
         question(cluster=made.cluster(bytes_per_second=1e6)),
         question(cluster=made.cluster(memory_bytes=21_000_000)),
         question(batch=7, microbatch=3),
+        question(splits={(degree, 0): made.split(made.facts(), degree) for degree in (2, 4)}),
     ],
-    ids=["plain", "open", "unequal", "slow-link", "small", "ragged"],
+    ids=["plain", "open", "unequal", "slow-link", "small", "ragged", "split"],
 )
 def test_the_best_is_what_pricing_everything_finds(asked):
     memory = asked.cluster.hosts[0].device.memory_bytes
@@ -176,12 +177,19 @@ GOLDEN = [
     ("dp=2,shares=stolen,zero=1", "as fast within 1 %, but longer to write"),
     ("dp=2,zero=2", "6.60 ms more reduce-scatter that nothing hides"),
     ("dp=2,zero=3", "10.1 ms more all-gather that nothing hides"),
+    ("pp=2:zero-bubble", "20.0 ms more idling in the pipeline"),
+    ("pp=2:interleaved,virtual=2", "30.0 ms more idling in the pipeline"),
+    ("pp=2", "60.1 ms more idling in the pipeline"),
+    ("pp=2:gpipe", "60.1 ms more idling in the pipeline"),
     ("dp=2,zero=2,recompute=full", "160 ms more running blocks forward again"),
     ("dp=2,recompute=full", "160 ms more running blocks forward again"),
     ("dp=2,zero=1,recompute=full", "160 ms more running blocks forward again"),
     ("dp=2,shares=stolen,recompute=full", "160 ms more running blocks forward again"),
     ("dp=2,shares=stolen,zero=1,recompute=full", "160 ms more running blocks forward again"),
     ("dp=2,zero=3,recompute=full", "160 ms more running blocks forward again"),
+    ("pp=2:zero-bubble,recompute=full", "160 ms more running blocks forward again"),
+    ("pp=2:interleaved,virtual=2,recompute=full", "160 ms more running blocks forward again"),
+    ("pp=2,recompute=full", "160 ms more running blocks forward again"),
     ("serial", "493 ms more computing"),
     ("recompute=full", "493 ms more computing"),
 ]
@@ -193,6 +201,7 @@ def test_json_has_the_promised_shape():
     first, second = values["plans"][:2]
     shared = {
         "text", "seconds", "step_seconds", "hidden_seconds", "memory", "peak_bytes", "traffic_bytes",
+        "stages",
     }  # fmt: skip
     assert set(first) == shared | {"reason"}
     assert set(second) == shared | {"loses_on"}

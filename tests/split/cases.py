@@ -198,6 +198,40 @@ def _gradients(results: Sequence[Any], leaves: Sequence[Tensor]) -> list[Tensor 
     return [leaf.grad for leaf in leaves]
 
 
+class Offers(Splitting):
+    """Keeps what a rehearsal would be offered to cut, and the units it would be asked for."""
+
+    def __init__(self, parameters: Sequence[Tensor] = (), workers: int = 2) -> None:
+        super().__init__(ThreadTeam(Room(workers), 0), {})
+        self.offered: list[tuple[tuple[int, ...], int, Cut | None]] = []
+        self.refined: list[tuple[int, int]] = []
+        self._offerable = {id(parameter) for parameter in parameters}
+
+    def propose(self, tensor: Tensor, dim: int, cut: Cut | None = None) -> None:
+        if id(tensor) in self._offerable:
+            self.offered.append((tuple(tensor.shape), dim, cut))
+
+    def refine(self, split: Split, outer: int, unit: int) -> None:
+        self.refined.append((outer, unit))
+
+    def fallback(self, func: Any, args: Any, kwargs: Any) -> Any:
+        return None
+
+    def _concerns(self, value: Any) -> bool:
+        return super()._concerns(value) or id(value) in self._offerable
+
+    @classmethod
+    def seen(cls, function: Callable[..., Any], *givens: Given) -> "Offers":
+        """What worker 0 would ask for in one call."""
+        arguments = []
+        for given, value in zip(givens, map(_drawn, givens, range(len(givens))), strict=True):
+            place = given.slice
+            arguments.append(value if place is None else Split(sliced(value, place.dim, place.cut, 0), place.dim, place.cut))
+        with cls() as mode:
+            function(*arguments)
+        return mode
+
+
 class _noted:  # noqa: N801 - a context manager that has already done its work
     def __init__(self, moves: list[tuple[str, str]], operation: str, why: str) -> None:
         moves.append((operation, why))

@@ -5,9 +5,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cases import check, cut, held, whole
+from cases import Offers, check, cut, held, whole
 from sheaf.plans.split import Cut, Slice
 from sheaf.split.mode import Splitting
+from sheaf.split.moves import sliced
+from sheaf.split.team import GroupTeam
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -156,38 +158,18 @@ def test_other_cuts_of_the_input(ranks):
 def test_half_precision_under_autocast(ranks):
     """A worker without channels moves the dtype that the others move."""
 
-    def run(x, weight, other):
-        with torch.autocast("cpu", torch.bfloat16):
-            return F.conv2d(F.conv2d(x.float(), weight.float()), other.float()).double()
-
     def dtypes():
-        from cases import GroupTeam, Split, sliced
-
-        team = GroupTeam(None)
-        x, weight, other = torch.ones(1, 2, 5, 5), torch.ones(6, 2, 3, 3), torch.ones(4, 6, 3, 3)
-        sizes = Cut((4, 0, 2))
-        first, second = (nn.Parameter(sliced(one, dim, sizes, team.rank)) for dim, one in enumerate((weight, other)))
+        team, sizes = GroupTeam(None), Cut((4, 0, 2))
+        weights = torch.ones(6, 2, 3, 3), torch.ones(4, 6, 3, 3)
+        first, second = (nn.Parameter(sliced(one, dim, sizes, team.rank)) for dim, one in enumerate(weights))
         slices = {id(first): ("first", Slice(0, sizes)), id(second): ("second", Slice(1, sizes))}
         with torch.autocast("cpu", torch.bfloat16), Splitting(team, slices):
-            middle = F.conv2d(x, first)
-            assert isinstance(middle, Split)
+            middle = F.conv2d(torch.ones(1, 2, 5, 5), first)
             result = F.conv2d(middle, second)
         result.float().sum().backward()
         return middle.dtype, result.dtype, float(result.max().detach())
 
     assert ranks(dtypes, 3) == [(torch.bfloat16, torch.bfloat16, 972.0)] * 3
-
-
-class Offered(Splitting):
-    """Keeps what a rehearsal would be asked to cut."""
-
-    offers: list
-
-    def propose(self, tensor, dim, cut=None):
-        self.__class__.offers.append((tuple(tensor.shape), dim, cut))
-
-    def _concerns(self, value):
-        return super()._concerns(value) or isinstance(value, nn.Parameter)
 
 
 @pytest.mark.parametrize(
@@ -201,13 +183,9 @@ class Offered(Splitting):
     ],
 )
 def test_what_is_offered_to_be_cut(layer, shape, expected):
-    class Team:
-        rank, workers = 0, 2
-
-    Offered.offers = []
-    with Offered(Team(), {}):
+    with Offers(tuple(layer.parameters())) as mode:
         layer(torch.ones(shape))
-    assert Offered.offers == [expected]
+    assert mode.offered == [expected]
 
 
 POOLS = [

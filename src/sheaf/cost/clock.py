@@ -4,8 +4,8 @@ Who waits for whom does not depend on how long anything takes, so a schedule is 
 stages and microbatches, and played against many clocks.
 """
 
-from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 from sheaf.plans.schedule import BACKWARD, FORWARD, WEIGHTS, Action, actions, carried_out, held
 from sheaf.plans.timeline import Timeline, simulate
@@ -13,49 +13,44 @@ from sheaf.plans.timeline import Timeline, simulate
 KINDS = (FORWARD, BACKWARD, WEIGHTS)
 
 
-def schedule_seconds(
-    schedule: str,
-    workers: int,
-    stages: int,
-    num_microbatches: int,
-    forward_seconds: Sequence[float],
-    backward_seconds: Sequence[float],
-    weight_seconds: Sequence[float],
-    transfer_seconds: float,
-) -> float:
-    """From the first forward to the last backward; the same as ``simulate(...).seconds``.
+class Course(NamedTuple):
+    """A schedule and the seconds of one action by stage.
 
-    Seconds are by stage; ``weight_seconds`` may be empty where the schedule has no backward of weights apart.
+    ``weight_seconds`` is empty where the schedule has no backward of weights apart.
     """
-    costs = (forward_seconds, backward_seconds, weight_seconds)
-    free = [0.0] * workers
+
+    schedule: str
+    workers: int
+    stages: int
+    num_microbatches: int
+    forward_seconds: tuple[float, ...]
+    backward_seconds: tuple[float, ...]
+    weight_seconds: tuple[float, ...] = ()
+    transfer_seconds: float = 0.0
+
+
+def course_seconds(course: Course) -> float:
+    """From the first forward to the last backward; the same as ``timeline(course).seconds``."""
+    costs = (course.forward_seconds, course.backward_seconds, course.weight_seconds)
+    free = [0.0] * course.workers
     done: list[float] = []
-    for worker, kind, stage, far in _steps(schedule, workers, stages, num_microbatches):
+    for worker, kind, stage, far in _steps(course.schedule, course.workers, course.stages, course.num_microbatches):
         start = free[worker]
         for before in far:
-            start = max(start, done[before] + transfer_seconds)
+            start = max(start, done[before] + course.transfer_seconds)
         free[worker] = start + costs[kind][stage]
         done.append(free[worker])
     return max(free)
 
 
-def timeline(
-    schedule: str,
-    workers: int,
-    stages: int,
-    num_microbatches: int,
-    forward_seconds: Sequence[float],
-    backward_seconds: Sequence[float],
-    weight_seconds: Sequence[float],
-    transfer_seconds: float,
-) -> Timeline:
-    """The same, with every action's start and stop."""
+def timeline(course: Course) -> Timeline:
+    """Every action's start and stop."""
     return simulate(
-        _listed(schedule, workers, stages, num_microbatches),
-        forward_seconds=forward_seconds,
-        backward_seconds=backward_seconds,
-        weight_seconds=weight_seconds or None,
-        transfer_seconds=transfer_seconds,
+        _listed(course.schedule, course.workers, course.stages, course.num_microbatches),
+        forward_seconds=course.forward_seconds,
+        backward_seconds=course.backward_seconds,
+        weight_seconds=course.weight_seconds or None,
+        transfer_seconds=course.transfer_seconds,
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from sheaf.cost.basis import Basis
-from sheaf.cost.clock import kept, schedule_seconds, timeline
+from sheaf.cost.clock import Course, course_seconds, kept, timeline
 from sheaf.cost.communication import ALL_REDUCE
 from sheaf.cost.compute import Pace
 from sheaf.cost.portion import Portion
@@ -115,7 +115,7 @@ def slowest_clock(pipeline: Pipeline, basis: Basis, sizes: Sequence[int]) -> Tim
     shares = dealt(pipeline.plan, sizes)
     whole = [_replica_seconds(pipeline, basis, replica, share) for replica, share in enumerate(shares)]
     last = whole.index(max(whole))
-    return timeline(*_asked(pipeline, basis, last, shares[last]))
+    return timeline(_course(pipeline, basis, last, shares[last]))
 
 
 def kept_stages(plan: Plan, num_microbatches: int) -> tuple[int, ...]:
@@ -156,15 +156,14 @@ def _replica_seconds(
     """What the schedule takes, and what it would if passing on took no time."""
     if not share:
         return 0.0
-    *asked, transfer_seconds = _asked(pipeline, basis, replica, share)
-    key = ("schedule", *asked, transfer_seconds if passing else 0.0)
-    return basis.once(key, lambda: schedule_seconds(*key[1:]))
+    course = _course(pipeline, basis, replica, share)
+    if not passing:
+        course = course._replace(transfer_seconds=0.0)
+    return basis.once(course, lambda: course_seconds(course))
 
 
-def _asked(
-    pipeline: Pipeline, basis: Basis, replica: int, share: Sequence[int]
-) -> tuple[str, int, int, int, tuple[float, ...], tuple[float, ...], tuple[float, ...], float]:
-    """The schedule and its seconds by stage: forward, backward, backward of weights where it is apart, and passing."""
+def _course(pipeline: Pipeline, basis: Basis, replica: int, share: Sequence[int]) -> Course:
+    """The schedule with what one action of this replica takes, microbatches counted as equally large."""
     plan = pipeline.plan
     counted = Counter(share)
 
@@ -180,7 +179,7 @@ def _asked(
         weights = mean(lambda one, stage, size: WEIGHTS_SHARE * pipeline.paces[one][stage].backward.seconds(size))
         backward = tuple(both - later for both, later in zip(backward, weights, strict=True))
     passing = _passing_seconds(pipeline, basis, replica, sum(share) / len(share))
-    return plan.schedule, plan.pp, len(pipeline.names), len(share), forward, backward, weights, passing
+    return Course(plan.schedule, plan.pp, len(pipeline.names), len(share), forward, backward, weights, passing)
 
 
 def _passing_seconds(pipeline: Pipeline, basis: Basis, replica: int, size: float) -> float:

@@ -13,7 +13,10 @@ from sheaf.graph import cut, is_composite
 from sheaf.parallel.exchange import Exchange
 from sheaf.parallel.gathered import Gathered
 from sheaf.parallel.holding import AbstractHolding, Factor
+from sheaf.parallel.passing import Passing
+from sheaf.parallel.pipeline import Pipeline
 from sheaf.parallel.portion import Portion
+from sheaf.parallel.post import Post
 from sheaf.parallel.precision import LossScale
 from sheaf.parallel.recompute import recompute
 from sheaf.parallel.replicated import Replicated
@@ -21,8 +24,10 @@ from sheaf.parallel.runner import Expectation, Parts, WholeModel
 from sheaf.parallel.sharded import Sharded
 from sheaf.parallel.shares import dealer
 from sheaf.parallel.spread import Spread
+from sheaf.parallel.stages import Stages, placed
 from sheaf.parallel.statistics import BatchStatistics
 from sheaf.parallel.step import Step
+from sheaf.parallel.ties import Ties
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
 from sheaf.plans.split import SplitFacts
@@ -68,13 +73,15 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
         weight = exchange.told().weight
         return expectation.weight / (weight * scale.value) if weight else 0.0
 
-    portion = Portion(blueprint, slices=splits.slices if splits else None, rank=spread.place.tp)
+    stages = placed(task, plan, blueprint, blocks) if plan.pp > 1 else None
+    portion = _portion(blueprint, plan, spread, splits, stages)
     holding = _hold(portion, plan, spread.replicas, factor, blocks)
     splitting = _splitting(plan, holding.model, portion, spread, splits)
     streams = Streams(holding.model, task.seed, world.device)
     if plan.recompute == "full":
         around = nullcontext if splitting is None else lambda: splitting
         recompute([block for block in blocks.values() if is_composite(block)], streams, around)
+    _refuse_zero(plan)
     number = world.number("sheaf/builds") if plan.stolen else 0
     merged = world.workers > 1 or plan.recompute != "none"
     parts = Parts(
@@ -89,7 +96,39 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
         statistics=BatchStatistics(holding.model, world, tells=spread.leads) if merged else None,
         splitting=splitting,
     )
-    return Step(plan, portion, WholeModel(parts))
+    if stages is None:
+        return Step(plan, portion, WholeModel(parts))
+    post = Post(spread.stages, plan.num_stages)
+    homes = {
+        id(parameter): (name, stages.between[name])
+        for name, parameter in holding.model.named_parameters()
+        if name in stages.between
+    }
+    paused = parts.statistics.paused if parts.statistics is not None else nullcontext
+    passing = Passing(blocks, stages.blocks, homes, post, plan.num_stages, blueprint.mode, splitting, paused)
+    ties = Ties(stages.tied, spread, portion, holding) if stages.tied else None
+    return Step(plan, portion, Pipeline(parts, plan, passing, post), ties)
+
+
+def _portion(
+    blueprint: Blueprint, plan: Plan, spread: Spread, splits: SplitFacts | None, stages: Stages | None
+) -> Portion:
+    slices = splits.slices if splits else None
+    if stages is None:
+        return Portion(blueprint, slices=slices, rank=spread.place.tp)
+    mine = range(spread.place.pp, plan.num_stages, plan.pp)
+    return Portion(
+        blueprint,
+        slices=slices,
+        rank=spread.place.tp,
+        names=stages.held(mine),
+        second=stages.second(mine, plan.pp),
+    )
+
+
+def _refuse_zero(plan: Plan) -> None:
+    if plan.pp > 1 and plan.zero > 1:
+        raise PlanError(f"zero={plan.zero} is not there under a pipeline yet: use zero=1")
 
 
 def split_facts(task: Task, plan: Plan) -> SplitFacts | None:

@@ -2,7 +2,7 @@
 
 import functools
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -17,17 +17,17 @@ from sheaf.plans.layout import Piece
 from sheaf.task.recorder import replace_tensors
 
 
-def sliced_optimizer(portion: Portion, slices: dict[str, tuple[Tensor, Piece]]) -> torch.optim.Optimizer:
+def sliced_optimizer(portion: Portion, slices: Mapping[str, tuple[Tensor, Piece | None]]) -> torch.optim.Optimizer:
     """The task's optimizer, made over the whole parameters without memory, then moved to this worker's slices.
 
     Groups and their settings are decided on whole shapes (``p.ndim >= 2`` works); state that the constructor makes is
     sliced too, and every other tensor that it made is computed. ``slices`` maps parameter names to one-dimensional
-    tensors; parameters it lacks are left out. Sound for elementwise optimizers only (``sheaf.task.probe.elementwise``).
+    tensors (or, without a piece, to what is held of the parameter whole); parameters it lacks are left out. Sound for elementwise optimizers only (``sheaf.task.probe.elementwise``).
 
     Raises TaskError for an optimizer over tensors that are no parameters, and PlanError for one that keeps whole
     parameters, or tensors in objects of its own, where they cannot be exchanged.
     """
-    fakes = portion.parameters
+    fakes = portion.every
     with portion.recording():
         optimizer = portion.task.optimizer(list(fakes.values()))  # pyright: ignore[reportArgumentType]
     name_of = {id(fake): name for name, fake in fakes.items()}
@@ -138,12 +138,12 @@ def _computing(portion: Portion, parameters: set[int]) -> Callable[[Tensor], Ten
     return real
 
 
-def _sliced(value: Any, whole: Tensor, tensor: Tensor, piece: Piece, real: Callable[[Tensor], Tensor]) -> Any:
+def _sliced(value: Any, whole: Tensor, tensor: Tensor, piece: Piece | None, real: Callable[[Tensor], Tensor]) -> Any:
     if not isinstance(value, Tensor):
         return replace_tensors(value, real)
     made = real(value).clone()
     if value.shape == whole.shape and value.ndim:
-        made = made.flatten()[piece.start : piece.stop].clone()
+        made = made if piece is None else made.flatten()[piece.start : piece.stop].clone()
         return made.to(device=tensor.device, dtype=tensor.dtype if made.is_floating_point() else None)
     return made
 

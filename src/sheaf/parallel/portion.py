@@ -67,6 +67,16 @@ class Portion:
                     made[name] = nn.Parameter(part, requires_grad=fake.requires_grad)
         return made
 
+    @property
+    def every(self) -> dict[str, Tensor]:
+        """Fakes of all parameters of the model, those that are not held whole."""
+        return {name: self.parameters.get(name, fake) for name, fake in self.blueprint.parameters.items()}
+
+    @property
+    def complete(self) -> bool:
+        """Whether every parameter is held, if only a slice of it."""
+        return self._names is None
+
     def holds(self, name: str) -> bool:
         """Whether this worker holds a parameter, or a slice of it."""
         return self._names is None or name in self._names

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sheaf.cluster.primitives import Pending
 from sheaf.parallel.holding import AbstractHolding, Factor, Touched, refuse_sparse
+from sheaf.parallel.optimizers import sliced_optimizer
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.turnstile import Turnstile
 from sheaf.parallel.world import World
@@ -21,7 +22,10 @@ class Replicated(AbstractHolding):
         self._world, self._factor = world, factor
         self.model = portion.fill(world.device)
         self.parameters = portion.own(self.model)
-        self.optimizer = portion.task.optimizer(list(self.parameters.values()))
+        if portion.complete:
+            self.optimizer = portion.task.optimizer(list(self.parameters.values()))
+        else:  # its groups are decided on the whole model's parameters
+            self.optimizer = sliced_optimizer(portion, {name: (held, None) for name, held in self.parameters.items()})
         held = [
             Held(name, value.numel(), str(value.dtype), value.requires_grad) for name, value in self.parameters.items()
         ]

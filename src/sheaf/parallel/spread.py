@@ -26,6 +26,10 @@ class Spread:
         self.replicas = World(device, gathers_apart=plan.zero == 3, among=groups.dp_groups)
         self._layers = World(device, among=groups.tp_groups)
         self.stages = World(device, among=groups.pp_groups)
+        # all that hold the same slice of a parameter in any stage
+        self.copies = World(
+            device, among=_columns(groups) if groups.pp > 1 else [[rank] for rank in range(groups.workers)]
+        )
         self.layers = GroupTeam(self._layers.group, self._layers.explained) if known and self.mesh.tp > 1 else None
 
     @property
@@ -41,12 +45,12 @@ class Spread:
     @property
     def waited_seconds(self) -> float:
         """How long this worker stood still for others."""
-        worlds = (self.world, self.replicas, self._layers, self.stages)
+        worlds = (self.world, self.replicas, self._layers, self.stages, self.copies)
         return sum(one.waited_seconds for one in worlds) + (self.layers.waited_seconds if self.layers else 0.0)
 
     def close(self) -> None:
         """Give the groups back (collective)."""
-        for one in (self.replicas, self._layers, self.stages, self.world):
+        for one in (self.replicas, self._layers, self.stages, self.copies, self.world):
             one.close()
 
     def assembled(self, local: Mapping[str, Tensor], portion: Portion, names: list[str]) -> dict[str, Tensor]:
@@ -80,6 +84,10 @@ class Spread:
         for rank, count in enumerate(counts):
             by_replica[self.mesh.place(rank).dp] += count
         return tuple(by_replica[self.mesh.place(rank).dp] for rank in range(len(counts)))
+
+
+def _columns(mesh: Mesh) -> list[list[int]]:
+    return [[rank for rank in range(mesh.workers) if mesh.place(rank).tp == part] for part in range(mesh.tp)]
 
 
 def _put(whole: Tensor, local: Tensor, dim: int, ranges: tuple[tuple[int, int], ...]) -> None:

@@ -12,6 +12,7 @@ from sheaf.parallel.exchange import Told
 from sheaf.parallel.optimizers import load_named_state, named_state
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.runner import AbstractRunner
+from sheaf.parallel.ties import Ties
 from sheaf.parallel.values import decoded, encoded
 from sheaf.plans import Plan
 from sheaf.record import StepReport
@@ -35,11 +36,12 @@ class Step:
     when other parameters are trained than when it was built.
     """
 
-    def __init__(self, plan: Plan, portion: Portion, runner: AbstractRunner) -> None:
+    def __init__(self, plan: Plan, portion: Portion, runner: AbstractRunner, ties: Ties | None = None) -> None:
         parts = runner.parts
         assert parts.task.microbatch is not None
         self.task, self.plan = parts.task, plan
         self.index = 0
+        self._ties = ties
         self._portion, self._runner, self._spread = portion, runner, parts.spread
         self._world, self._holding = parts.spread.world, parts.holding
         self._exchange, self._expectation, self._scale = parts.exchange, parts.expectation, parts.scale
@@ -100,6 +102,8 @@ class Step:
         self._runner.parts.dealer.finished()
         used, computed = self._agree()
         self._holding.finish(used)
+        if self._ties is not None:
+            self._ties.meet(used)
         told.check(self.index)
         self._check_trained()
         if not used:

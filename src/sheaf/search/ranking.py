@@ -22,7 +22,7 @@ class Entry:
         return self.price.plan
 
     def to_dict(self) -> dict[str, Any]:
-        """The entry for JSON; times in seconds, sizes in bytes."""
+        """The entry for JSON; times in seconds, sizes in bytes. ``stages`` counts the blocks of a pipeline's."""
         words = {"reason": self.reason} if self.reason else {"loses_on": self.loses_on}
         return {
             "text": str(self.plan),
@@ -32,6 +32,7 @@ class Entry:
             "memory": dict(self.price.memory),
             "peak_bytes": self.price.peak_bytes,
             "traffic_bytes": self.price.traffic_bytes,
+            "stages": list(self.price.stages),
             **words,
         }
 

@@ -139,10 +139,12 @@ def _families(question: Question) -> Iterator[list[Plan]]:
 def _mesh_families(question: Question) -> Iterator[list[Plan]]:
     """Plans with split layers or stages, where each replica gets a microbatch.
 
-    Splitting a layer talks all the time: never between machines that hold several workers. Where the optimizer allows
+    Splitting a layer talks all the time: never between machines that hold several workers. Where the task allows
     neither, one plan of each mesh stands for all.
     """
-    most_stages = len(placed(facts_for(question.facts, 1)))
+    facts = facts_for(question.facts, 1)
+    most_stages = len(placed(facts))
+    forbidden = not question.elementwise or bool(rules.unmergeable(facts))
     per_machine = max(host.workers for host in question.cluster.hosts)
     tps = {tp for tp, _ in question.splits if per_machine == 1 or tp <= per_machine}
     count = -(-question.batch // question.microbatch) if question.microbatch else question.batch
@@ -154,7 +156,7 @@ def _mesh_families(question: Question) -> Iterator[list[Plan]]:
             sizes = [None] if question.microbatch else list(space.mesh_microbatches(question.batch, dp, pp))
             for strategy in space.mesh_strategies(dp, tp, pp, sequences, most_stages):
                 yield from _with_shares(question, strategy, sizes)
-                if not question.elementwise:
+                if forbidden:
                     break
 
 

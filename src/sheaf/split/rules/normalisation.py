@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from sheaf.plans.split import Cut
 from sheaf.split.moves import joined, sliced
 from sheaf.split.registry import FALLBACK, rule
-from sheaf.split.rules.empty import filled
+from sheaf.split.rules.empty import filled, without
 from sheaf.split.tensor import Split
 
 
@@ -110,7 +110,8 @@ def _channelwise(
         if fresh and (mixes_samples or split.axis > 1):
             return FALLBACK
         weight, bias = _entered(mode, scaled, why)
-        return split.like(function(split.local, **running, weight=weight, bias=bias, **given))
+        settings = {**running, "weight": weight, "bias": bias, **given}
+        return split.like(without(lambda local: function(local, **settings), [split.local], split.axis))
     local, (weight, bias) = _filled(mode, split, scaled, why, 1)
     kept = {key: whole for key, whole in running.items() if whole is not None}
     parts = {key: filled(sliced(whole, 0, split.cut, mode.team.rank).clone(), 0) for key, whole in kept.items()}

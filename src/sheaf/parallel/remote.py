@@ -1,0 +1,67 @@
+"""A tensor that another stage computes: it has a shape and a type here, and no values."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sheaf.errors import PlanError
+from sheaf.split.tensor import Split
+
+
+@dataclass(eq=False)
+class Entry:
+    """Where a tensor of the model's own forward is computed, and under which name all stages know it.
+
+    ``real`` is its value, where it is here; ``fake`` stands for it elsewhere. ``version`` is what the counter of
+    changes stood at when it got its name.
+    """
+
+    stage: int
+    name: str
+    real: Tensor | None = None
+    fake: Tensor | None = None
+    version: int = 0
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Name and number of changes since, the same in every stage."""
+        tensor = self.real if self.real is not None else self.fake
+        assert tensor is not None
+        return self.name, version_of(tensor) - self.version
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often it was changed in place."""
+    return tensor.local._version if isinstance(tensor, Split) else tensor._version
+
+
+class Remote(Tensor):
+    """Stands for a tensor of another stage; every function that meets one goes through ``Passing``."""
+
+    entry: Entry
+
+    @staticmethod
+    def __new__(cls, entry: Entry) -> "Remote":  # noqa: PYI034 - Self is no runtime type
+        """Look like the entry's fake."""
+        fake = entry.fake
+        assert fake is not None
+        made: Remote = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
+            cls, fake.shape, strides=fake.stride(), dtype=fake.dtype, device=fake.device, requires_grad=False
+        )
+        made.entry = entry
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Raises PlanError: a block got another stage's tensor by a way that nothing sees."""
+        raise PlanError(
+            f"{func} reached a tensor of another pipeline stage by a way that cannot be followed (an attribute, a "
+            "closure, a custom autograd.Function): put the modules that share it in one stage, with stages=..."
+        )
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"Remote({self.entry.name} of stage {self.entry.stage}, shape={tuple(self.shape)})"
