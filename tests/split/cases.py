@@ -161,7 +161,9 @@ def _same(mine: Any, right: Any, what: str) -> None:
     if not isinstance(right, Tensor):
         assert mine == right, f"{what}: {mine}, not {right}"
         return
-    assert (mine.shape, mine.dtype) == (right.shape, right.dtype), f"{what}: {mine.shape} {mine.dtype}, not {right.shape}"
+    assert (mine.shape, mine.dtype) == (right.shape, right.dtype), (
+        f"{what}: {mine.shape} {mine.dtype}, not {right.shape}"
+    )
     torch.testing.assert_close(mine, right, rtol=1e-12, atol=1e-12, equal_nan=True, msg=lambda text: f"{what}: {text}")
 
 
@@ -226,13 +228,15 @@ class Offers(Splitting):
         arguments = []
         for given, value in zip(givens, map(_drawn, givens, range(len(givens))), strict=True):
             place = given.slice
-            arguments.append(value if place is None else Split(sliced(value, place.dim, place.cut, 0), place.dim, place.cut))
+            arguments.append(
+                value if place is None else Split(sliced(value, place.dim, place.cut, 0), place.dim, place.cut)
+            )
         with cls() as mode:
             function(*arguments)
         return mode
 
 
-class _noted:  # noqa: N801 - a context manager that has already done its work
+class _noted:
     def __init__(self, moves: list[tuple[str, str]], operation: str, why: str) -> None:
         moves.append((operation, why))
 

@@ -1,11 +1,11 @@
-"""Convolutions, pools and their kin on slices give plain torch's values and gradients, and move no more than they say."""
+"""Convolutions, pools and their kin on slices give plain torch's values and gradients, and move what they must."""
 
 import pytest
 import torch
+from cases import Offers, check, cut, held, whole
 from torch import nn
 from torch.nn import functional as F
 
-from cases import Offers, check, cut, held, whole
 from sheaf.plans.split import Cut, Slice
 from sheaf.split.mode import Splitting
 from sheaf.split.moves import sliced
@@ -46,7 +46,9 @@ def test_cut_by_inputs(ranks, planes, workers):
     found = check(ranks, run, cut(x, 1, sizes), held(weight, 1, sizes), whole(*bias), workers=workers)
     assert found.cuts == (None,)
     assert found.moves == (("all_reduce", f"partial sums of conv{planes}d"),)
-    found = check(ranks, run, cut(x, 1, sizes), whole(*weight), held(bias, 0, (4,) + (0,) * (workers - 1)), workers=workers)
+    found = check(
+        ranks, run, cut(x, 1, sizes), whole(*weight), held(bias, 0, (4,) + (0,) * (workers - 1)), workers=workers
+    )
     assert found.cuts == (None,)
     check(ranks, run, whole(*x), held(weight, 1, sizes), whole(*bias), workers=workers)
 
@@ -62,7 +64,9 @@ def test_transposed(ranks, planes, workers):
     found = check(ranks, run, whole(2, 4, *plane(planes, 3)), held(weight, 1, sizes), whole(6), workers=workers)
     assert found.cuts == (Slice(1, Cut(sizes)),)
     weight = (6, 4, *plane(planes, 3))
-    found = check(ranks, run, cut((2, 6, *plane(planes, 3)), 1, sizes), held(weight, 0, sizes), whole(4), workers=workers)
+    found = check(
+        ranks, run, cut((2, 6, *plane(planes, 3)), 1, sizes), held(weight, 0, sizes), whole(4), workers=workers
+    )
     assert found.moves == (("all_reduce", f"partial sums of conv_transpose{planes}d"),)
 
 
@@ -85,7 +89,9 @@ def test_cut_between_groups(ranks, transposed, per_group, workers):
         found = check(ranks, run, x, held(weight, 0, rows), bias, workers=workers)
         assert found.cuts == (Slice(1, Cut(tuple(outputs))),)
         assert len(found.moves) == (x.dim is None)  # the gradient of a whole input is put together
-    found = check(ranks, run, cut((2, groups * ins, 7), 1, inputs), whole(*weight), whole(groups * outs), workers=workers)
+    found = check(
+        ranks, run, cut((2, groups * ins, 7), 1, inputs), whole(*weight), whole(groups * outs), workers=workers
+    )
     assert found.cuts == (Slice(1, Cut(tuple(outputs))),)
 
 
@@ -128,7 +134,10 @@ def test_runs_of_channels(ranks, workers):
     def run(x, weight):
         return F.conv2d(x, weight, padding=1)
 
-    assert check(ranks, run, cut((1, 6, 3, 3), 1, sizes, 2), whole(4, 6, 3, 3), workers=workers).moves[0][0] == "all_reduce"
+    assert (
+        check(ranks, run, cut((1, 6, 3, 3), 1, sizes, 2), whole(4, 6, 3, 3), workers=workers).moves[0][0]
+        == "all_reduce"
+    )
     found = check(ranks, run, whole(1, 4, 3, 3), held((6, 4, 3, 3), 0, sizes, 2), workers=workers)
     assert found.cuts == (Slice(1, Cut(sizes, 2)),)
 

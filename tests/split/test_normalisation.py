@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from cases import Offers, check, cut, held, whole
 from torch import nn
 from torch.nn import functional as F
 
-from cases import Offers, check, cut, held, whole
 from sheaf.plans.split import Cut, Slice
 from sheaf.split.mode import Splitting
 from sheaf.split.moves import Part, sliced

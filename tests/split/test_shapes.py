@@ -1,27 +1,39 @@
 """Whatever a model does to shapes, elements, sums and products of slices, values and gradients are plain torch's."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
+from cases import Given, check, check_threads, cut, held, whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from cases import Given, check, check_threads, cut, held, whole
 from sheaf.plans.split import Cut, Slice
 
-COUNT = settings(deadline=None, max_examples=60, derandomize=True)
+COUNT = settings(deadline=None, max_examples=25, derandomize=True)
 workers_of = st.shared(st.integers(2, 3), key="workers")
 
 
+class Runs(NamedTuple):
+    """As a Cut, without its checks: those draw random numbers, which Hypothesis does not want within strategies."""
+
+    sizes: tuple[int, ...]
+    outer: int
+
+    @property
+    def length(self):
+        return self.outer * sum(self.sizes)
+
+
 @st.composite
-def cuts(draw, workers, least=1, longest=4):
+def cuts(draw, workers):
     """A cut of some dimension; a worker may have nothing."""
     outer = draw(st.sampled_from([1, 1, 1, 2, 3]))
     sizes = draw(st.lists(st.integers(0, 3), min_size=workers, max_size=workers).filter(any))
     unit = draw(st.sampled_from([1, 1, 2]))
-    return Cut(tuple(size * unit for size in sizes), outer)
+    return Runs(tuple(size * unit for size in sizes), outer)
 
 
 @st.composite
@@ -114,7 +126,9 @@ def test_reshaping(data):
     check_threads(lambda x: x.flatten(start, end), x, workers=workers)
     sizes = data.draw(factors(x.shape[start]))
     check_threads(lambda x: x.unflatten(start, sizes), x, workers=workers)
-    check_threads(lambda x, y: (x.view(*shape), x.view_as(y)), x, whole(*torch.empty(x.shape).view(shape).shape), workers=workers)
+    check_threads(
+        lambda x, y: (x.view(*shape), x.view_as(y)), x, whole(*torch.empty(x.shape).view(shape).shape), workers=workers
+    )
 
 
 @COUNT
@@ -166,7 +180,7 @@ def test_pieces(data):
         lambda x: torch.tensor_split(x, count, dim),
         lambda x: torch.tensor_split(x, [start, start + length], dim=dim),
         lambda x: x.unbind(dim),
-        lambda x: list(x),
+        list,
         lambda x: x.narrow(dim, start, length),
         lambda x: x.select(dim, start),
         lambda x: x.index_select(dim, picked),
@@ -174,7 +188,7 @@ def test_pieces(data):
         check_threads(function, x, workers=workers)
 
 
-@settings(COUNT, max_examples=150)
+@settings(COUNT, max_examples=60)
 @given(st.data())
 def test_indexing(data):
     workers = data.draw(workers_of)
@@ -221,7 +235,7 @@ def beside(draw, x, workers):
     return cut(shape, place, sizes)
 
 
-@settings(COUNT, max_examples=100)
+@settings(COUNT, max_examples=40)
 @given(st.data())
 def test_elements(data):
     workers = data.draw(workers_of)
@@ -237,6 +251,7 @@ def test_elements(data):
         lambda x, y, m: F.gelu(x).masked_fill(m, 2.0) if len(m.shape) <= len(x.shape) else x,
         lambda x, y, m: x.clone().mul_(y) if torch.broadcast_shapes(x.shape, y.shape) == x.shape else x,
         lambda x, y, m: F.relu(x * 1, inplace=True).to(torch.float64),
+        lambda x, y, m: (*torch.where(x > 0), x == None, x.prelu(x.flatten()[:1])),  # noqa: E711
         lambda x, y, m: (torch.zeros_like(x) + y.type_as(x)).detach() + x,
     ):
         check_threads(function, x, y, mask, workers=workers)
@@ -271,7 +286,7 @@ def test_sums_and_orders(data):
         lambda x: x.softmax(dim),
         lambda x: F.log_softmax(x, dim=dim),
         lambda x: F.normalize(x, dim=dim),
-        lambda x: x.std(),
+        lambda x: x.var(correction=0),
         lambda x: (x.shape, x.numel(), len(x), x.size(dim), x.dim(), x.stride() is None),
     ):
         check_threads(function, x, workers=workers)
@@ -287,16 +302,25 @@ def operands(draw, letters, sizes, cut_letter, chosen):
     return whole(*shape)
 
 
-@settings(COUNT, max_examples=100)
+@settings(COUNT, max_examples=40)
 @given(st.data())
 def test_products(data):
     workers = data.draw(workers_of)
     equation = data.draw(
         st.sampled_from(
-            ["xy,yz->xz", "bxy,yz->bxz", "bxy,byz->bxz", "abxy,byz->abxz", "y,yz->z", "xy,y->x", "y,y->", "abxy,abzy->abxz"]
+            [
+                "xy,yz->xz",
+                "bxy,yz->bxz",
+                "bxy,byz->bxz",
+                "abxy,byz->abxz",
+                "y,yz->z",
+                "xy,y->x",
+                "y,y->",
+                "abxy,abzy->abxz",
+            ]
         )
     )
-    letters, result = equation.split("->")
+    letters, _ = equation.split("->")
     left, right = letters.split(",")
     names = sorted(set(left + right))
     sizes = {name: data.draw(st.integers(1, 3)) for name in names}
@@ -308,7 +332,7 @@ def test_products(data):
     check_threads(lambda x, y: torch.einsum(equation, x, y), x, y, workers=workers)
     if "zy" not in right:
         check_threads(lambda x, y: x @ y, x, y, workers=workers)
-        check_threads(lambda x, y: torch.matmul(x, y), x, y, workers=workers)
+        check_threads(torch.matmul, x, y, workers=workers)
     else:
         check_threads(lambda x, y: x @ y.transpose(-1, -2), x, y, workers=workers)
     if equation == "xy,yz->xz":
@@ -330,14 +354,23 @@ def test_linear_and_embedding(data):
     x = data.draw(st.sampled_from([whole(*shape), cut(shape, len(rows), features.sizes, features.outer)]))
     weight = data.draw(
         st.sampled_from(
-            [whole(*matrix), held(matrix, 0, outputs.sizes, outputs.outer), held(matrix, 1, features.sizes, features.outer)]
+            [
+                whole(*matrix),
+                held(matrix, 0, outputs.sizes, outputs.outer),
+                held(matrix, 1, features.sizes, features.outer),
+            ]
         )
     )
     bias = data.draw(st.sampled_from([whole(outputs.length), held((outputs.length,), 0, outputs.sizes, outputs.outer)]))
     check_threads(F.linear, x, weight, bias, workers=workers)
     table = (5, features.length)
     by_rows = held(table, 0, [5 - workers + 1, *[1] * (workers - 1)])
-    for weight in (whole(*table), held(table, 1, features.sizes, features.outer), by_rows, held(table, 0, [0, 5, 0][:workers])):
+    for weight in (
+        whole(*table),
+        held(table, 1, features.sizes, features.outer),
+        by_rows,
+        held(table, 0, [0, 5, 0][:workers]),
+    ):
         numbers = data.draw(slices(workers, ndim=2, kind="long"))
         for number in (numbers, whole(*numbers.shape, kind="long")):
             check_threads(lambda i, w: F.embedding(i, w, padding_idx=1), number, weight, workers=workers)
@@ -374,3 +407,22 @@ def test_the_same_on_real_ranks(ranks, workers):
 
     found = check(ranks, run, whole(2, 3, 4), held((6, 4), 0, sizes), held((3, 6), 1, sizes), workers=workers)
     assert found.cuts == (None, Slice(1, Cut(sizes)))
+
+
+def test_slopes_and_gates():
+    for slopes in (held((6,), 0, (2, 0, 4)), whole(6), whole(1)):
+        found = check_threads(F.prelu, cut((2, 6, 3), 1, (2, 0, 4)), slopes, workers=3)
+        assert found.cuts == (Slice(1, Cut((2, 0, 4))),)
+        check_threads(F.prelu, cut((3, 6, 3), 0, (2, 0, 1)), slopes, workers=3)
+    assert check_threads(F.glu, cut((3, 6), 1, (2, 1), 2)).cuts == (Slice(1, Cut((2, 1))),)
+    assert check_threads(lambda x: F.glu(x, 0), cut((4, 6), 1, (5, 1))).cuts == (Slice(1, Cut((5, 1))),)
+    assert check_threads(F.glu, cut((3, 6), 1, (5, 1))).cuts == (None,)
+
+
+def test_a_whole_that_was_gathered_without_gradient():
+    def run(x):
+        with torch.no_grad():
+            scale = torch.linalg.vector_norm(x)
+        return torch.linalg.vector_norm(x) / scale
+
+    check_threads(run, cut((4, 6), 1, (5, 1)))

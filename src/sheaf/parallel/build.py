@@ -106,6 +106,8 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
     }
     paused = parts.statistics.paused if parts.statistics is not None else nullcontext
     passing = Passing(blocks, stages.blocks, homes, post, plan.num_stages, blueprint.mode, splitting, paused)
+    if parts.statistics is not None:
+        parts.statistics.follow(passing.runs)
     ties = Ties(stages.tied, spread, portion, holding) if stages.tied else None
     return Step(plan, portion, Pipeline(parts, plan, passing, post), ties)
 

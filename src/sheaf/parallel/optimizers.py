@@ -22,7 +22,8 @@ def sliced_optimizer(portion: Portion, slices: Mapping[str, tuple[Tensor, Piece 
 
     Groups and their settings are decided on whole shapes (``p.ndim >= 2`` works); state that the constructor makes is
     sliced too, and every other tensor that it made is computed. ``slices`` maps parameter names to one-dimensional
-    tensors (or, without a piece, to what is held of the parameter whole); parameters it lacks are left out. Sound for elementwise optimizers only (``sheaf.task.probe.elementwise``).
+    tensors (or, without a piece, to what is held of the parameter whole); parameters it lacks are left out. Sound for
+    elementwise optimizers only (``sheaf.task.probe.elementwise``).
 
     Raises TaskError for an optimizer over tensors that are no parameters, and PlanError for one that keeps whole
     parameters, or tensors in objects of its own, where they cannot be exchanged.

@@ -15,69 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_iter, tree_map, tree_unflatten
+from torch.utils._pytree import tree_iter, tree_map
 
 from sheaf.errors import PlanError
+from sheaf.parallel.functions import ABOUT, DRAWS, FACTORIES, PICKS, READS, UNSHAPED, has_mask
 from sheaf.parallel.post import FORWARD, Post
 from sheaf.parallel.remote import Entry, Remote, version_of
+from sheaf.parallel.stand_ins import StandIns, blanks, cut_off, signature
 from sheaf.split.mode import Splitting
-from sheaf.split.registry import getter
 from sheaf.split.rules.elementwise import is_inplace
 from sheaf.split.tensor import Split
-
-_ABOUT = (
-    "shape dtype device layout ndim is_cuda is_cpu is_meta is_sparse is_quantized is_nested itemsize requires_grad "
-)
-_ABOUT += "is_leaf grad_fn is_mkldnn names"
-_SIZES = "size dim numel nelement ndimension is_floating_point is_complex element_size get_device stride is_contiguous"
-ABOUT = {getter(name) for name in _ABOUT.split() if hasattr(Tensor, name)}
-ABOUT |= {getattr(space, name) for name in _SIZES.split() for space in (Tensor, torch) if hasattr(space, name)}
-ABOUT |= {Tensor.__len__, Tensor.__hash__}
-READS = {
-    getattr(Tensor, name)
-    for name in [
-        "item",
-        "tolist",
-        "__bool__",
-        "__int__",
-        "__float__",
-        "__index__",
-        "__contains__",
-        "equal",
-        "allclose",
-        "is_nonzero",
-    ]
-} | {torch.equal, torch.allclose, torch.is_nonzero}
-UNSHAPED = {
-    getattr(space, name, None)
-    for name in ("nonzero", "masked_select", "unique", "argwhere", "unique_consecutive", "bincount")
-    for space in (torch, Tensor)
-}
-DRAWS = {
-    "dropout",
-    "dropout1d",
-    "dropout2d",
-    "dropout3d",
-    "alpha_dropout",
-    "feature_alpha_dropout",
-    "bernoulli",
-    "rand_like",
-    "randn_like",
-    "randint_like",
-    "multinomial",
-    "normal_",
-    "uniform_",
-    "bernoulli_",
-    "rrelu",
-    "dropout_",
-    "feature_dropout",
-    "gumbel_softmax",
-    "exponential_",
-    "random_",
-}
-
-
-_FACTORIES = {"rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal", "uniform_", "random_"}
 
 
 class Finished(BaseException):
@@ -85,7 +32,7 @@ class Finished(BaseException):
 
 
 class Kept:
-    """What a microbatch's forward leaves for its backward: what went to later stages and what came from earlier ones."""
+    """What a microbatch's forward leaves for its backward: what went to later stages, and what came from earlier."""
 
     def __init__(self) -> None:
         self.sent: dict[int, list[Tensor]] = {}
@@ -113,11 +60,9 @@ class Passing(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.where, self.homes, self.post, self.num_stages = dict(where), dict(homes), post, num_stages
-        self._splitting, self._paused = splitting, paused
-        fakes.allow_non_fake_inputs = True  # buffers are real in every stage
-        self._fakes = fakes
+        self._splitting = splitting
+        self._stand_ins = StandIns(fakes, paused)
         self.checking = True
-        self._outputs: dict[Any, tuple[list[Any], Any]] = {}
         self._tails: dict[Any, int | None] = {}
         self._wrapped: list[tuple[nn.Module, Any]] = []
         self.stage, self._inside, self._count, self._last = -1, 0, 0, 0
@@ -134,7 +79,7 @@ class Passing(TorchFunctionMode):
     def begin(self, stage: int, batch: Any) -> None:
         """A microbatch's forward as this stage begins."""
         self.stage, self._inside, self._count, self._last, self._reads = stage, 0, 0, 0, False
-        self._signature = (stage, _signature(batch))
+        self._signature = (stage, signature(batch))
         self._entries.clear()
         self._come.clear()
         self._gone.clear()
@@ -148,6 +93,12 @@ class Passing(TorchFunctionMode):
         self._entries.clear()
         self._come.clear()
         self.stage = -1
+
+    def runs(self, module: str) -> bool:
+        """Whether a module is in a block of the stage under way."""
+        parts = module.split(".")
+        names = ["", *(".".join(parts[: count + 1]) for count in range(len(parts)))]
+        return any(self.where.get(name) == self.stage for name in names)
 
     def close(self) -> None:
         """Give the blocks their own forward back."""
@@ -170,7 +121,7 @@ class Passing(TorchFunctionMode):
         last = self.num_stages - 1
         if entry is None:
             return tensor if self.stage == last else None
-        self._event(entry.stage == self.stage or self.stage == last)
+        self._event(self.stage in (entry.stage, last))
         if entry.stage == self.stage and self.stage != last:
             self._send(entry, last)
         return self._real(entry) if self.stage == last else None
@@ -183,7 +134,7 @@ class Passing(TorchFunctionMode):
             return func(*args, **kwargs)
         entries = [entry for leaf in _tensors((args, kwargs)) if (entry := self._entry(leaf)) is not None]
         if not entries:
-            if func in READS or getattr(func, "__name__", "") in _FACTORIES:
+            if func in READS or getattr(func, "__name__", "") in FACTORIES:
                 self._reads = True  # the next microbatch may take another path
             return func(*args, **kwargs)
         if func in ABOUT:
@@ -201,7 +152,7 @@ class Passing(TorchFunctionMode):
         stage = max(entry.stage for entry in entries)
         if func in READS:
             return self._read(lambda: func(*self._all_real(args), **self._all_real(kwargs)), stage)
-        if func in UNSHAPED or (func is Tensor.__getitem__ and _has_mask(args[1])):
+        if func in UNSHAPED or (func in PICKS and has_mask(args[1])):
             return self._unshaped(func, args, kwargs, entries, stage)
         self._event(stage == self.stage or any(entry.stage == self.stage for entry in entries))
         if stage == self.stage:
@@ -242,14 +193,10 @@ class Passing(TorchFunctionMode):
 
     def _elsewhere(self, func: Callable[..., Any], args: Any, kwargs: Any, stage: int) -> Any:
         if getattr(func, "__name__", "") in DRAWS:  # the generator must move as in the stage that draws
-            blank = tree_map(
-                lambda leaf: torch.empty(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, Tensor) else leaf,
-                (args, kwargs),
-            )
-            func(*blank[0], **blank[1])
-        with self._fakes:
-            fakes = self._all_fake((args, kwargs))
-            result = func(*fakes[0], **fakes[1])
+            given = blanks((args, kwargs))
+            func(*given[0], **given[1])
+        fakes = self._all_fake((args, kwargs))
+        result = self._stand_ins.function(func, *fakes)
         name = f"{self._count}"
         first = args[0] if args else None
         if is_inplace(func) and isinstance(first, Tensor):
@@ -272,7 +219,12 @@ class Passing(TorchFunctionMode):
     def _read(self, value: Callable[[], Any], stage: int) -> Any:
         """A value that Python asks for: the stage that has it tells all others."""
         self._reads = True
-        self._event(True)
+        self._event(concerns=True)
+        if stage > self.stage and self.post.is_here(stage):
+            raise PlanError(
+                f"the forward reads a value that stage {stage} computes before this worker gets to that stage: use a "
+                "schedule in which each worker has one stage, such as pp=2:1f1b"
+            )
         if stage == self.stage:
             found = value()
             for other in range(self.num_stages):
@@ -285,6 +237,17 @@ class Passing(TorchFunctionMode):
         """A result whose shape depends on values."""
         if stage > self.stage:
             self._send_all(entries, stage)
+        if stage != self.stage and not any(self._entry(leaf) for leaf in _tensors((args[1:], kwargs))):
+            # what picks the elements is known here, so that the shape is too
+            self._event(any(entry.stage == self.stage for entry in entries))
+            blank = torch.zeros((), dtype=args[0].dtype).expand(tuple(args[0].shape))
+            shape = list(func(blank, *args[1:], **kwargs).shape)
+            grad = bool(self._all_fake(args[0]).requires_grad)
+            fake = self._stand_ins.of(shape, str(args[0].dtype).removeprefix("torch."), requires_grad=grad)
+            return self._remotes(fake, stage, f"{self._count}")
+        if not any(self._entry(leaf) for leaf in _tensors((args[1:], kwargs))) and func in PICKS:
+            self._event(concerns=True)
+            return self._own(func, args, kwargs)
         made: list[Any] = []
 
         def shapes() -> Any:
@@ -297,10 +260,7 @@ class Passing(TorchFunctionMode):
         told = self._read(shapes, stage)
         if made:
             return made[0]
-        with self._fakes:
-            fakes = [
-                torch.empty(shape, dtype=getattr(torch, dtype)).requires_grad_(grad) for shape, dtype, grad in told
-            ]
+        fakes = [self._stand_ins.of(size, kind, requires_grad=grad) for size, kind, grad in told]
         return self._remotes(fakes[0] if len(fakes) == 1 else tuple(fakes), stage, f"{self._count}")
 
     # Blocks ---------------------------------------------------------------------------------------------------------
@@ -314,20 +274,20 @@ class Passing(TorchFunctionMode):
                 return forward(*args, **kwargs)
             self._inside += 1  # what is done here is no event
             try:
-                return self._block(name, forward, args, kwargs)
+                return self._block(name, block, forward, args, kwargs)
             finally:
                 self._inside -= 1
 
         block.forward = staged
 
-    def _block(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _block(self, name: str, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         stage = self.where[name]
         entries = [entry for leaf in _tensors((args, kwargs)) if (entry := self._entry(leaf)) is not None]
         late = max((entry.stage for entry in entries), default=0)
         if late > stage:
             raise PlanError(
-                f"{name or 'the model'} is of pipeline stage {stage} and is given what stage {late} computed: blocks that "
-                "run again after later ones must be in one stage with them, with stages=... or a smaller pp"
+                f"{name or 'the model'} is of pipeline stage {stage} and is given what stage {late} computed: blocks "
+                "that run again after later ones must be in one stage with them, with stages=... or a smaller pp"
             )
         self._event(stage == self.stage or any(entry.stage == self.stage for entry in entries))
         label = f"{self._count} {name}"
@@ -336,22 +296,9 @@ class Passing(TorchFunctionMode):
             return self._locate(forward(*real_args, **real_kwargs), label)
         if stage > self.stage:
             self._send_all(entries, stage)
-        return self._stand_in(name, forward, args, kwargs, stage, label)
-
-    def _stand_in(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any, stage: int, label: str) -> Any:
-        key = (name, torch.is_grad_enabled(), _signature((args, kwargs)))
-        known = self._outputs.get(key)
-        if known is None:
-            with self._paused(), self._fakes:
-                fakes = self._all_fake((args, kwargs))
-                output = forward(*fakes[0], **fakes[1])
-            leaves, spec = tree_flatten(output)
-            leaves = [_cut_off(leaf) for leaf in leaves]
-            known = (leaves, spec)
-            if all(isinstance(leaf, Tensor | int | float | str | bool | None) for leaf in leaves):
-                self._outputs[key] = known
-        leaves, spec = known
-        return self._remotes(tree_unflatten(leaves, spec), stage, label)
+        fakes = self._all_fake((args, kwargs))
+        output = self._stand_ins.block(name, block, forward, *fakes)
+        return self._remotes(output, stage, label)
 
     # Tensors --------------------------------------------------------------------------------------------------------
 
@@ -366,7 +313,7 @@ class Passing(TorchFunctionMode):
             return None
         name, stage = home
         here = stage == self.stage
-        fake = None if here else self._fake_of(value)
+        fake = None if here else self._stand_ins.like(value)
         entry = Entry(stage, f"parameter {name}", value if here else None, fake, value._version if here else 0)
         if not here and fake is not None:
             entry.version = fake._version
@@ -386,7 +333,7 @@ class Passing(TorchFunctionMode):
             if not isinstance(leaf, Tensor):
                 return leaf
             place += 1
-            fake = _cut_off(leaf)
+            fake = cut_off(leaf)
             return Remote(Entry(stage, f"{name}.{place}", fake=fake, version=fake._version))
 
         return tree_map(remote, output)
@@ -406,15 +353,9 @@ class Passing(TorchFunctionMode):
             if not isinstance(leaf, Tensor):
                 return leaf
             entry = self._entry(leaf)
-            return entry.fake if entry is not None and entry.fake is not None else self._fake_of(leaf)
+            return entry.fake if entry is not None and entry.fake is not None else self._stand_ins.like(leaf)
 
         return tree_map(fake, value)
-
-    def _fake_of(self, tensor: Tensor) -> Tensor:
-        shown = tensor.local if isinstance(tensor, Split) else tensor
-        with self._fakes:
-            made = torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=shown.device)
-            return made.requires_grad_(shown.requires_grad)
 
     def _real(self, entry: Entry) -> Tensor:
         if entry.real is None:
@@ -467,31 +408,3 @@ class Passing(TorchFunctionMode):
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_iter(value) if isinstance(leaf, Tensor))
-
-
-def _cut_off(leaf: Any) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return leaf.detach().requires_grad_(leaf.requires_grad)
-
-
-def _has_mask(index: Any) -> bool:
-    keys = index if isinstance(index, tuple) else (index,)
-    return any(isinstance(key, Tensor) and key.dtype in (torch.bool, torch.uint8) for key in keys)
-
-
-def _signature(value: Any) -> Any:
-    """What a block's output shapes depend on."""
-    leaves, spec = tree_flatten(value)
-    return str(spec), tuple(
-        (
-            tuple(leaf.shape),
-            leaf.dtype,
-            leaf.entry.fake.requires_grad
-            if isinstance(leaf, Remote) and leaf.entry.fake is not None
-            else leaf.requires_grad,
-        )
-        if isinstance(leaf, Tensor)
-        else (leaf if isinstance(leaf, int | float | str | bool | None) else type(leaf).__qualname__)
-        for leaf in leaves
-    )

@@ -1,4 +1,4 @@
-"""Point to point between the stages of a pipeline: tensors, flags and small values, each kind in the order it is sent."""
+"""Point to point between pipeline stages: tensors, flags and small values, each kind in the order it is sent."""
 
 import json
 import time
@@ -65,6 +65,10 @@ class Post:
         size = self.receive(torch.zeros(1, dtype=torch.int64), origin, target, SIZES)
         content = self.receive(torch.empty(int(size), dtype=torch.uint8), origin, target, READ)
         return json.loads(content.numpy().tobytes())
+
+    def is_here(self, stage: int) -> bool:
+        """Whether this worker has a stage."""
+        return self._rank(stage) == self._world.rank
 
     def settle(self) -> None:
         """Wait until everything has arrived."""

@@ -7,7 +7,7 @@ forward leaves behind cannot be merged or computed twice, and is refused by name
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeGuard
 
@@ -23,9 +23,12 @@ _OWN_FORWARD = nn.modules.batchnorm._BatchNorm.forward
 
 
 class _Phase:
-    """Whether a microbatch is running, so that layers called between steps work on their running statistics."""
+    """Whether a microbatch is running, so that layers called between steps work on their running statistics; and
+    which modules run here, where other stages' are stood in for.
+    """
 
     active = False
+    runs: Callable[[str], bool] | None = None
 
 
 class _Layer:
@@ -45,8 +48,8 @@ class _Layer:
     def begin(self) -> None:
         """A microbatch begins; a NaN of the last one would survive momentum 1, as 0 * NaN is NaN."""
         self.trained = self.read = 0
-        for scratch in self.scratch.values():
-            scratch.zero_()
+        # new ones: autograd keeps those of a microbatch whose backward is still to come
+        self.scratch = {key: torch.zeros_like(scratch) for key, scratch in self.scratch.items()}
 
     def update(self, statistics: Tensor) -> None:
         """Apply rows of (mean, variance, calls in training, calls in eval mode), in order, to the running statistics.
@@ -82,7 +85,7 @@ class _Layer:
 
     def _set_aside(self, module: nn.Module, _arguments: Any) -> None:
         """The layer is called: momentum 1 makes the scratch buffers hold the batch's own statistics."""
-        if not self._phase.active:
+        if not self._phase.active or (self._phase.runs is not None and not self._phase.runs(self.name)):
             return
         again = running_again()
         if not (module.training and self.module.track_running_stats):
@@ -131,6 +134,10 @@ class BatchStatistics:
         self._traces = Traces(model)
         self._found: dict[int, Tensor] = {}
         self._steps = 0
+
+    def follow(self, runs: Callable[[str], bool]) -> None:
+        """Look only at modules that ``runs`` says run here."""
+        self._phase.runs = runs
 
     def begin_step(self) -> None:
         """Forget the last step's microbatches."""
@@ -184,7 +191,9 @@ class BatchStatistics:
             moments = [layer.scratch[key].reshape(-1) for layer in self._layers for key in _KEPT[:2]]
             found = torch.cat(moments).to("cpu", torch.float64).split([2 * layer.size for layer in self._layers])
             calls = [torch.tensor([layer.trained, layer.read], dtype=torch.float64) for layer in self._layers]
-            self._found[index] = torch.cat([part for pair in zip(found, calls, strict=True) for part in pair])
+            row = torch.cat([part for pair in zip(found, calls, strict=True) for part in pair])
+            # a pipeline comes by once for each of a worker's stages, and each has layers of its own
+            self._found[index] = self._found[index] + row if index in self._found else row
 
     def apply(self, microbatches: int) -> None:
         """Update the running statistics by every worker's microbatches, in order (collective)."""

@@ -18,7 +18,7 @@ class Ties:
         self.names, self._spread, self._portion, self._holding = tuple(names), spread, portion, holding
 
     def meet(self, used: set[str]) -> None:
-        """Make the gradient of each shared parameter that was used the sum over the stages that hold it (collective)."""
+        """Make the gradient of each shared parameter that was used the sum over the stages (collective)."""
         for name in self.names:
             if name not in used:
                 continue

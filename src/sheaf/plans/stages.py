@@ -9,7 +9,17 @@ from sheaf.graph.facts import GLUE, LOSS, BlockFact, ModelFacts
 from sheaf.plans.plan import Plan
 
 OPERATIONS_PER_BYTE = 10.0  # what a common device computes while it moves a byte of memory
+MICROBATCHES_PER_WORKER = 4  # of a pipeline, where nobody says: fewer leave it mostly idle
 ROUNDING = 1 + 1e-12  # sums of the same costs in another order differ by less
+
+
+def default_microbatch(plan: Plan, batch: int) -> int:
+    """Samples per microbatch where neither task nor plan says: one per replica, and as many as fill a pipeline.
+
+    >>> default_microbatch(Plan.parse("dp=2,tp=2"), 64), default_microbatch(Plan.parse("dp=2,pp=2"), 64)
+    (32, 4)
+    """
+    return -(-batch // (plan.dp * (MICROBATCHES_PER_WORKER * plan.pp if plan.pp > 1 else 1)))
 
 
 def placed(facts: ModelFacts) -> tuple[BlockFact, ...]:

@@ -6,7 +6,7 @@ from sheaf.cost.placement import seats
 from sheaf.cost.price import Price
 from sheaf.graph.facts import ModelFacts
 from sheaf.plans import Plan
-from sheaf.plans.stages import placed
+from sheaf.plans.stages import default_microbatch, placed
 from sheaf.search.ranking import Refusal
 from sheaf.search.words import largest_memory
 from sheaf.units import pretty_bytes
@@ -20,7 +20,7 @@ def broken(
     """Every rule the plan breaks, memory apart; ``microbatch`` is the task's own, None where it leaves it open."""
     found: list[Refusal] = []
     text = str(plan)
-    size = microbatch or plan.microbatch or -(-batch // plan.workers)
+    size = microbatch or plan.microbatch or default_microbatch(plan, batch)
     if plan.workers > workers:
         found.append(
             Refusal(text, f"needs {plan.workers} workers, there are {workers}", f"dp={workers}, or give more workers")

@@ -12,7 +12,7 @@ from sheaf.graph.facts import GLUE, LOSS, ModelFacts, Profile
 from sheaf.plans import Plan
 from sheaf.plans.plan import EQUAL
 from sheaf.plans.split import SplitFacts
-from sheaf.plans.stages import placed
+from sheaf.plans.stages import default_microbatch, placed
 from sheaf.search import rules, space, words
 from sheaf.search.measured import Profiles, facts_for, profile_for
 from sheaf.search.ranking import Entry, Ranking, Refusal
@@ -46,7 +46,7 @@ class Question:
 
     def size(self, plan: Plan) -> int:
         """Samples per microbatch under a plan."""
-        return self.microbatch or plan.microbatch or -(-self.batch // plan.workers)
+        return self.microbatch or plan.microbatch or default_microbatch(plan, self.batch)
 
     @property
     def recomputable(self) -> bool:

@@ -31,14 +31,23 @@ class Splitting(TorchFunctionMode):
     def __init__(self, team: Team, parameters: Mapping[int, tuple[str, Slice]], *, sequence: bool = False) -> None:
         super().__init__()
         self.team, self.sequence = team, sequence
+        self._depth = 0
         self._parameters = dict(parameters)
         self._held: dict[int, tuple[Tensor, Split]] = {}
         self._entered: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
 
-    def __exit__(self, *raised: Any) -> None:
+    def __enter__(self) -> "Splitting":  # noqa: PYI034 - Self is no runtime type
+        """A forward begins, or goes on inside a rule."""
+        self._depth += 1
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
         """Forward ends: forget what it moved."""
-        self._entered.clear()
-        self._held.clear()
+        self._depth -= 1
+        if not self._depth:
+            self._entered.clear()
+            self._held.clear()
         super().__exit__(*raised)
 
     def __torch_function__(
@@ -108,7 +117,7 @@ class Splitting(TorchFunctionMode):
 
     def part(self, tensor: Tensor, dim: int, cut: Cut, why: str) -> Tensor:
         """This worker's slice of a whole tensor: a slice that is held anyway, or one that is cut off."""
-        proposed = self.propose(tensor, dim, cut)
+        proposed = self._seen(tensor) if id(tensor) in self._parameters else self.propose(tensor, dim, cut)
         if proposed is not None:
             tensor = proposed
         if isinstance(tensor, Split):
@@ -150,7 +159,9 @@ class Splitting(TorchFunctionMode):
         local = tensor.local if isinstance(tensor, Split) else tensor
         place = id(tensor) if place is None else place
         kept = self._entered.get(place)
-        if kept is not None and kept[0]() is tensor and kept[1] == local._version:
+        needs_history = local.requires_grad and torch.is_grad_enabled()  # one that was made under no_grad has none
+        is_same = kept is not None and kept[0]() is tensor and kept[1] == local._version
+        if kept is not None and is_same and (kept[2].requires_grad or not needs_history):
             return kept[2]
         made = make()
         self._entered[place] = (weakref.ref(tensor), local._version, made)

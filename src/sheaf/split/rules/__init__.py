@@ -1,6 +1,7 @@
 """How torch's functions work on slices; importing this room gives every rule to the registry."""
 
 from sheaf.split.rules import (
+    about as about,
     attention as attention,
     convolution as convolution,
     elementwise as elementwise,

@@ -29,7 +29,7 @@ def attention(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kw
 
     What is dropped out is what the whole would drop where torch draws it in the open, which it does on a CPU only.
     """
-    given = dict.fromkeys(_NAMES) | dict(zip(_NAMES, args, strict=False)) | kwargs
+    given: dict[str, Any] = dict.fromkeys(_NAMES) | dict(zip(_NAMES, args, strict=False)) | kwargs
     query, key, value = given["query"], given["key"], given["value"]
     mask, causal, scale = given["attn_mask"], bool(given["is_causal"]), given["scale"]
     dropped = given["dropout_p"] or 0.0
@@ -54,7 +54,7 @@ def attention(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kw
             own_key, own_value = (one.repeat_interleave(groups, _HEADS) for one in (own_key, own_value))
         made = _in_the_open(mode, own_query, own_key, own_value, own_mask, causal, scale, dropped, back, cut)
     else:
-        named = {"attn_mask": own_mask, "is_causal": causal, "scale": scale, "enable_gqa": groups > 1}
+        named: dict[str, Any] = {"attn_mask": own_mask, "is_causal": causal, "scale": scale, "enable_gqa": groups > 1}
         made = F.scaled_dot_product_attention(own_query, own_key, own_value, **named)
     if isinstance(query, Split) and query.cut == cut:
         return query.like(made, dim=made.ndim + back)
@@ -121,6 +121,7 @@ def _in_the_open(
 # torch.nn.MultiheadAttention ----------------------------------------------------------------------------------------
 
 _PARAMETERS = inspect.signature(F.multi_head_attention_forward)
+_SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 @rule(F.multi_head_attention_forward)
@@ -175,17 +176,18 @@ def _usual(given: dict[str, Any]) -> bool:
 
 
 def _heads_cut(mode: Any, given: dict[str, Any], features: int) -> Cut | None:
-    """How many heads each worker has, if one of the projections in is cut by heads, or may be."""
-    separate = [given["q_proj_weight"], given["k_proj_weight"], given["v_proj_weight"]]
-    weights, outer = (separate, 1) if given["use_separate_proj_weight"] else ([given["in_proj_weight"]], 3)
+    """How many heads each worker has, if one of the projections in is cut by heads, or may be, and is from here on."""
+    names, outer = (_SEPARATE, 1) if given["use_separate_proj_weight"] else (("in_proj_weight",), 3)
     even = Cut.even(outer * features * given["num_heads"], mode.team.workers, outer=outer, unit=features)
-    for weight in weights:
-        split = weight
-        if not isinstance(weight, Split) and given["num_heads"] > 1:
-            split = mode.propose(weight, 0, even)
-        if isinstance(split, Split) and split.axis == 0 and split.cut.outer == outer:
-            if all(size % features == 0 for size in split.cut.sizes):
-                return Cut(tuple(size // features for size in split.cut.sizes))
+    for name in names:
+        split = given[name]
+        if not isinstance(split, Split) and given["num_heads"] > 1:
+            split = mode.propose(split, 0, even)
+        if not isinstance(split, Split) or split.axis != 0 or split.cut.outer != outer:
+            continue
+        given[name] = split
+        if all(size % features == 0 for size in split.cut.sizes):
+            return Cut(tuple(size // features for size in split.cut.sizes))
     return None
 
 
@@ -199,8 +201,7 @@ def _projected(mode: Any, given: dict[str, Any], cut: Cut, features: int) -> lis
     if bias is not None:
         bias = mode.part(bias, 0, Cut(sizes, 3), "attention")
     if given["use_separate_proj_weight"]:
-        names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-        weights = [mode.part(given[name], 0, Cut(sizes), "attention") for name in names]
+        weights = [mode.part(given[name], 0, Cut(sizes), "attention") for name in _SEPARATE]
         biases = [None] * 3 if bias is None else bias.split(width) if width else [bias] * 3
         flat = [F.linear(*three) for three in zip(whole, weights, biases, strict=True)]
     else:

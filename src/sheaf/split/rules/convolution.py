@@ -78,29 +78,29 @@ def convolution(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], 
 
 
 def _way(mode: Any, tensor: Tensor, weight: Tensor, shape: _Shape) -> _Way | None:
-    cut_input = isinstance(tensor, Split) and tensor.axis == shape.channel
-    if not isinstance(weight, Split):
-        if cut_input:
-            return _after_input(mode, tensor, weight, shape)
-        weight = _proposed(mode, weight, shape)
-        if weight is None:
-            return None
-    if weight.axis > 1:
-        return None
-    per_group = weight.shape[0] // shape.groups
-    if weight.axis == 0 and shape.groups > 1 and not any(size % per_group for size in weight.cut.sizes):
-        shares = tuple(size // per_group for size in weight.cut.sizes)
-        way = _between_groups(weight, per_group, shares, weight.cut.outer, shape)
-        if cut_input and tensor.cut == way.channels:  # what comes later asks the one that came first
-            return _between_groups(tensor, shape.inputs, shares, weight.cut.outer, shape)
+    cut_input = tensor if isinstance(tensor, Split) and tensor.axis == shape.channel else None
+    if cut_input is not None and not isinstance(weight, Split):
+        return _after_input(mode, cut_input, shape)
+    held = weight if isinstance(weight, Split) else _proposed(mode, weight, shape)
+    return None if held is None or held.axis > 1 else _after_weight(mode, cut_input, held, shape)
+
+
+def _after_weight(mode: Any, tensor: Split | None, weight: Split, shape: _Shape) -> _Way | None:
+    """By the cut of the weight: whole groups, or its outputs or inputs within every group alike."""
+    cut, per_group = weight.cut, weight.shape[0] // shape.groups
+    if weight.axis == 0 and shape.groups > 1 and not any(size % per_group for size in cut.sizes):
+        shares = tuple(size // per_group for size in cut.sizes)
+        way = _between_groups(weight, per_group, shares, cut.outer, shape)
+        if tensor is not None and tensor.cut == way.channels:  # what comes later asks the one that came first
+            return _between_groups(tensor, shape.inputs, shares, cut.outer, shape)
         return way
-    if weight.axis == 0 and weight.cut.outer % shape.groups:
+    if weight.axis == 0 and cut.outer % shape.groups:
         _ask(mode, weight, per_group)
         return None
-    channels = weight.cut if weight.axis == 0 else Cut(weight.cut.sizes, weight.cut.outer * shape.groups)
+    channels = cut if weight.axis == 0 else Cut(cut.sizes, cut.outer * shape.groups)
     is_columns = weight.axis == (1 if shape.transposed else 0)
-    cuts = (None, channels) if is_columns else (channels, None)
-    return _Way(weight, weight.axis, weight.cut, *cuts, weight.scale, (shape.groups,) * len(channels.sizes))
+    inputs, outputs = (None, channels) if is_columns else (channels, None)
+    return _Way(weight, weight.axis, cut, inputs, outputs, weight.scale, (shape.groups,) * len(cut.sizes))
 
 
 def _proposed(mode: Any, weight: Tensor, shape: _Shape) -> Split | None:
@@ -113,7 +113,7 @@ def _proposed(mode: Any, weight: Tensor, shape: _Shape) -> Split | None:
     return mode.propose(weight, 0, Cut.even(weight.shape[0], mode.team.workers, unit=per_group))
 
 
-def _after_input(mode: Any, tensor: Split, weight: Tensor, shape: _Shape) -> _Way | None:
+def _after_input(mode: Any, tensor: Split, shape: _Shape) -> _Way | None:
     """By the cut of the input channels: whole groups, or within every group alike."""
     cut, groups = tensor.cut, shape.groups
     if groups > 1 and not any(size % shape.inputs for size in cut.sizes):

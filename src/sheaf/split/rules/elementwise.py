@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sheaf.plans.split import Cut
-from sheaf.split.registry import FALLBACK, rule
 from sheaf.split.moves import sliced
+from sheaf.split.registry import FALLBACK, rule
 from sheaf.split.tensor import Split
 
 _NAMES = """
@@ -36,18 +36,18 @@ _KNOWN = [
 def is_inplace(function: Callable[..., Any]) -> bool:
     """Whether a function changes its first argument, by its name."""
     name = function.__name__
-    return name.startswith("__i") and name != "__invert__" or (name.endswith("_") and not name.endswith("__"))
+    return (name.startswith("__i") and name != "__invert__") or (name.endswith("_") and not name.endswith("__"))
 
 
 @rule(*_KNOWN)
 def elementwise(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Every tensor is brought to the slice of the first split one; broadcast ones are whole."""
-    if kwargs.get("out") is not None:
+    if kwargs.get("out") is not None or (function is torch.where and len(args) + len(kwargs) == 1):
         return FALLBACK
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     chosen = leader(mode, tensors)
     if chosen is None:
-        return function(*args, **kwargs)
+        return mode.fallback(function, args, kwargs)
     if is_inplace(function) and not isinstance(args[0], Split):
         return FALLBACK
     ndim = max(tensor.ndim for tensor in tensors)
@@ -62,6 +62,8 @@ def elementwise(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], 
         return bring_along(mode, value, back, chosen.cut, why) if isinstance(value, Tensor) else value
 
     result = function(*(bring(value) for value in args), **{key: bring(value) for key, value in kwargs.items()})
+    if not isinstance(result, Tensor):  # compared with None
+        return result
     if is_inplace(function):
         return args[0]
     inplace = kwargs.get("inplace", False) or (result is chosen.local)
@@ -71,8 +73,8 @@ def elementwise(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], 
 
 
 def leader(mode: Any, tensors: list[Tensor]) -> Split | None:
-    """The slice that the others follow; None without any. A cut of one element cannot lead, since it broadcasts."""
-    splits = [tensor for tensor in tensors if isinstance(tensor, Split) and tensor.cut.length > 1]
+    """The slice that the others follow; None without any. One that is broadcast along its cut cannot lead."""
+    splits = [tensor for tensor in tensors if isinstance(tensor, Split) and not _is_broadcast(tensor, tensors)]
     if not splits:
         return None
     first = splits[0]
@@ -80,6 +82,11 @@ def leader(mode: Any, tensors: list[Tensor]) -> Split | None:
         if (other.axis - other.ndim) == (first.axis - first.ndim) and other.cut != first.cut:
             ask_alike(mode, first, other)
     return first
+
+
+def _is_broadcast(split: Split, tensors: list[Tensor]) -> bool:
+    back = split.axis - split.ndim
+    return split.cut.length == 1 and any(tensor.ndim >= -back and tensor.shape[back] != 1 for tensor in tensors)
 
 
 def ask_alike(mode: Any, one: Split, other: Split) -> None:
@@ -104,6 +111,19 @@ def bring_along(mode: Any, tensor: Tensor, back: int, cut: Cut, why: str) -> Ten
     if tensor.ndim < -back or tensor.shape[back] == 1:
         return mode.enter(tensor, why)
     return mode.part(tensor, tensor.ndim + back, cut, why)
+
+
+@rule("prelu")
+def prelu(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One slope for all, or one for each channel, in dimension 1."""
+    given = dict(zip(("input", "weight"), args, strict=False)) | kwargs
+    split, slopes = given["input"], given["weight"]
+    if not isinstance(split, Split):
+        return FALLBACK
+    if split.axis != 1 or slopes.numel() == 1:
+        return split.like(function(split.local, mode.enter(slopes, "prelu")))
+    own = mode.part(slopes, 0, split.cut, "prelu").reshape(-1, *[1] * (split.ndim - 2))
+    return split.like(torch.where(split.local >= 0, split.local, own * split.local))
 
 
 @rule("to", "type_as", "type")

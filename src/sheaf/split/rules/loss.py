@@ -222,7 +222,7 @@ def _class_dim(logits: Tensor) -> int:
 
 
 def _places(mode: Any, logits: Split, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each target: its index in this worker's slice, whether it has one there, and the target where valid, else 0."""
+    """Of each target: its index in this worker's slice, whether it has one, and the target where valid, else 0."""
     cut, size = logits.cut, logits.cut.sizes[mode.team.rank]
     target = target.long().masked_fill(~valid, 0)
     known = ((target >= 0) & (target < cut.length)).all()
@@ -277,14 +277,12 @@ def each_element(mode: Any, function: Callable[..., Any], args: tuple[Any, ...],
     """What each element loses, then reduced."""
     given = _bound(function, args, kwargs)
     reduction, weight = given.pop("reduction"), given.get("weight")
-    if given.pop("size_average", None) is not None or given.pop("reduce", None) is not None:
-        return FALLBACK
-    if leader(mode, [value for value in given.values() if isinstance(value, Tensor)]) is None:
+    old = given.pop("size_average", None) is not None or given.pop("reduce", None) is not None
+    known = reduction in ("none", "mean", "sum") or (function is F.kl_div and reduction == "batchmean")
+    if old or not known or leader(mode, [value for value in given.values() if isinstance(value, Tensor)]) is None:
         return FALLBACK
     if isinstance(given.get("var"), Tensor) and given["var"].shape == given["input"].shape[:-1] != given["input"].shape:
         given["var"] = mode.whole(given["var"], function.__name__).unsqueeze(-1)
-    if reduction not in ("none", "mean", "sum") and (function is not F.kl_div or reduction != "batchmean"):
-        return FALLBACK  # which raises torch's own error
     each = elementwise(mode, function, (), {**given, "reduction": "none"})
     if reduction == "none":
         return each

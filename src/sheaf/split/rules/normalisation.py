@@ -65,14 +65,15 @@ def over_groups(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], 
         return FALLBACK
     scaled = [given.get("weight"), given.get("bias")]
     if split.axis == 0:
-        return split.like(F.group_norm(split.local, groups, *_entered(mode, scaled, "group_norm"), eps))
+        weight, bias = _entered(mode, scaled, "group_norm")
+        return split.like(F.group_norm(split.local, groups, weight, bias, eps))
     unit = split.shape[1] // groups
     if any(size % unit for size in split.cut.sizes):
         if split.cut.run % unit == 0:
             mode.refine(split, 1, unit)
         return FALLBACK
-    local, parts = _filled(mode, split, scaled, "group_norm", unit)
-    made = F.group_norm(local, local.shape[1] // unit, *parts, eps)
+    local, (weight, bias) = _filled(mode, split, scaled, "group_norm", unit)
+    made = F.group_norm(local, local.shape[1] // unit, weight, bias, eps)
     return split.like(made if split.local.shape[1] else made.narrow(1, 0, 0))
 
 

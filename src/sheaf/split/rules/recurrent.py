@@ -28,7 +28,8 @@ def recurrent(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kw
     if kwargs or len(args) != 9 or not isinstance(args[3], bool):
         return FALLBACK
     kind = function.__name__
-    data, state, weights, biased, layers, dropped, training, both_ways, batch_first = args
+    data, state, _, biased, layers, dropped, training, both_ways, batch_first = args
+    weights: list[Tensor] = list(args[2])
     ways, each = 1 + both_ways, 4 if biased else 2
     if len(weights) != layers * ways * each:
         return FALLBACK
@@ -66,14 +67,15 @@ def recurrent(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kw
 @rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 def cell(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One step of one layer; the new state is cut along its features."""
-    given = dict(zip(("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh"), args, strict=False)) | kwargs
+    given: dict[str, Any] = dict(zip(("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh"), args, strict=False)) | kwargs
     kind = function.__name__.removesuffix("_cell")
-    weights = [given["w_ih"], given["w_hh"], given.get("b_ih"), given.get("b_hh")]
-    cut = _hidden_cut(mode, kind, weights[:2]) if (weights[2] is None) == (weights[3] is None) else None
+    weights: list[Tensor] = [given["w_ih"], given["w_hh"]]
+    weights += [given[name] for name in ("b_ih", "b_hh") if given.get(name) is not None]
+    cut = _hidden_cut(mode, kind, weights) if len(weights) != 3 else None
     if cut is None:
         return FALLBACK
     hidden, memory = given["hx"] if kind == "lstm" else (given["hx"], None)
-    parts = _parts(mode, kind, weights if weights[2] is not None else weights[:2], cut)
+    parts = _parts(mode, kind, weights, cut)
     flow = F.linear(mode.enter(given["input"], kind), parts[0], parts[2])
     whole = mode.enter(hidden, kind)
     if isinstance(hidden, Split) and (hidden.axis, hidden.cut) == (1, cut):
@@ -86,14 +88,17 @@ def cell(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs:
     return made if memory is None else (made, Split(memory, 1, cut))
 
 
-def _hidden_cut(mode: Any, kind: str, weights: Sequence[Tensor]) -> Cut | None:
-    """How many hidden units each worker has, if one of the weights is cut by them, or may be."""
+def _hidden_cut(mode: Any, kind: str, weights: list[Tensor]) -> Cut | None:
+    """How many hidden units each worker has, if a weight is cut by them, or the second may be, and is from here on."""
     gates, length = _GATES[kind], weights[0].shape[0]
     for weight in weights:
         if isinstance(weight, Split) and (weight.axis, weight.shape[0], weight.cut.outer) == (0, length, gates):
             return Cut(weight.cut.sizes)
     offered = mode.propose(weights[1], 0, Cut.even(length, mode.team.workers, outer=gates))
-    return None if offered is None else Cut(offered.cut.sizes)
+    if offered is None:
+        return None
+    weights[1] = offered
+    return Cut(offered.cut.sizes)
 
 
 def _parts(mode: Any, kind: str, weights: Sequence[Tensor], cut: Cut) -> tuple[Tensor, Tensor, Any, Any]:
@@ -128,9 +133,7 @@ def _run(
     return torch.stack(found[::-1] if backwards else found), (own, memory)
 
 
-def _step(
-    kind: str, flow: Tensor, back: Tensor, hidden: Tensor, memory: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def _step(kind: str, flow: Tensor, back: Tensor, hidden: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The new state of units from what flows in, what comes back, and their last state; gates in torch's order."""
     if kind == "gru":
         (reset, update, new), (back_reset, back_update, back_new) = flow.chunk(3, -1), back.chunk(3, -1)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sheaf.split.registry import FALLBACK, rule
+from sheaf.split.rules.empty import filled
 from sheaf.split.tensor import Split
 
 
@@ -43,8 +44,8 @@ def along_others(mode: Any, function: Callable[..., Any], args: tuple[Any, ...],
     split = args[0]
     if not isinstance(split, Split) or any(isinstance(value, Split) for value in args[1:]):
         return FALLBACK
-    place = {"norm": 2, "topk": 2, "kthvalue": 2, "sort": 1, "argsort": 1}.get(function.__name__, 1)
-    given = kwargs.get("dim", kwargs.get("axis", args[place] if len(args) > place else None))
+    position = {"norm": 2, "topk": 2, "kthvalue": 2, "sort": 1, "argsort": 1}.get(function.__name__, 1)
+    given = kwargs.get("dim", kwargs.get("axis", args[position] if len(args) > position else None))
     if function.__name__ in ("sort", "argsort", "topk", "kthvalue", "median", "mode") and given is None:
         given = -1
     if given is None or isinstance(given, bool | Tensor | float | str):
@@ -52,13 +53,17 @@ def along_others(mode: Any, function: Callable[..., Any], args: tuple[Any, ...],
     dims = _dims(split, given)
     if split.axis in dims:
         return FALLBACK
-    found = function(split.local, *args[1:], **kwargs)
+    found = function(filled(split.local, split.axis), *args[1:], **kwargs)
     first = found[0] if isinstance(found, tuple) else found
-    gone = sum(dim < split.axis for dim in dims) if first.ndim < split.ndim else 0
+    place = split.axis - (sum(dim < split.axis for dim in dims) if first.ndim < split.ndim else 0)
     if isinstance(found, tuple):
-        made = [split.like(one, dim=split.axis - gone) for one in found]
+        made = [split.like(_cut_off(one, place, split), dim=place) for one in found]
         return type(found)(made) if hasattr(found, "n_fields") else tuple(made)
-    return split.like(found, dim=split.axis - gone)
+    return split.like(_cut_off(found, place, split), dim=place)
+
+
+def _cut_off(found: Tensor, place: int, split: Split) -> Tensor:
+    return found if split.local.shape[split.axis] else found.narrow(place, 0, 0)
 
 
 @rule("softmax", "log_softmax", "softmin", "normalize", F.softmax, F.log_softmax)

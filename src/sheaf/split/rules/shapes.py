@@ -9,7 +9,6 @@ from torch import Tensor
 
 from sheaf.plans.split import Cut
 from sheaf.split.registry import FALLBACK, getter, rule
-from sheaf.split.rules.elementwise import elementwise
 from sheaf.split.tensor import Split
 
 
@@ -39,27 +38,25 @@ def viewed(mode: Any, split: Split, shape: Sequence[int], lay: Callable[[Tensor,
 def _place(mode: Any, split: Split, wanted: list[int]) -> tuple[int, Cut, int] | None:
     """In the new shape: the cut dimension, its cut, and how many old elements one new one stands for."""
     old = list(split.shape)
-    before = math.prod(old[: split.axis])
     # the smallest groups of old and of new dimensions, around the cut one, that hold the same elements
     left_old, left_new = _common(old, wanted, split.axis)
     right_old, right_new = _common(old[::-1], wanted[::-1], len(old) - 1 - split.axis)
     group = old[left_old : len(old) - right_old]
     fresh = wanted[left_new : len(wanted) - right_new]
     place = split.axis - left_old
-    del before
     outer = math.prod(group[:place]) * split.cut.outer
     inner = math.prod(group[place + 1 :])
     merged = Cut(tuple(size * inner for size in split.cut.sizes), outer)
-    ahead = 1
+    ahead, found = 1, None
     for index, size in enumerate(fresh):
         after = math.prod(fresh[index + 1 :])
-        if size > 1 and outer % ahead == 0 and (ahead * size) % outer == 0 and outer // ahead <= size:
-            if all(part % after == 0 for part in merged.sizes):
-                cut = Cut(tuple(part // after for part in merged.sizes), outer // ahead)
-                return left_new + index, cut, after // inner if after % inner == 0 else -1
+        holds_runs = size > 1 and outer % ahead == 0 and (ahead * size) % outer == 0 and outer // ahead <= size
+        if holds_runs and all(part % after == 0 for part in merged.sizes):  # the last that fits has the fewest runs
+            cut = Cut(tuple(part // after for part in merged.sizes), outer // ahead)
+            found = left_new + index, cut, after // inner if after % inner == 0 else -1
         ahead *= size
-    _ask(mode, split, outer, inner, fresh)
-    return None
+    _ask(mode, split, outer, inner, fresh)  # another dimension may do better, even where one does
+    return found
 
 
 def _common(old: Sequence[int], new: Sequence[int], stop: int) -> tuple[int, int]:
@@ -168,7 +165,7 @@ def turned(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kwarg
     split = args[0]
     if not isinstance(split, Split) or split.is_complex():
         return FALLBACK
-    marks = torch.empty(range(2, 2 + split.ndim), device="meta")
+    marks = torch.empty(list(range(2, 2 + split.ndim)), device="meta")
     return permuted(split, [size - 2 for size in function(marks, *args[1:], **kwargs).shape])
 
 
@@ -236,6 +233,19 @@ def chunk(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs
         split.like(piece, cut=Cut(split.cut.sizes, length // split.cut.run))
         for piece, length in zip(pieces, lengths, strict=True)
     )
+
+
+@rule("glu")
+def glu(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Half of a dimension, gated by the other half."""
+    given = dict(zip(("input", "dim"), args, strict=False)) | kwargs
+    dim = given.get("dim", -1)
+    if not isinstance(given["input"], Split) or given["input"].shape[dim] % 2:
+        return FALLBACK
+    halves = chunk(mode, torch.chunk, (given["input"], 2, dim), {})
+    if halves is FALLBACK:
+        return FALLBACK
+    return halves[0].like(halves[0].local * halves[1].local.sigmoid())
 
 
 @rule("unbind")
@@ -367,43 +377,11 @@ def along(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs
         dims = [split.ndim - 2, split.ndim - 1]
     else:
         given = kwargs.get("dim", kwargs.get("dims", args[-1] if len(args) > 1 else None))
+        if name == "flip" and len(args) > 2:
+            given = args[1:]
         if given is None or (name == "roll" and "dims" not in kwargs and len(args) < 3):
             return FALLBACK
         dims = [dim % split.ndim for dim in (given if isinstance(given, list | tuple) else [given])]
     if split.axis in dims:
         return FALLBACK
     return split.like(function(split.local, *args[1:], **kwargs))
-
-
-_ABOUT = (
-    "shape dtype device layout ndim is_cuda is_cpu is_meta is_mps is_xpu is_sparse is_quantized is_nested itemsize "
-    "is_sparse_csr is_mkldnn names".split()
-)
-
-
-@rule(*(getter(name) for name in _ABOUT if hasattr(Tensor, name)))
-@rule("size", "dim", "numel", "nelement", "ndimension", "is_floating_point", "is_complex", "element_size", "get_device")
-@rule(Tensor.__len__)
-def about(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What is true of the whole."""
-    return function(*args, **kwargs)
-
-
-@rule(getter("requires_grad"), getter("grad_fn"), getter("is_leaf"), "is_contiguous", "stride", "is_inference")
-def about_local(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What is true of the slice that autograd knows."""
-    split = args[0]
-    return function(split.local if isinstance(split, Split) else split, *args[1:], **kwargs)
-
-
-@rule("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
-def new(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A fresh tensor of the same kind."""
-    first = args[0].local if isinstance(args[0], Split) else args[0]
-    return function(first, *args[1:], **kwargs)
-
-
-@rule(getter("data"))
-def data(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The slice without its history."""
-    return elementwise(mode, Tensor.detach, args, {})

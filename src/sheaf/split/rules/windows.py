@@ -67,7 +67,9 @@ def trade(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs
         return FALLBACK
     cut = Cut(tuple(size // unit if shuffles else size * unit for size in sizes), split.cut.outer)
     scale = split.scale * unit if shuffles else split.scale // unit if split.scale % unit == 0 else -1
-    return split.like(without(lambda local: function(local, factor), [split.local], split.axis, unit), cut=cut, scale=scale)
+    return split.like(
+        without(lambda local: function(local, factor), [split.local], split.axis, unit), cut=cut, scale=scale
+    )
 
 
 def apart(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], planes: int) -> Any:

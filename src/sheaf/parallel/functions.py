@@ -1,0 +1,45 @@
+"""Kinds of torch functions, as far as a pipeline must tell them apart."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sheaf.split.registry import getter
+
+_ATTRIBUTES = (
+    "shape dtype device layout ndim is_cuda is_cpu is_meta is_sparse is_quantized is_nested itemsize requires_grad "
+    "is_leaf grad_fn is_mkldnn names"
+)
+_METHODS = (
+    "size dim numel nelement ndimension is_floating_point is_complex element_size get_device stride is_contiguous"
+)
+_READS = "item tolist __bool__ __int__ __float__ __index__ __contains__ equal allclose is_nonzero"
+_UNSHAPED = "nonzero masked_select unique argwhere unique_consecutive bincount"
+_DRAWS = (
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout bernoulli rand_like randn_like "
+    "randint_like multinomial normal_ uniform_ bernoulli_ rrelu dropout_ feature_dropout gumbel_softmax exponential_ "
+    "random_"
+)
+
+
+def _functions(names: str) -> set[Any]:
+    spaces = (torch, Tensor)
+    return {getattr(space, name) for name in names.split() for space in spaces if hasattr(space, name)}
+
+
+ABOUT = {getter(name) for name in _ATTRIBUTES.split() if hasattr(Tensor, name)} | _functions(_METHODS)
+ABOUT |= {Tensor.__len__, Tensor.__hash__}  # what is known of a tensor without its values
+READS = _functions(_READS)  # a value that Python gets to see
+UNSHAPED = _functions(_UNSHAPED)  # the result's shape depends on values
+PICKS = {Tensor.__getitem__, torch.masked_select, Tensor.masked_select}  # elements by an index or a mask
+DRAWS = frozenset(_DRAWS.split())  # random numbers, as many as a tensor has elements, by name
+FACTORIES = frozenset(
+    ["rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal", "uniform_", "random_"]
+)
+
+
+def has_mask(index: Any) -> bool:
+    """Whether an index picks elements by their values."""
+    keys = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(key, Tensor) and key.dtype in (torch.bool, torch.uint8) for key in keys)
