@@ -13,6 +13,8 @@
 import difflib
 from collections.abc import Iterable, Sequence
 
+_CLOSE = 0.5  # of 1: words less alike than that are not meant
+
 
 class SheafError(Exception):
     """Any mistake that Sheaf can explain; the command line prints it without a traceback."""
@@ -75,7 +77,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     'did you mean zero?'
     >>> nearest("x", ["dp", "zero"])
     'known: dp, zero'
+
+    Of words that are as close, the first is named.
+
+    >>> nearest("dpp", ["dp", "pp"]), nearest("dpp", ["pp", "dp"])
+    ('did you mean dp?', 'did you mean pp?')
     """
-    words = sorted(known)
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(words)}"
+    words = list(known)
+    closest = max(words, key=lambda one: difflib.SequenceMatcher(None, one, word).ratio(), default="")
+    if difflib.SequenceMatcher(None, closest, word).ratio() >= _CLOSE:
+        return f"did you mean {closest}?"
+    return f"known: {', '.join(sorted(words))}"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import default_collate
 
 from sheaf import Loss, Task
@@ -53,7 +54,7 @@ def plain(task: Task, steps: int) -> Run:
             torch.manual_seed(key(task.seed, "data", step, microbatch.index))
             batch = (task.collate or default_collate)([task.data[index] for index in microbatch.samples])
             if task.precision == "fp64":
-                batch = [item.double() if item.is_floating_point() else item for item in batch]
+                batch = tree_map_only(Tensor, lambda item: item.double() if item.is_floating_point() else item, batch)
             streams.enter(step, microbatch.index)
             with torch.autocast("cpu", low or torch.bfloat16, enabled=low is not None):
                 given: Any = task.inputs(batch) if task.inputs else (batch[0],)

@@ -99,6 +99,7 @@ class FakeStep:
     def __init__(self, task, plan, faults):
         self.task, self.plan, self.faults = task, plan, faults
         self.rank, self.workers, self.index, self.position = 0, 1, 0, None
+        self.losses, self.leads, self.part, self.runs = [], True, 0, lambda block: True
         self.model = Blueprint(replace(task, seed=task.seed + faults.seed)).fill(torch.device("cpu"))
         self.optimizer = task.optimizer([p for p in self.model.parameters() if p.requires_grad])
         self.order = Order(task.num_samples, task.batch, task.microbatch, task.seed, shuffle=task.shuffle)
@@ -155,4 +156,5 @@ class FakeStep:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.index += 1
+        self.losses = [(number, sums[number], weights[number]) for number in sums]
         return StepReport(step=index, loss=sum(sums.values()) / total, weight=total, samples=10, seconds=0.0)

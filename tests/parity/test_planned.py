@@ -1,12 +1,14 @@
 """Real plans on real ranks, judged by the serial side; and what is refused before any worker starts."""
 
 import pytest
+import small
 import torch
-from parity_fakes import Words, words_task
+from parity_fakes import Attention, Model, Words, words_task
 from torch import nn
 
 from sheaf.api.verify import verify
 from sheaf.errors import DataError, PlanError, RunError, SheafError
+from sheaf.parity.planned import Planned
 from sheaf.plans import Plan
 from sheaf.task import Task
 
@@ -45,6 +47,69 @@ def test_plans_are_exact(on_ranks, plan):
     verdict = verify(words_task(), plan, steps=2)
     assert verdict.exact, str(verdict)
     assert verdict.max_loss_error < 1e-4
+
+
+@pytest.mark.parametrize("plan", ["tp=2", "tp=3,recompute=full", "pp=2", "pp=3:gpipe", "dp=2,tp=2,pp=2,zero=1"])
+def test_split_models_are_exact_and_compared_block_by_block(on_ranks, plan, monkeypatch):
+    seen = set()
+    read = Planned.read
+
+    def noted(self, step):
+        observation = read(self, step)
+        seen.update(block for _, block, _ in observation.prints)
+        assert len(observation.losses) == (4 if step >= 0 else 0)
+        return observation
+
+    monkeypatch.setattr(Planned, "read", noted)
+    verdict = verify(words_task(), plan, steps=1)
+    assert verdict.exact, str(verdict)
+    assert seen == {"embed", "layers.0", "layers.1", "dropout", "norm", "head"}
+
+
+@pytest.mark.parametrize(("name", "plan"), [("gpt", "tp=2,sequence=1"), ("mlp", "pp=2"), ("resnet", "tp=2,pp=2")])
+def test_the_zoo_is_exact_when_split(on_ranks, name, plan):
+    verdict = verify(small.SMALL[name](), plan, steps=1)
+    assert verdict.exact, str(verdict)
+
+
+def test_a_part_that_is_split_is_exact(on_ranks):
+    verdict = verify(words_task(), "dp=2,layers.1=tp", steps=1)
+    assert verdict.exact, str(verdict)
+
+
+def test_a_fault_in_one_stage_or_slice_is_found(on_ranks):
+    def model():
+        made = Model()
+        made.layers[1].value.register_forward_hook(scaling)
+        return made
+
+    def scaling(module, arguments, output):
+        import torch.distributed as dist
+
+        if dist.is_initialized() and dist.get_rank() == 1:  # the second stage, or the second slice
+            output.register_hook(lambda gradient: gradient * 1.001) if type(output) is torch.Tensor else None
+        return output
+
+    verdict = verify(words_task(model=model), "pp=2,stages=1:5", steps=1)
+    assert verdict.verdict == "wrong", str(verdict)
+    assert verdict.first_departure["kind"] == "gradient"
+
+
+def test_a_wrong_output_of_one_stage_is_named_by_block(on_ranks):
+    class Wrong(Attention):
+        def forward(self, hidden):
+            import torch.distributed as dist
+
+            return super().forward(hidden) * (1.001 if dist.is_initialized() and dist.get_rank() == 1 else 1.0)
+
+    def model():
+        made = Model()
+        made.layers[1] = Wrong(16)
+        return made
+
+    verdict = verify(words_task(model=model), "pp=2,stages=2:4", steps=1)
+    assert verdict.verdict == "wrong", str(verdict)
+    assert (verdict.first_departure["kind"], verdict.first_departure["module"]) == ("output", "layers.1")
 
 
 def test_float64_is_exact_to_the_twelfth_place(on_ranks):

@@ -1,8 +1,10 @@
 """A plan becomes a step: called on every worker, with a process group or alone."""
 
 import os
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,7 @@ from sheaf.graph import cut, is_composite
 from sheaf.parallel.exchange import Exchange
 from sheaf.parallel.gathered import Gathered
 from sheaf.parallel.holding import AbstractHolding, Factor
+from sheaf.parallel.parts import PartsPost, PartsRunner, segments, whole_outside
 from sheaf.parallel.passing import Passing
 from sheaf.parallel.pipeline import Pipeline
 from sheaf.parallel.portion import Portion
@@ -24,7 +27,7 @@ from sheaf.parallel.runner import Expectation, Parts, WholeModel
 from sheaf.parallel.sharded import Sharded
 from sheaf.parallel.shares import dealer
 from sheaf.parallel.spread import Spread
-from sheaf.parallel.stages import Stages, placed
+from sheaf.parallel.stages import Stages, blueprint_of, placed
 from sheaf.parallel.statistics import BatchStatistics
 from sheaf.parallel.step import Step
 from sheaf.parallel.ties import Ties
@@ -63,7 +66,8 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
         )
     blueprint = Blueprint(task)
     task = with_microbatch(task, plan, blueprint.model)
-    splits = split_facts(task, plan)
+    splits = split_facts(task, plan, world)
+    found = segments(plan, blueprint_of(task, blueprint), cut(blueprint.model)) if plan.split_parts else None
     _refuse_slices(task, plan, blueprint, splits)
     blocks = cut(blueprint.model)
     _refuse_sparse(blueprint.model, plan)
@@ -73,9 +77,9 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
         weight = exchange.told().weight
         return expectation.weight / (weight * scale.value) if weight else 0.0
 
-    stages = placed(task, plan, blueprint, blocks) if plan.pp > 1 else None
+    stages = placed(task, plan, blueprint, blocks, world) if plan.pp > 1 else None
     portion = _portion(blueprint, plan, spread, splits, stages)
-    holding = _hold(portion, plan, spread.replicas, factor, blocks)
+    holding = _hold(portion, plan, spread.replicas, factor, blocks, found.apart if found else ())
     splitting = _splitting(plan, holding.model, portion, spread, splits)
     streams = Streams(holding.model, task.seed, world.device)
     if plan.recompute == "full":
@@ -96,18 +100,24 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
         statistics=BatchStatistics(holding.model, world, tells=spread.leads) if merged else None,
         splitting=splitting,
     )
-    if stages is None:
+    placing = stages or found
+    if placing is None:
         return Step(plan, portion, WholeModel(parts))
-    post = Post(spread.stages, plan.num_stages)
+    post = PartsPost(world, found.split) if found else Post(spread.stages, plan.num_stages)
     homes = {
-        id(parameter): (name, stages.between[name])
+        id(parameter): (name, placing.between[name])
         for name, parameter in holding.model.named_parameters()
-        if name in stages.between
+        if name in placing.between
     }
     paused = parts.statistics.paused if parts.statistics is not None else nullcontext
-    passing = Passing(blocks, stages.blocks, homes, post, plan.num_stages, blueprint.mode, splitting, paused)
+    count = len(found.split) if found else plan.num_stages
+    passing = Passing(blocks, placing.blocks, homes, post, count, blueprint.mode, splitting, paused)
     if parts.statistics is not None:
         parts.statistics.follow(passing.runs)
+    if found:
+        assert isinstance(post, PartsPost)
+        return Step(plan, portion, PartsRunner(parts, plan, passing, post, found))
+    assert stages is not None
     ties = Ties(stages.tied, spread, portion, holding) if stages.tied else None
     return Step(plan, portion, Pipeline(parts, plan, passing, post), ties)
 
@@ -117,7 +127,7 @@ def _portion(
 ) -> Portion:
     slices = splits.slices if splits else None
     if stages is None:
-        return Portion(blueprint, slices=slices, rank=spread.place.tp)
+        return Portion(blueprint, slices=slices, rank=spread.part)
     mine = range(spread.place.pp, plan.num_stages, plan.pp)
     return Portion(
         blueprint,
@@ -133,18 +143,23 @@ def _refuse_zero(plan: Plan) -> None:
         raise PlanError(f"zero={plan.zero} is not there under a pipeline yet: use zero=1")
 
 
-def split_facts(task: Task, plan: Plan) -> SplitFacts | None:
-    """How the plan splits the task's layers; None where it does not. The microbatch is decided."""
-    if plan.tp == 1:
+def split_facts(task: Task, plan: Plan, world: World) -> SplitFacts | None:
+    """How the plan splits the task's layers, the same on every worker; None where it does not (collective)."""
+    if plan.tp == 1 and not plan.split_parts:
         return None
     assert task.microbatch is not None
-    return rehearse(
-        task,
-        plan.tp,
-        samples=min(task.microbatch, task.num_samples),
-        sequence=bool(plan.sequence),
-        whole=lambda name: plan.part(name) == "whole",
-    )
+    samples = min(task.microbatch, task.num_samples)
+
+    def found() -> dict[str, Any]:
+        return rehearse(
+            task,
+            plan.dp if plan.split_parts else plan.tp,
+            samples=samples,
+            sequence=bool(plan.sequence),
+            whole=whole_outside(plan) if plan.split_parts else lambda name: plan.part(name) == "whole",
+        ).to_dict()
+
+    return SplitFacts.from_dict(world.agreed(found))
 
 
 def _splitting(
@@ -243,10 +258,15 @@ def _draws(module: nn.Module) -> bool:
 
 
 def _hold(
-    portion: Portion, plan: Plan, replicas: World, factor: Factor, blocks: dict[str, nn.Module]
+    portion: Portion,
+    plan: Plan,
+    replicas: World,
+    factor: Factor,
+    blocks: dict[str, nn.Module],
+    apart: Collection[str],
 ) -> AbstractHolding:
     if plan.zero == 0:
-        return Replicated(portion, replicas, factor, plan.bucket_bytes)
+        return Replicated(portion, replicas, factor, plan.bucket_bytes, apart)
     if plan.zero == 3:
         return Gathered(portion, replicas, factor, blocks, plan)
     return Sharded(portion, replicas, factor, plan.bucket_bytes, shard_gradients=plan.zero == 2)

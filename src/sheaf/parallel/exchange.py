@@ -64,6 +64,11 @@ class Exchange:
         weight = weight.detach() if isinstance(weight, Tensor) else weight
         self._losses.append((microbatch, total.detach(), weight))
 
+    @property
+    def mine(self) -> list[tuple[int, float, float]]:
+        """What was added since the step began: (microbatch, sum, weight)."""
+        return [(index, float(total), float(weight)) for index, total, weight in self._losses]
+
     def send(self) -> None:
         """This worker has no more to add: start the sum over all workers."""
         count = self._microbatches

@@ -18,9 +18,7 @@ from sheaf.task import Microbatch, arguments, as_loss
 
 
 class Pipeline(AbstractRunner):
-    """Stages of one replica; ``spans`` holds (kind, microbatch, stage, start, stop) of the last step's actions, in
-    seconds since it began.
-    """
+    """Stages of one replica."""
 
     def __init__(self, parts: Parts, plan: Plan, passing: Passing, post: Post) -> None:
         super().__init__(parts)
@@ -29,7 +27,6 @@ class Pipeline(AbstractRunner):
         self._batches: dict[int, Any] = {}
         self._step = 0
         self._mine: tuple[Microbatch, ...] = ()
-        self.spans: list[tuple[str, int, int, float, float]] = []
 
     def runs(self, block: str) -> bool:
         """Whether the block is of the stage under way; outside of forward, of any of this worker's stages."""
@@ -52,7 +49,6 @@ class Pipeline(AbstractRunner):
             parts.exchange.send()
         last_forward = max((place for place, action in enumerate(mine) if self._ends(action)), default=-1)
         backwards = [place for place, action in enumerate(mine) if action.kind == "B"]
-        begin = time.perf_counter()
         for place, action in enumerate(mine):
             start, waited = time.perf_counter(), parts.spread.waited_seconds
             if action.kind == "F":
@@ -62,7 +58,7 @@ class Pipeline(AbstractRunner):
             elif action.kind == "B":
                 self._backward(action, last=place == backwards[-1])
             self.timed(start, waited)
-            self.spans.append((*action, start - begin, time.perf_counter() - begin))
+            self.spans.append((*action, start, time.perf_counter()))
         if parts.holding.lockstep:
             for _ in range((parts.dealer.rounds(microbatches) - len(self._mine)) * plan.virtual):
                 parts.holding.idle_round()

@@ -30,12 +30,16 @@ class Post:
         if self._rank(target) == self._world.rank:
             self._own.setdefault(tag, deque()).append(tensor)
             return
+        self.start(tensor, self._rank(target), tag)
+
+    def start(self, tensor: Tensor, rank: int, tag: int) -> None:
+        """Start sending to a worker; what is empty stays here."""
         if not tensor.numel():
             return
         while self._under_way and self._under_way[0][0].is_completed():
             self._under_way.popleft()
-        with self._world.explained("send", f"stage {origin} to {target}", tensor):
-            work = dist.isend(tensor, group=self._world.group, group_dst=self._rank(target), tag=tag)
+        with self._world.explained("send", f"message {tag} to {rank}", tensor):
+            work = dist.isend(tensor, group=self._world.group, group_dst=rank, tag=tag)
             assert work is not None
         self._under_way.append((work, tensor))
 
@@ -44,11 +48,15 @@ class Post:
         tag = self._tag(origin, target, kind)
         if self._rank(origin) == self._world.rank:
             return self._own[tag].popleft()
+        return self.finish(out, self._rank(origin), tag)
+
+    def finish(self, out: Tensor, rank: int, tag: int) -> Tensor:
+        """Wait for a worker's message."""
         if not out.numel():
             return out
         start = time.perf_counter()
-        with self._world.explained("receive", f"stage {target} from {origin}", out):
-            work = dist.irecv(out, group=self._world.group, group_src=self._rank(origin), tag=tag)
+        with self._world.explained("receive", f"message {tag} from {rank}", out):
+            work = dist.irecv(out, group=self._world.group, group_src=rank, tag=tag)
             assert work is not None
             work.wait()
         self._world.waited_seconds += time.perf_counter() - start

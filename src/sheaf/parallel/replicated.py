@@ -3,6 +3,8 @@
 The bucketing and overlap are those of DistributedDataParallel (Li et al., 2020, arXiv:2006.15704).
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -16,9 +18,19 @@ from sheaf.plans.layout import Held, buckets
 
 
 class Replicated(AbstractHolding):
-    """The whole model and optimizer on each worker; alone, it is what a plain training loop does."""
+    """The whole model and optimizer on each worker; alone, it is what a plain training loop does.
 
-    def __init__(self, portion: Portion, world: World, factor: Factor, bucket_bytes: int) -> None:
+    Gradients of parameters that are ``apart`` are complete on each worker, and stay there.
+    """
+
+    def __init__(
+        self,
+        portion: Portion,
+        world: World,
+        factor: Factor,
+        bucket_bytes: int,
+        apart: Collection[str] = (),
+    ) -> None:
         self._world, self._factor = world, factor
         self.model = portion.fill(world.device)
         self.parameters = portion.own(self.model)
@@ -27,8 +39,11 @@ class Replicated(AbstractHolding):
         else:  # its groups are decided on the whole model's parameters
             self.optimizer = sliced_optimizer(portion, {name: (held, None) for name, held in self.parameters.items()})
         held = [
-            Held(name, value.numel(), str(value.dtype), value.requires_grad) for name, value in self.parameters.items()
+            Held(name, value.numel(), str(value.dtype), value.requires_grad)
+            for name, value in self.parameters.items()
+            if name not in apart
         ]
+        self._apart = [name for name in self.parameters if name in apart]
         sizes = {str(value.dtype): value.itemsize for value in self.parameters.values()}
         grouped = buckets(held, sizes, bucket_bytes) if world.workers > 1 else ()
         self._buckets = [[member.name for member in bucket] for bucket in grouped]
@@ -79,6 +94,9 @@ class Replicated(AbstractHolding):
         self._pending.clear()
         for name, view in self._views.items():
             self.parameters[name].grad = view if name in used else None
+        gradients = [gradient for name in self._apart if (gradient := self.parameters[name].grad) is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, self._factor())
 
     def held(self) -> dict[str, Tensor]:
         return {name: value.grad for name, value in self.parameters.items() if value.grad is not None}
@@ -99,7 +117,7 @@ class Replicated(AbstractHolding):
         return {id(value): name for name, value in self.parameters.items()}
 
     def _ready(self, name: str) -> None:
-        if self._buckets:
+        if self._buckets and name in self._views:
             self._turnstile.ready(name)
 
     def _launch(self, bucket: int) -> None:

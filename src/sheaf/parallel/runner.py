@@ -69,10 +69,15 @@ class Parts:
 
 
 class AbstractRunner(ABC):
-    """``position`` is the (step, microbatch) whose forward or loss runs; ``compute_seconds`` counts own work."""
+    """``position`` is the (step, microbatch) whose forward or loss runs; ``compute_seconds`` counts own work.
+
+    ``spans`` holds (kind, microbatch, stage, start, stop) of the last step's actions, where it is made of such, by
+    ``time.perf_counter``.
+    """
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
+        self.spans: list[tuple[str, int, int, float, float]] = []
         self.position = (0, 0)
         self.compute_seconds = 0.0
 
@@ -83,6 +88,11 @@ class AbstractRunner(ABC):
     def runs(self, block: str) -> bool:  # noqa: ARG002 - a pipeline looks
         """Whether this worker runs a block of the model itself."""
         return True
+
+    @property
+    def leads(self) -> bool:
+        """Whether this worker speaks for those that compute the microbatch under way with it."""
+        return self.parts.spread.leads
 
     def close(self) -> None:  # noqa: B027 - most have put nothing on it
         """Take everything off the model."""

@@ -31,6 +31,9 @@ class Spread:
             device, among=_columns(groups) if groups.pp > 1 else [[rank] for rank in range(groups.workers)]
         )
         self.layers = GroupTeam(self._layers.group, self._layers.explained) if known and self.mesh.tp > 1 else None
+        self.by_parts = plan.split_parts
+        if known and self.by_parts:
+            self.layers = GroupTeam(self.world.group, self.world.explained)
 
     @property
     def leads(self) -> bool:
@@ -40,7 +43,18 @@ class Spread:
     @property
     def alone(self) -> bool:
         """Whether each worker holds the whole model, or shards of it among replicas only."""
-        return self.mesh.tp == 1 and self.mesh.pp == 1
+        return self.mesh.tp == 1 and self.mesh.pp == 1 and not self.by_parts
+
+    @property
+    def part(self) -> int:
+        """Which slice of a split layer this worker holds."""
+        return self.world.rank if self.by_parts else self.place.tp
+
+    def speaks(self, *, sliced: bool, sharded: bool = False) -> bool:
+        """Whether this worker gives the whole its part of a parameter: of those that hold it alike, one does."""
+        if self.by_parts:
+            return sliced or sharded or self.world.rank == 0
+        return (sharded or self.place.dp == 0) and (sliced or self.leads)
 
     @property
     def waited_seconds(self) -> float:
@@ -64,10 +78,10 @@ class Spread:
         for name in names:
             fake, found = portion.blueprint.parameters[name], portion.slices.get(name)
             made = torch.zeros(tuple(fake.shape), dtype=portion.dtype_of(fake), device=self.world.device)
-            if name in local and self.place.dp == 0 and portion.counts(name):
+            if name in local and portion.counts(name) and self.speaks(sliced=found is not None):
                 if found is not None:
-                    _put(made, local[name], found.dim, found.cut.ranges(self.place.tp))
-                elif self.leads:
+                    _put(made, local[name], found.dim, found.cut.ranges(self.part))
+                else:
                     made.copy_(local[name])
             if made.numel():
                 # as bytes: what all others have is zero, so the sum is one worker's bits, signs of zeros too

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -10,6 +11,7 @@ from sheaf.graph import trace
 from sheaf.graph.facts import GLUE
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.rehearsal import rehearse
+from sheaf.parallel.world import World
 from sheaf.plans import Plan
 from sheaf.plans.stages import stages_of
 from sheaf.task import Blueprint, Task
@@ -43,16 +45,23 @@ class Stages:
         return tuple(name for name, holders in self.holders.items() if len(holders) > 1)
 
 
-def placed(task: Task, plan: Plan, blueprint: Blueprint, blocks: dict[str, nn.Module]) -> Stages:
-    """The stages that the plan says, or balanced ones.
+def placed(task: Task, plan: Plan, blueprint: Blueprint, blocks: dict[str, nn.Module], world: World) -> Stages:
+    """The stages that the plan says, or balanced ones, the same on every worker (collective).
 
     Raises PlanError where there are too few blocks, and where a block runs again after blocks of a later stage.
     """
     assert task.microbatch is not None
-    named = stages_of(plan, trace(task, min(task.microbatch, task.num_samples)))
-    where = {name: stage for stage, names in enumerate(named) for name in names}
-    rehearsal = rehearse(Portion(blueprint_of(task, blueprint)), blocks)
-    _refuse_loops(plan, where, rehearsal.order)
+    samples = min(task.microbatch, task.num_samples)
+
+    def found() -> dict[str, Any]:
+        named = stages_of(plan, trace(task, samples))
+        rehearsal = rehearse(Portion(blueprint_of(task, blueprint)), blocks)
+        where = {name: stage for stage, names in enumerate(named) for name in names}
+        _refuse_loops(plan, where, rehearsal.order)
+        return {"where": where, "outside": sorted(rehearsal.outside)}
+
+    told = world.agreed(found)
+    where, outside = dict[str, int](told["where"]), set(told["outside"])
     holders: dict[str, tuple[int, ...]] = {}
     between: dict[str, int] = {}
     canonical = {alias: name for name, aliases in blueprint.names.items() for alias in (name, *aliases)}
@@ -63,7 +72,7 @@ def placed(task: Task, plan: Plan, blueprint: Blueprint, blocks: dict[str, nn.Mo
             if name in where:
                 users[full].add(where[name])
     for name, stages in users.items():
-        if not stages or name in rehearsal.outside:
+        if not stages or name in outside:
             between[name] = min(stages, default=0)
         holders[name] = tuple(sorted(stages)) or (0,)
     return Stages(where, holders, between)

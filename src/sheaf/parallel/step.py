@@ -69,7 +69,25 @@ class Step:
     @property
     def leads(self) -> bool:
         """Whether this worker speaks for those that compute the same microbatch with it."""
-        return self._spread.leads
+        return self._runner.leads
+
+    @property
+    def part(self) -> int:
+        """Which slice of a split layer this worker holds."""
+        return self._spread.part
+
+    @property
+    def losses(self) -> list[tuple[int, float, float]]:
+        """The microbatches of the last step that this worker answers for, each with its loss's sum and weight."""
+        return self._exchange.mine
+
+    @property
+    def spans(self) -> list[tuple[str, int, int, float, float]]:
+        """What this worker did of the last step's pipeline: (kind, microbatch of its replica, stage, start, stop).
+
+        Times are those of ``time.perf_counter``. Empty without a pipeline.
+        """
+        return self._runner.spans
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -89,6 +107,7 @@ class Step:
     def __call__(self) -> StepReport:
         """Run the next global step; collective."""
         start, waited = time.perf_counter(), self._spread.waited_seconds
+        staged = self._spread.stages.waited_seconds
         self._runner.compute_seconds = 0.0
         self._check_trained()
         microbatches = self._order.step(self.index)
@@ -128,6 +147,7 @@ class Step:
             told,
             seconds=time.perf_counter() - start,
             waited=self._spread.waited_seconds - waited,
+            staged=self._spread.stages.waited_seconds - staged,
             optimizer_seconds=optimizer_seconds,
             computed=computed,
             norm=norm,
@@ -147,7 +167,7 @@ class Step:
     @property
     def state_owner(self) -> int:
         """The worker whose ``state`` this worker loads: itself, or the first of those that hold the same."""
-        return self.rank if self._holding.sharded else self._spread.replicas.ranks[0]
+        return self.rank if self._holding.sharded or self.plan.split_parts else self._spread.replicas.ranks[0]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that a later run needs to go on: tensors (none where another worker owns them), and JSON-able values.
@@ -283,9 +303,8 @@ class Step:
 
     def _counts(self, name: str) -> bool:
         """Whether this worker's part of a gradient adds to the norm: of those that hold it alike, one does."""
-        replica = self._holding.sharded or self._spread.place.dp == 0
-        layer = name in self._portion.slices or self._spread.leads
-        return replica and layer and self._portion.counts(name)
+        sliced = name in self._portion.slices
+        return self._portion.counts(name) and self._spread.speaks(sliced=sliced, sharded=self._holding.sharded)
 
     def _report(
         self,
@@ -294,12 +313,13 @@ class Step:
         *,
         seconds: float,
         waited: float,
+        staged: float,
         optimizer_seconds: float,
         computed: list[float],
         norm: float | None,
         skipped: bool,
     ) -> StepReport:
-        idle = min(max(0.0, max(computed) - self._runner.compute_seconds), waited)
+        idle = min(max(staged, max(computed) - self._runner.compute_seconds), waited)
         terms = {
             "compute": self._runner.compute_seconds,
             "wait": idle,

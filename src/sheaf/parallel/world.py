@@ -1,18 +1,21 @@
 """The workers of a run, as one of them sees the others: collectives that are timed, and explained when they fail."""
 
 import contextlib
+import json
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sheaf import errors
 from sheaf.cluster import primitives
 from sheaf.cluster.primitives import Pending
-from sheaf.errors import WorkerFailed
+from sheaf.errors import PlanError, SheafError, WorkerFailed
 
 
 class World:
@@ -106,6 +109,31 @@ class World:
         if self.rank == 0:
             mine += store.add(key, 1)
         return int(self.summed(mine, key))
+
+    def agreed(self, find: Callable[[], Any]) -> Any:
+        """What ``find`` gives on worker 0, of what JSON knows, on every worker (collective).
+
+        A SheafError that it raises is raised on every worker.
+        """
+        if self.workers == 1:
+            return find()
+        told, raised = b"", None
+        if self.rank == 0:
+            try:
+                told = json.dumps({"value": find()}).encode()
+            except SheafError as error:
+                raised = error
+                told = json.dumps({"error": type(error).__name__, "message": str(error)}).encode()
+        size = self.summed(torch.tensor([len(told)]), "what was found")
+        content = torch.zeros(int(size), dtype=torch.uint8)
+        if told:
+            content = torch.frombuffer(bytearray(told), dtype=torch.uint8)
+        answer = json.loads(self.summed(content, "what was found").numpy().tobytes())
+        if raised is not None:
+            raise raised
+        if "error" in answer:
+            raise getattr(errors, answer["error"], PlanError)(answer["message"])
+        return answer["value"]
 
     def close(self) -> None:
         """Give back the groups that were made; call it on every worker, as often as you like."""

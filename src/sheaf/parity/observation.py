@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from sheaf.errors import RunError
 from sheaf.graph import cut
+from sheaf.split.moves import sliced
+from sheaf.split.tensor import Split
 
 START = -1  # the step number of what was there before the first step: weights and buffers only
 
@@ -101,11 +103,20 @@ class Prints:
     """Takes a print of every block's output while microbatches run forward.
 
     ``position`` tells the microbatch under way, or None outside of one. A block that runs again in backward
-    (recomputation) is not counted again.
+    (recomputation) is not counted again. Of blocks that others run (``runs`` of their name is false) nothing is taken;
+    of an output that several workers have alike, only where one ``leads``; of a split one, slice ``part`` is.
     """
 
-    def __init__(self, model: nn.Module, position: Callable[[], int | None]) -> None:
-        self._position = position
+    def __init__(
+        self,
+        model: nn.Module,
+        position: Callable[[], int | None],
+        *,
+        runs: Callable[[str], bool] = lambda _name: True,
+        leads: Callable[[], bool] = lambda: True,
+        part: int = 0,
+    ) -> None:
+        self._position, self._runs, self._leads, self._part = position, runs, leads, part
         self._taken: dict[PrintKey, Print] = {}
         self._calls: dict[tuple[int, str], int] = {}
         self._handles: list[RemovableHandle] = [
@@ -126,31 +137,52 @@ class Prints:
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def after(_module: nn.Module, _arguments: Any, output: Any) -> None:
             microbatch = self._position()
-            if microbatch is None or torch._C._current_graph_task_id() != -1:  # the latter: inside backward
+            again = torch._C._current_graph_task_id() != -1  # inside backward
+            if microbatch is None or again or not self._runs(name):
                 return
             call = self._calls.get((microbatch, name), 0)
             self._calls[microbatch, name] = call + 1
-            self._taken[microbatch, name, call] = fingerprint(output)
+            self._taken[microbatch, name, call] = fingerprint(output, self._part, leads=self._leads())
 
         return after
 
 
-@torch.no_grad()
-def fingerprint(output: Any) -> Print:
+def fingerprint(output: Any, part: int = 0, *, leads: bool = True) -> Print:
     """Sum, L2 norm and position-weighted sum, in float64, of all finite floating-point numbers in ``output``.
+
+    Of a split tensor it is the part that slice ``part`` has in them; what is whole counts where ``leads``. Nothing that
+    watches torch functions sees this.
 
     >>> fingerprint((torch.tensor([3.0, -4.0]), None))[:2]
     (-1.0, 5.0)
     """
     total = squares = probed = 0.0
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel():
-            values = leaf.detach().to("cpu", torch.float64).flatten()
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        for leaf in tree_leaves(output):
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+                continue
+            held = leaf.local if isinstance(leaf, Split) else leaf
+            if not held.numel() or not (leads or isinstance(leaf, Split)):
+                continue
+            values = held.detach().to("cpu", torch.float64).flatten()
             values = torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+            probe = _probe(leaf.numel())
+            if isinstance(leaf, Split):
+                probe = sliced(probe.reshape(leaf.shape), leaf.axis, leaf.cut, part).flatten()
             total += values.sum().item()
             squares += values.dot(values).item()
-            probed += values.dot(_probe(values.numel())).item()
+            probed += values.dot(probe).item()
     return total, math.sqrt(squares), probed
+
+
+def added(print_: Print | None, other: Sequence[float]) -> Print:
+    """The print of two slices together.
+
+    >>> added((1.0, 3.0, 2.0), (1.0, 4.0, 2.0))
+    (2.0, 5.0, 4.0)
+    """
+    total, length, probed = print_ or (0.0, 0.0, 0.0)
+    return total + other[0], math.hypot(length, other[1]), probed + other[2]
 
 
 @lru_cache(maxsize=8)

@@ -5,37 +5,34 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sheaf.errors import RunError
 from sheaf.parallel import build
-from sheaf.parity.observation import START, Observation, Prints, Store
+from sheaf.parity.observation import START, Observation, Print, PrintKey, Prints, Store, added
 from sheaf.plans import Plan
 from sheaf.record import StepReport
-from sheaf.task import Order, Task, as_loss
-from sheaf.task.loss import Loss
+from sheaf.task import Task
 
 
 def observe_rank(task: Task, plan: Plan, steps: int, directory: Path) -> None:
     """Train ``steps`` steps under the plan and leave the observations in ``directory``; called on every worker.
 
-    Worker 0 writes gradients, weights and buffers, every worker what its own microbatches gave; ``Planned`` reads
-    them as one.
+    Worker 0 writes gradients, weights and buffers, every worker the losses that it answers for and prints of what it
+    computed: of a split tensor its slice's part, of one that several have alike one of them. ``Planned`` reads them as
+    one.
     """
-    losses = _Losses(task, task.microbatch or plan.microbatch or task.batch)
-    step = build(losses.task, plan)
-    losses.step = step
+    step = build(task, plan)
     gradients: dict[int, dict[str, Tensor]] = {}
-    step.observe(_Observer(gradients))
-    prints = Prints(step.model, losses.microbatch)
+    step.observe(_Observer(gradients if step.rank == 0 else None))
+    prints = Prints(step.model, lambda: _microbatch(step), runs=step.runs, leads=lambda: step.leads, part=step.part)
     store = Store(directory) if step.rank == 0 else None
     try:
         _write(store, Observation(step=START), step.full_state())
         for index in range(steps):
             report: StepReport = step()
             state = step.full_state()
-            local = {"losses": losses.take(), "prints": list(prints.take().items())}
+            local = {"losses": step.losses, "prints": list(prints.take().items())}
             _local(directory, step.rank, index).write_text(json.dumps(local), encoding="utf-8")
             held = {} if report.skipped else gradients.pop(index, {})
             gradients.clear()
@@ -49,7 +46,7 @@ def observe_rank(task: Task, plan: Plan, steps: int, directory: Path) -> None:
 class Planned:
     """Reads what ``observe_rank`` left, as if one process had written it.
 
-    A microbatch that two workers computed counts twice, as it did in the gradient.
+    A microbatch that two workers computed counts twice, as it did in the gradient; prints of slices add up.
     """
 
     def __init__(self, directory: Path, workers: int, parameters: frozenset[str], aliases: frozenset[str]) -> None:
@@ -61,13 +58,14 @@ class Planned:
         written = self._store.read(step)
         state = {name: tensor for name, tensor in written.weights.items() if name not in self._aliases}
         losses: dict[int, tuple[float, float]] = {}
-        prints: dict[Any, Any] = {}
+        prints: dict[PrintKey, Print] = {}
         for rank in range(self.workers if step != START else 0):
             local = self._local(rank, step)
             for microbatch, total, weight in local["losses"]:
                 earlier = losses.get(microbatch, (0.0, 0.0))
                 losses[microbatch] = earlier[0] + total, earlier[1] + weight
-            prints |= {tuple(key): tuple(value) for key, value in local["prints"]}
+            for key, print_ in local["prints"]:
+                prints[tuple(key)] = added(prints.get(tuple(key)), print_)
         return replace(
             written,
             losses=dict(sorted(losses.items())),
@@ -83,45 +81,22 @@ class Planned:
         return json.loads(path.read_text(encoding="utf-8"))
 
 
-class _Losses:
-    """Notes every microbatch's sum and weight as the executor asks the task's loss for them."""
-
-    def __init__(self, task: Task, microbatch: int) -> None:
-        self.step: Any = None
-        self._original = task
-        self._order = Order(task.num_samples, task.batch, microbatch, task.seed, shuffle=task.shuffle)
-        self._noted: list[tuple[int, float, float]] = []
-        self.task = replace(task, loss=self._loss)
-
-    def microbatch(self) -> int | None:
-        """The microbatch under way, or None."""
-        position = None if self.step is None else self.step.position
-        return None if position is None else position[1]
-
-    def take(self) -> list[tuple[int, float, float]]:
-        """What was noted since the last take."""
-        noted, self._noted = self._noted, []
-        return noted
-
-    def _loss(self, output: Any, batch: Any) -> Loss | Tensor:
-        value = self._original.loss(output, batch)
-        microbatch = self.microbatch()
-        if microbatch is not None and torch._C._current_graph_task_id() == -1:
-            samples = self._order.step(self.step.position[0])[microbatch].samples
-            loss = as_loss(value, len(samples))
-            self._noted.append((microbatch, loss.sum.item(), float(loss.weight)))
-        return value
+def _microbatch(step: Any) -> int | None:
+    """The microbatch under way, or None."""
+    position = step.position
+    return None if position is None else position[1]
 
 
 class _Observer:
     """What ``step.observe`` calls."""
 
-    def __init__(self, held: dict[int, dict[str, Tensor]]) -> None:
+    def __init__(self, held: dict[int, dict[str, Tensor]] | None) -> None:
         self._held = held
 
     def gradients(self, step: int, gradients: dict[str, Tensor]) -> None:
-        """Keep a step's gradients until it is written."""
-        self._held[step] = {name: tensor.detach().to_dense().cpu().clone() for name, tensor in gradients.items()}
+        """Keep a step's gradients until it is written; None keeps nothing."""
+        if self._held is not None:
+            self._held[step] = {name: tensor.detach().to_dense().cpu().clone() for name, tensor in gradients.items()}
 
 
 def _write(store: Store | None, observation: Observation, state: dict[str, Tensor]) -> None:

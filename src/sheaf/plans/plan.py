@@ -84,6 +84,11 @@ class Plan:
         """Blocks per stage where the plan says so; empty where they are balanced when the plan is built."""
         return tuple(int(part) for part in self.stages.split(":")) if self.stages else ()
 
+    @property
+    def split_parts(self) -> bool:
+        """Whether parts of the model are split over workers that hold replicas of the rest."""
+        return any(answer == "tp" for _, answer in self.parts)
+
     def part(self, module: str) -> str | None:
         """What the plan says of a module by name: ``tp``, ``whole``, or nothing. The first glob that matches counts.
 
@@ -256,10 +261,10 @@ def _illegal_mixes(plan: Plan) -> list[str]:
     if plan.sequence not in (0, 1) or (plan.sequence and plan.tp == 1):
         broken.append(f"sequence={plan.sequence} splits along the sequence between split layers: use 0, or 1 with tp")
     split = [glob for glob, answer in plan.parts if answer == "tp"]
-    if split and (plan.tp > 1 or plan.pp > 1 or plan.dp == 1 or plan.zero > 1 or plan.stolen):
+    if split and (plan.tp > 1 or plan.pp > 1 or plan.dp == 1 or plan.zero or plan.stolen):
         broken.append(
-            f"{split[0]}=tp splits a part over the workers that are replicas elsewhere: use it with dp alone, zero up "
-            "to 1 and dealt shares"
+            f"{split[0]}=tp splits a part over the workers that are replicas elsewhere: use it with dp alone (its "
+            "parameters are held once already), zero=0 and dealt shares"
         )
     kept = [glob for glob, answer in plan.parts if answer == "whole"]
     if kept and plan.tp == 1:

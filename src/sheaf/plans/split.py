@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from sheaf.plans.layout import apportion
 
@@ -100,3 +101,21 @@ class SplitFacts:
     closed: dict[str, str] = field(default_factory=dict[str, str])
     work: dict[str, float] = field(default_factory=dict[str, float])
     activations: dict[str, float] = field(default_factory=dict[str, float])
+
+    def to_dict(self) -> dict[str, Any]:
+        """As values that JSON knows."""
+        return {
+            "degree": self.degree,
+            "samples": self.samples,
+            "slices": {name: [one.dim, list(one.cut.sizes), one.cut.outer] for name, one in self.slices.items()},
+            "moves": [[move.block, move.operation, move.size_bytes, move.backward, move.why] for move in self.moves],
+            "closed": self.closed,
+            "work": self.work,
+            "activations": self.activations,
+        }
+
+    @classmethod
+    def from_dict(cls, told: dict[str, Any]) -> "SplitFacts":
+        """What ``to_dict`` gave."""
+        slices = {name: Slice(dim, Cut(tuple(sizes), outer)) for name, (dim, sizes, outer) in told["slices"].items()}
+        return cls(**{**told, "slices": slices, "moves": tuple(Move(*move) for move in told["moves"])})

@@ -22,9 +22,13 @@ PICTURE = "picture.png"
 _DPI = 130
 _NOTHING_SECONDS = 1e-7  # what a clock cannot tell from nothing
 MEASURED_TERMS = ("compute", "communicate", "wait", "optimizer", "host")
-# The planner names each collective; a step measures them together, and recomputation within computing.
+# The planner names each collective; a step measures them together, recomputation within computing, and what comes
+# from a pipeline's other stages with the time it is waited for.
 _MEASURED_AS = {
     "recompute": "compute",
+    "tensor": "communicate",
+    "transfer": "wait",
+    "bubble": "wait",
     "all_reduce": "communicate",
     "reduce_scatter": "communicate",
     "all_gather": "communicate",
@@ -83,8 +87,8 @@ def measured_terms(steps: Sequence[StepReport]) -> dict[str, list[float]]:
 def as_measured(predicted: dict[str, float]) -> dict[str, float]:
     """Predicted seconds added up into the terms a step measures; a term of another name keeps it.
 
-    >>> as_measured({"compute": 2.0, "recompute": 1.0, "all_gather": 0.5, "reduce_scatter": 0.25})
-    {'compute': 3.0, 'communicate': 0.75}
+    >>> as_measured({"compute": 2.0, "recompute": 1.0, "all_gather": 0.5, "bubble": 0.25, "transfer": 0.25})
+    {'compute': 3.0, 'communicate': 0.5, 'wait': 0.5}
     """
     sums: dict[str, float] = {}
     for term, seconds in predicted.items():
