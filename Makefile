@@ -3,7 +3,7 @@
 bin := .venv/bin
 ready := .venv/.ready
 
-.PHONY: help setup check format test demo bench docs lock clean
+.PHONY: help setup check format test nightly demo bench docs lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -28,6 +28,9 @@ format: setup ## put the code into its form, and fix what can be fixed
 
 test: check ## check, and every test (TESTS='tests/test_pool.py -x' for a part)
 	$(bin)/python -m pytest $(TESTS)
+
+nightly: setup ## many random models under random plans (SHEAF_EXAMPLES=500)
+	SHEAF_EXAMPLES=$${SHEAF_EXAMPLES:-500} $(bin)/python -m pytest tests/parallel/test_random_models.py
 
 demo: setup ## the whole road on this machine
 	$(bin)/python examples/demo.py

@@ -1,4 +1,4 @@
-"""`python -m bench [executors] [planner]`: measures, prints tables, says which goals are met, and keeps the numbers.
+"""`python -m bench [NAME ...]`: measures, prints tables, says which goals are met, and keeps the numbers.
 
 Run it on a machine that does nothing else: contenders are interleaved, so that noise meets all of them, but a busy
 machine still widens the quartiles. `make docs` puts the numbers that are kept into the README.
@@ -22,7 +22,7 @@ from bench import report
 from sheaf.cluster.machine import available_cores, processor_name
 
 QUIET = 0.5  # load average at the start above which a warning is given
-ROUNDS = {"executors": "count", "planner": "rounds"}  # what each calls them
+ROUNDS = dict.fromkeys(report.NAMES, "count") | {"planner": "rounds"}  # what each calls them
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -33,7 +33,7 @@ ROUNDS = {"executors": "count", "planner": "rounds"}  # what each calls them
     help="Where the numbers are kept.",
 )  # fmt: skip
 def main(names: tuple[str, ...], rounds: int | None, out: Path) -> None:
-    """Measure Sheaf beside its peers, and the planner beside the clock."""
+    """Measure Sheaf beside its peers, and the planner beside the clock (all, unless some are named)."""
     console = Console(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 120
@@ -46,6 +46,9 @@ def main(names: tuple[str, ...], rounds: int | None, out: Path) -> None:
         console.print(f"measuring {name} ...")
         run = importlib.import_module(f"bench.{name}").run
         results = run(**({} if rounds is None else {ROUNDS[name]: rounds}))
+        if any("skipped" in one for one in results):  # what was measured elsewhere stays
+            show(name, results, console)
+            continue
         out.mkdir(parents=True, exist_ok=True)
         path = out / f"{name}.json"
         path.write_text(json.dumps({"environment": where, "results": results}, indent=1) + "\n", encoding="utf-8")
@@ -68,15 +71,12 @@ def environment(name: str, rounds: int | None) -> dict[str, Any]:
 
 def show(name: str, results: list[dict[str, Any]], console: Console) -> None:
     """Tables, then goals."""
-    if name == "executors":
-        console.print(drawn(report.executor_table(results)))
-        goals = report.executor_goals(results)
-    else:
+    if name == "planner":
         for result in results:
             console.print(drawn(report.plan_table(result)))
-        console.print(drawn(report.planner_table(results)))
-        goals = report.planner_goals(results)
-    for goal in goals:
+    table, goals = report.SHOWN[name]
+    console.print(drawn(table(results)))
+    for goal in goals(results):
         console.print(str(goal).replace("`", ""), style="green" if goal.met else "bold red", markup=False)
 
 

@@ -2,7 +2,8 @@
 
 The model is the GPT of `bench.tensor`, whose head over 8192 words costs as much as several layers, so that an equal
 count of layers is no equal share of the work. Everyone runs the same microbatches in one process group, one thread
-per worker. Four stages on fewer than four cores share them: ratios stay fair there, bubbles mean little.
+per worker. Four stages on fewer than four cores get a quota each, such as half a core (see ``bench.quota``). Where that
+cannot be set they share the cores, and hide each other's waiting: neither balance nor bubbles show then.
 """
 
 import statistics
@@ -19,6 +20,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from torch.nn import functional as F
 
 from bench.interleaved import ratio, rounds
+from bench.quota import quota
 from bench.tensor import BATCH, LAYERS, Planned, adamw, agreed, batches, plain_model, task
 from sheaf import launch
 from sheaf.cluster.machine import available_cores
@@ -62,7 +64,7 @@ class Handmade:
         inputs, targets = next(self.batches)
         self.optimizer.zero_grad()
         found: list[Tensor] = []
-        given = {"target": targets, "losses": found} if self.rank == self.stages - 1 else {}
+        given: dict[str, Any] = {"target": targets, "losses": found} if self.rank == self.stages - 1 else {}
         self.schedule.step(*([inputs] if self.rank == 0 else []), **given)
         self.optimizer.step()
         self.losses += [float(torch.stack(found).detach().mean())] if found else []
@@ -108,6 +110,11 @@ def plans(stages: int) -> dict[str, str]:
 
 def together(count: int, steps: int) -> dict[str, Any]:
     """Every contender on this many workers, in turn."""
+    with quota(available_cores() / dist.get_world_size()) as limited:
+        return _together(count, steps) | {"limited": limited}
+
+
+def _together(count: int, steps: int) -> dict[str, Any]:
     contenders: dict[str, Handmade | Watched] = {
         kind.__name__: Handmade(kind, batches()) for kind in SCHEDULES.values()
     }
@@ -147,9 +154,7 @@ def bubble(by_worker: Sequence[list[list[tuple[str, int, float, float, float]]]]
 def compare(stages: int, count: int, steps: int) -> list[dict[str, Any]]:
     """Ratios and bubbles of one number of stages."""
     told = launch.run(together, stages, count, steps, threads=1)
-    losses = {
-        name: [one["losses"][name] for one in told if len(one["losses"][name])] for name in told[0]["losses"]
-    }
+    losses = {name: [one["losses"][name] for one in told if len(one["losses"][name])] for name in told[0]["losses"]}
     apart = agreed(losses, next(iter(SCHEDULES.values())).__name__)
     rows: list[dict[str, Any]] = []
     for text, schedule in plans(stages).items():
@@ -160,6 +165,7 @@ def compare(stages: int, count: int, steps: int) -> list[dict[str, Any]]:
             | {
                 "stages": stages,
                 "cores": available_cores(),
+                "limited": all(one["limited"] for one in told),
                 "microbatches": MICROBATCHES,
                 "balanced": "stages=" not in text,
                 "bubble": bubbles,

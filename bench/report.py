@@ -2,20 +2,23 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sheaf.units import pretty_seconds
+from sheaf.units import pretty_bytes, pretty_seconds
 
 RESULTS = Path(__file__).parent / "results"
-NAMES = ("executors", "planner")
+NAMES = ("executors", "planner", "tensor", "pipeline", "parts")
 
 # (Sheaf's plan, its peer): the least ratio of throughputs that is wanted
 GOALS = {("serial", "hand-written loop"): 0.99, ("dp=2", "DDP"): 0.98, ("dp=2,zero=3", "fully_shard"): 0.98}
 AIM = {("dp=2,zero=3", "fully_shard"): 1.2}  # on gloo
 MOST_ERROR, MOST_REGRET = 0.15, 0.05
+BEST_DTENSOR, AIM_DTENSOR = 1.0, 1.2
+BALANCE = 1.2  # of a pipeline with balanced stages over one with equally many layers in each
+PARTS, TRAFFIC = 4.0, 8.0  # times the throughput, and times fewer bytes: "about tenfold"
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,101 @@ def executor_goals(results: Sequence[dict[str, Any]]) -> list[Goal]:
         if pair in found:
             text = f"`{pair[0]}` aims at {least:g} times {pair[1]} on gloo"
             goals.append(Goal(text, f"{found[pair]:.3f}", found[pair] >= least))
+    return goals
+
+
+def _skipped(results: Sequence[dict[str, Any]]) -> Table:
+    return Table(("not measured", "because"), [("here", one["skipped"]) for one in results if "skipped" in one], 2)
+
+
+def split_goals(results: Sequence[dict[str, Any]]) -> list[Goal]:
+    """The goals of split layers: Sheaf's fastest plan beside the fastest plan written by hand for DTensor."""
+    best = [one for one in results if one["best"]]
+    if not best:
+        return []
+    ours = max(best, key=lambda one: one["median"])
+    found = f"{ours['median']:.3f} (`{ours['sheaf']}` beside {ours['peer']})"
+    return [
+        Goal(f"{text} {least:g} times the throughput of the best DTensor plan", found, ours["median"] >= least)
+        for text, least in (("split layers reach at least", BEST_DTENSOR), ("split layers aim at", AIM_DTENSOR))
+    ]
+
+
+def pipeline_table(results: Sequence[dict[str, Any]]) -> Table:
+    """Each pipeline beside torch's with equally many layers per stage, and the shares of time in which workers wait."""
+    rows = [
+        (
+            f"`{one['sheaf']}`",
+            one["peer"],
+            f"{one['median']:.3f}",
+            f"{one['low']:.3f} to {one['high']:.3f}",
+            pretty_seconds(one["sheaf_seconds"]),
+            pretty_seconds(one["peer_seconds"]),
+            *(f"{one['bubble'][kind]:.0%}" for kind in ("measured", "of_these_stages", "of_equal_stages")),
+        )
+        for one in results
+    ]
+    times = ("throughput ratio", "quartiles", "Sheaf, per step", "peer, per step")
+    return Table(("Sheaf", "beside", *times, "bubble", "of these stages", "(p-1)/(m+p-1)"), rows, words=2)
+
+
+def pipeline_goals(results: Sequence[dict[str, Any]]) -> list[Goal]:
+    """The goals of balance, for each number of stages; of both schedules the faster."""
+    goals: list[Goal] = []
+    for stages in sorted({one["stages"] for one in results}):
+        rows = [one for one in results if one["stages"] == stages and one["balanced"]]
+        ours = max(rows, key=lambda one: one["median"])
+        short = f", each on {ours['cores'] / stages:g} of a core" if ours["limited"] else ""
+        if ours["cores"] < stages and not ours["limited"]:
+            short = f", {stages} workers sharing {ours['cores']} cores"
+        goals.append(
+            Goal(
+                f"`pp={stages}` at least {BALANCE:g} times torch's pipeline with equally many layers per stage{short}",
+                f"{ours['median']:.3f} (`{ours['sheaf']}`)",
+                ours["median"] >= BALANCE,
+            )
+        )
+    return goals
+
+
+def parts_table(results: Sequence[dict[str, Any]]) -> Table:
+    """The plan by parts beside DDP: throughput, and what a host sends in a step."""
+    if any("skipped" in one for one in results):
+        return _skipped(results)
+    rows = [
+        (
+            f"`{one['sheaf']}`",
+            one["peer"],
+            str(one["samples"]),
+            f"{one['median']:.2f}",
+            f"{one['low']:.2f} to {one['high']:.2f}",
+            pretty_seconds(one["sheaf_seconds"]),
+            pretty_seconds(one["peer_seconds"]),
+            pretty_bytes(one["sheaf_sent_bytes"]),
+            pretty_bytes(one["peer_sent_bytes"]),
+        )
+        for one in results
+    ]
+    times = ("throughput ratio", "quartiles", "Sheaf, per step", "peer, per step")
+    return Table(("Sheaf", "beside", "samples a host", *times, "Sheaf sends", "peer sends"), rows, words=2)
+
+
+def parts_goals(results: Sequence[dict[str, Any]]) -> list[Goal]:
+    """The goals of different plans for different parts."""
+    goals: list[Goal] = []
+    for one in results[:1]:  # of the fewest samples, where links count as on hosts with cores of their own
+        if "skipped" in one:
+            continue
+        where = f"on {one['hosts']} hosts with {one['rate']} links"
+        fewer = one["peer_sent_bytes"] / one["sheaf_sent_bytes"]
+        goals += [
+            Goal(
+                f"`{one['sheaf']}` at least {PARTS:g} times the throughput of {one['peer']} {where}",
+                f"{one['median']:.2f}",
+                one["median"] >= PARTS,
+            ),
+            Goal(f"it sends at least {TRAFFIC:g} times fewer bytes", f"{fewer:.1f} times", fewer >= TRAFFIC),
+        ]
     return goals
 
 
@@ -152,8 +250,16 @@ def section(name: str, folder: Path = RESULTS) -> str:
         return (
             f"Not measured yet: `python -m bench {name}` writes `bench/results/{name}.json`, `make docs` this section."
         )
-    table, goals = (
-        (executor_table, executor_goals) if name == "executors" else (planner_table, planner_goals)
-    )  # fmt: skip
+    table, goals = SHOWN[name]
     lines = [f"- {goal}." for goal in goals(found["results"])]
     return "\n\n".join([table(found["results"]).markdown(), "\n".join(lines), measured_on(found["environment"])])
+
+
+# name: (results -> table, results -> goals)
+SHOWN: dict[str, tuple[Callable[[Any], Table], Callable[[Any], list[Goal]]]] = {
+    "executors": (executor_table, executor_goals),
+    "planner": (planner_table, planner_goals),
+    "tensor": (executor_table, split_goals),
+    "pipeline": (pipeline_table, pipeline_goals),
+    "parts": (parts_table, parts_goals),
+}

@@ -132,7 +132,10 @@ class Loop:
     """A training step as people write it; ``losses`` are this worker's."""
 
     def __init__(
-        self, module: nn.Module, given: Iterator[Any], around: Callable[[], AbstractContextManager[object]] = nullcontext
+        self,
+        module: nn.Module,
+        given: Iterator[Any],
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.module, self.batches, self.around = module, given, around
         self.optimizer = adamw(module.parameters())
@@ -216,7 +219,9 @@ def run(count: int = 11, steps: int = 3) -> list[dict[str, Any]]:
     apart = agreed({name: [one["losses"][name] for one in told] for name in told[0]["losses"]})
     seconds = told[0]["seconds"]
     peers = [name for name in seconds if name not in PLANS]
-    found = [asdict(ratio(seconds, plan, peer)) | {"losses_apart": apart} for plan in PLANS for peer in peers]
+    found: list[dict[str, Any]] = [
+        asdict(ratio(seconds, plan, peer)) | {"losses_apart": apart} for plan in PLANS for peer in peers
+    ]
     split = [one for one in found if one["peer"].startswith(DTENSOR)]
     best = min(split, key=lambda one: one["peer_seconds"])["peer"]
     return [one | {"best": one["peer"] == best} for one in found]

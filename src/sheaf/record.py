@@ -12,9 +12,8 @@ class StepReport:
     """One global step: loss, weight, norm and samples are the same on every worker, times and memory are its own.
 
     ``loss`` is sum over weight of the whole global batch; ``terms`` splits ``seconds`` into compute, communicate
-    (transfers that nothing hid), wait (for workers that computed longer, and for a pipeline's other stages), optimizer and
-    host; ``gradient_norm`` is the
-    true global norm before clipping, when the task clips.
+    (transfers that nothing hid), wait (for workers that computed longer, and for other stages of a pipeline), optimizer
+    and host; ``gradient_norm`` is the true global norm before clipping, when the task clips.
     """
 
     step: int

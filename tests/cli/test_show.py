@@ -1,6 +1,7 @@
 """The table of plans reads well in 100 columns, and keeps every plan's text whole."""
 
 import io
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -75,3 +76,25 @@ def test_clusters_are_described_in_few_lines():
     assert len(described(read("cpu-1gbit"))) == 3
     assert described(read("h100-dgx"))[-1].startswith("nccl: NVLink 4")
     assert "16 hosts of 8 workers" in described(read("h100-dgx", hosts=16))[0]
+
+
+def test_a_plan_too_long_for_the_table_stays_whole_with_its_reason_below():
+    longer = "dp=2,tp=2,pp=2:interleaved,virtual=2,stages=3:4:4:2,microbatch=16"
+    text = shown(ranking([entry("dp=2", 0.2, reason="fastest"), entry(longer, 0.4, loses_on="200 ms more computing")]))
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 100
+    place = next(number for number, line in enumerate(lines) if line.startswith(longer + " "))
+    assert lines[place + 1].strip() == "200 ms more computing"
+
+
+def test_what_the_first_plan_that_splits_layers_splits_is_told():
+    split = {
+        "workers": 2, "matrices": 14, "split": 12, "by_output": 8, "by_input": 4, "sums": 6, "sums_bytes": 2**20,
+        "gathered": [{"block": "<loss>", "for": "cross_entropy", "times": 1, "bytes": 2048}],
+        "whole": {"odd": "PlanError: a sort"},
+    }  # fmt: skip
+    found = replace(ranking([entry("dp=2", 0.2, reason="r"), entry("tp=2", 0.3)]), splits={(2, 0): split})
+    text = " ".join(shown(found).split())
+    assert "tp=2: 12 of 14 weight matrices split among 2 (8 by outputs, 4 by inputs), 6 sums of 1.00 MiB" in text
+    assert "gathered, as no pair was found: input of cross_entropy in loss (2.00 KiB)" in text
+    assert "kept whole: odd: PlanError: a sort" in text

@@ -199,7 +199,7 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
     "along": Along,
     "constants": Constants,
     "embedding": lambda words, width, padding: nn.Embedding(words, width, padding_idx=0 if padding else None),
-    "second": lambda size, out: nn.Linear(size, out),
+    "second": nn.Linear,
     "conv": lambda size, out, kernel, stride, groups, bias: nn.Conv2d(
         size, out, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=bias
     ),
@@ -542,7 +542,7 @@ def specs(draw: Any) -> Spec:
     if drawing.has_batch_norm:
         batch, microbatch = draw(st.sampled_from([(4, 2), (6, 2), (6, 3), (5, 3), (8, 4)]))
         samples = 2 * batch
-    floats = [place for place in range(1, len(drawing.shapes) - 1)]
+    floats = list(range(1, len(drawing.shapes) - 1))
     output = draw(st.sampled_from(["tensor", "tensor", "tuple", "dict"])) if floats else "tensor"
     flat = any(op.kind == "flat" and len(drawing.shapes[op.sources[0]]) == 2 for op in drawing.ops)
     ragged = kind in ("tokens", "series") and not flat and draw(st.booleans())
@@ -589,6 +589,7 @@ def _end(drawing: _Drawing, *, fixed: bool) -> str:
             drawing.put(way, shape=(length * width if way == "flat" else width,))
     *lead, width = drawing.shape
     drawing.put("linear", width, CLASSES, drawing.draw(st.booleans()), shape=(*lead, CLASSES))
+    drawing.ops[-1] = replace(drawing.ops[-1], frozen=False)
     return loss
 
 
@@ -626,7 +627,7 @@ def plans(draw: Any, spec: Spec) -> str:
     if draw(st.booleans()):
         words.append("bucket_bytes=1024")
     if tp > 1 and draw(st.integers(0, 3)) == 0:
-        name = draw(st.sampled_from([name for name, _ in model.named_modules() if name.startswith("parts.")]))
+        name = draw(st.sampled_from([name for name in dict(model.named_modules()) if name.startswith("parts.")]))
         words.append(f"{name}=whole")
     return ",".join(words)
 

@@ -41,6 +41,20 @@ class Model(nn.Module):
         return self.head(self.norm(hidden.transpose(1, 2)).transpose(1, 2))
 
 
+class Straight(Model):
+    """The same with a dropout of its own after each layer, so that it can be cut into stages."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.ModuleList([nn.Dropout(0.1), nn.Dropout(0.1)])
+
+    def forward(self, words):
+        hidden = self.embed(words)
+        for layer, dropout in zip(self.layers, self.dropout, strict=True):
+            hidden = dropout(layer(hidden))
+        return self.head(self.norm(hidden.transpose(1, 2)).transpose(1, 2))
+
+
 class Words:
     """Sequences of words; targets of -1 are padding, so that weights are ragged."""
 

@@ -1,6 +1,7 @@
 """The verb that ranks plans: what it asks of a task, what it refuses, and one whole ranking on this machine."""
 
 import json
+from dataclasses import replace
 
 import made
 import pytest
@@ -9,10 +10,16 @@ from torch import nn
 
 from sheaf.api.plan import check, plan, resolve
 from sheaf.api.profiles import median
+from sheaf.api.splits import told
 from sheaf.errors import PlanError, TaskError
 from sheaf.graph import trace
 from sheaf.plans import Plan
 from sheaf.task import Task
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_known(tmp_path, monkeypatch):
+    monkeypatch.setenv("SHEAF_CACHE", str(tmp_path))
 
 
 def task(model=lambda: nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2)), **changes) -> Task:
@@ -42,9 +49,42 @@ def test_an_open_microbatch_is_refused_where_the_answer_depends_on_it(model, nam
     assert plan(task(model, microbatch=4), cluster=made.cluster(2)).ranked
 
 
+def test_split_layers_and_stages_are_ranked_and_told():
+    ranking = plan(task(microbatch=4), cluster=made.cluster(2))
+    assert {"tp=2", "pp=2"} <= {str(replace(entry.plan, stages="")) for entry in ranking.ranked}
+    split = ranking.split(Plan(tp=2))
+    assert (split["workers"], split["matrices"], split["split"]) == (2, 2, 2)
+    assert (split["by_output"], split["by_input"], split["sums"], split["gathered"]) == (1, 1, 1, [])
+    assert told(split) == [
+        "2 of 2 weight matrices split among 2 (1 by outputs, 1 by inputs), 1 sum of 32 B per microbatch",
+        "nothing is gathered",
+    ]
+    assert ranking.split(Plan(dp=2)) is None
+    assert json.loads(json.dumps(ranking.to_dict()))["splits"][0]["slices"]["2.weight"]["dim"] == 1
+
+
+def test_a_rehearsal_that_fails_refuses_its_number_of_workers_only(monkeypatch):
+    def rehearse(given, number, **_):
+        raise PlanError(f"{number} is no good") if number == 2 else ValueError("odd\nindeed")
+
+    monkeypatch.setattr("sheaf.api.splits.rehearse", rehearse)
+    ranking = plan(task(microbatch=4), cluster=made.cluster(3))
+    assert ranking.ranked
+    told = {refusal.plan: refusal.reason for refusal in ranking.refused}
+    assert (told["tp=2"], told["tp=3"]) == ("2 is no good", "ValueError: odd")
+
+
+def test_an_optimizer_that_is_not_elementwise_splits_nothing():
+    ranking = plan(task(microbatch=4, optimizer=torch.optim.LBFGS), cluster=made.cluster(2))
+    assert not ranking.splits
+    assert any(refusal.plan == "tp=2" and "not elementwise" in refusal.reason for refusal in ranking.refused)
+
+
 def test_resolve_writes_the_microbatch_in():
     facts = trace(task(), 12)
     assert resolve(task(), Plan.parse("dp=5"), facts).microbatch == 3
+    assert resolve(task(), Plan.parse("dp=2,tp=2"), facts).microbatch == 6
+    assert resolve(task(), Plan.parse("pp=2"), facts).microbatch == 2
     assert resolve(task(), Plan.parse("dp=2,microbatch=2"), facts).microbatch == 2
     assert resolve(task(microbatch=4), Plan.parse("dp=2"), facts).microbatch is None
     with pytest.raises(PlanError, match="the task says microbatch=4"):
@@ -82,7 +122,8 @@ def test_this_machine_is_measured_and_the_second_time_remembered(tmp_path, monke
     monkeypatch.setenv("SHEAF_CACHE", str(tmp_path))
     first = plan(task(microbatch=4), workers=2, quick=True)
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*") if path.is_file()}
-    assert len([path for path in kept if path.suffix == ".json"]) == 2, "one profile per number of workers"
+    assert len([path for path in kept if path.parent.name == "profiles"]) == 2, "one profile per number of workers"
+    assert len([path for path in kept if path.parent.name == "splits"]) == 2, "plain and along the sequence"
     second = plan(task(microbatch=4), workers=2, quick=True)
     assert second.to_dict() == first.to_dict()
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*") if path.is_file()} == kept

@@ -49,6 +49,16 @@ class FakeStep:
         self.index += 1
         return report
 
+    @property
+    def spans(self):
+        if self.plan.pp == 1:
+            return []
+        start = 1000.0 + self.index
+        return [
+            ("F", 0, self.rank, start + self.rank, start + self.rank + 1.0),
+            ("B", 0, self.rank, start + 3, start + 4),
+        ]
+
     def state(self):
         return {"weight": self.weight, "momentum": self.momentum}, {"index": self.index}
 

@@ -16,7 +16,7 @@ from sheaf.errors import NonFiniteLoss, RunError
 from sheaf.plans import Plan
 from sheaf.record import read_record, step_reports
 from sheaf.task import Task
-from sheaf.training import describe, digest, train_rank
+from sheaf.training import describe, digest, measured_rows, train_rank
 
 
 def make_task(**changed):
@@ -206,3 +206,25 @@ def test_the_digest_tells_tasks_apart_and_ignores_names():
     for changed in ({"batch": 8}, {"seed": 3}, {"clip": 1.0}, {"precision": "bf16"}, {"shuffle": False}):
         assert digest(base) != digest(describe(make_task(**changed), SERIAL)), changed
     assert digest(base) != digest(describe(make_task(model=lambda: nn.Linear(3, 2)), SERIAL))
+
+
+def test_a_pipelines_step_is_left_on_one_clock(ranks, tmp_path):
+    def train():
+        return train_rank(make_task(), Plan(pp=2), 3, tmp_path, build=FakeStep).steps
+
+    assert ranks(train, 2) == [3, 3]
+    told = json.loads((tmp_path / "pipeline.json").read_text())
+    assert (told["plan"], told["step"] in range(3)) == ("pp=2", True)
+    wanted = [(0, "F", 0, 0, 0.0, 1.0), (0, "B", 0, 0, 3.0, 4.0), (1, "F", 0, 1, 1.0, 2.0), (1, "B", 0, 1, 3.0, 4.0)]
+    assert [tuple(row) for row in told["rows"]] == wanted
+    assert measured_rows(tmp_path, Plan(pp=2)) == wanted
+    assert measured_rows(tmp_path, Plan(pp=2, schedule="gpipe")) is None, "another plan's"
+
+
+def test_of_several_replicas_the_slowest_is_shown(tmp_path):
+    plan = Plan(dp=2, tp=2, pp=2)
+    rows = [[worker, "F", 0, worker // 4, 0.0, 1.0 + (worker in (2, 6))] for worker in range(8)]
+    (tmp_path / "pipeline.json").write_text(json.dumps({"plan": str(plan), "rows": rows}))
+    assert measured_rows(tmp_path, plan) == [(0, "F", 0, 0, 0.0, 2.0), (1, "F", 0, 1, 0.0, 2.0)]
+    (tmp_path / "pipeline.json").write_text("{")
+    assert measured_rows(tmp_path, plan) is None

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from sheaf.errors import PlanError
 from sheaf.graph import ModelFacts
 from sheaf.launch import FromFile, World
 from sheaf.plans import Plan
+from sheaf.plans.split import SplitFacts
+from sheaf.plans.stages import default_microbatch, stages_of
 from sheaf.task import Task
 from sheaf.training.directory import read_plan
 
@@ -54,33 +57,58 @@ def choose(
 
         price = _heard(from_first(best))
         chosen = price.plan
+    if price is not None and price.stages and not chosen.stages:
+        chosen = replace(chosen, stages=":".join(str(count) for count in price.stages))
+        price = replace(price, plan=chosen)
+    elif resumed is not None:
+        chosen = _as_cut(chosen, read_plan(resumed))
     if there_are is not None and chosen.workers > there_are:
         remedy = "start that many with torchrun" if world is not None else "raise --workers"
-        raise PlanError(f"{chosen} needs {chosen.workers} workers, there are {there_are}: {remedy}, or lower dp")
+        raise PlanError(
+            f"{chosen} needs {chosen.workers} workers, there are {there_are}: {remedy}, or lower {_degree(chosen)}"
+        )
     if world is not None and chosen.workers < world.workers:
         raise PlanError(
             f"{chosen} uses {chosen.workers} workers, torchrun started {world.workers}: "
-            f"start {chosen.workers}, or raise dp"
+            f"start {chosen.workers}, or raise {_degree(chosen)}"
         )
     return chosen, price
 
 
-def checked(task: Task, plan: Plan) -> tuple[Plan, ModelFacts]:
-    """The plan with its microbatch written in, and what is known of the model at that size.
+@dataclass(frozen=True)
+class Checked:
+    """A plan that can run, with its microbatch and its stages written in, and what was found out about the model."""
 
-    Tracing runs the model and the loss once, without memory. Raises PlanError listing every rule the plan breaks.
+    plan: Plan
+    facts: ModelFacts  # of that microbatch
+    split: SplitFacts | None  # how its layers are split, where they are
+
+
+def checked(task: Task, plan: Plan) -> Checked:
+    """What a run of the plan must know before any worker starts.
+
+    Tracing runs the model and the loss once, without memory. Raises PlanError listing every rule the plan breaks, or
+    with the first reason why the model cannot be split or cut so.
     """
     from sheaf.api.plan import check
     from sheaf.graph import trace
+    from sheaf.parallel import refuse
 
-    facts = trace(task, task.microbatch or plan.microbatch or -(-task.batch // plan.workers))
-    return check(task, plan, facts, workers=plan.workers), facts
+    facts = trace(task, task.microbatch or plan.microbatch or default_microbatch(plan, task.batch))
+    chosen = cut(check(task, plan, facts, workers=plan.workers), facts)
+    return Checked(chosen, facts, refuse(task, chosen))
+
+
+def cut(plan: Plan, facts: ModelFacts) -> Plan:
+    """The plan with its stages written in, so that all that comes of it names the very cut."""
+    if plan.pp == 1 or plan.stages:
+        return plan
+    return replace(plan, stages=":".join(str(len(names)) for names in stages_of(plan, facts)))
 
 
 def promised(
     task: Task,
-    plan: Plan,
-    facts: ModelFacts,
+    found: Checked,
     *,
     world: World | None,
     source: FromFile | None,
@@ -91,6 +119,7 @@ def promised(
     It measures on this machine, so torchrun's workers are predicted only when all of them are here. Whatever goes
     wrong is told on standard error in one line: nothing that is only foretold may stop a run.
     """
+    plan = found.plan
     if world is not None and world.hosts > 1:
         return None, f"the step time of {plan} is not predicted: its workers are on several machines"
 
@@ -98,7 +127,7 @@ def promised(
         from sheaf.api.plan import predicted
 
         try:
-            return _told(predicted(task, plan, facts, source=source, note=note))
+            return _told(predicted(task, plan, found.facts, split=found.split, source=source, note=note))
         except Exception as error:  # noqa: BLE001  whatever it is, the run goes on
             first = (str(error).splitlines() or [""])[0]
             reason = f"the step time of {plan} is not predicted: {type(error).__name__}: {first}"
@@ -109,6 +138,17 @@ def promised(
     return (None, told["reason"]) if "reason" in told else (_heard(told), "")
 
 
+def _degree(plan: Plan) -> str:
+    return next((key for key in ("dp", "pp", "tp", "cp") if getattr(plan, key) > 1), "dp")
+
+
+def _as_cut(plan: Plan, kept: Plan | None) -> Plan:
+    """The kept plan where the given one is it, but for what was written in when it was cut."""
+    if kept is None or plan.stages or replace(kept, stages="", microbatch=plan.microbatch) != plan:
+        return plan
+    return kept
+
+
 def _told(price: Price) -> dict[str, Any]:
     """A price as values that JSON knows."""
     return {
@@ -117,9 +157,19 @@ def _told(price: Price) -> dict[str, Any]:
         "memory": {term: int(size_bytes) for term, size_bytes in price.memory.items()},
         "traffic_bytes": float(price.traffic_bytes),
         "hidden_seconds": float(price.hidden_seconds),
+        "stages": list(price.stages),
+        "timeline": [list(row) for row in price.timeline],
     }
 
 
 def _heard(told: dict[str, Any]) -> Price:
     plan = Plan.from_toml(told["plan"])
-    return Price(plan, told["seconds"], told["memory"], told["traffic_bytes"], told["hidden_seconds"])
+    return Price(
+        plan,
+        told["seconds"],
+        told["memory"],
+        told["traffic_bytes"],
+        told["hidden_seconds"],
+        stages=tuple(told["stages"]),
+        timeline=tuple((row[0], row[1], row[2], row[3], row[4], row[5]) for row in told["timeline"]),
+    )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sheaf.api.measure import measure
 from sheaf.api.profiles import measured_profiles
+from sheaf.api.splits import described, splits
 from sheaf.cluster import Cluster, read
 from sheaf.cluster.machine import host_name
 from sheaf.cost import microbatch_sizes, price
@@ -15,7 +16,9 @@ from sheaf.errors import PlanError, TaskError
 from sheaf.graph import ModelFacts, Profile, trace
 from sheaf.launch import FromFile
 from sheaf.plans import Plan
-from sheaf.search import Question, Ranking, broken, search
+from sheaf.plans.split import SplitFacts
+from sheaf.plans.stages import default_microbatch
+from sheaf.search import Question, Ranking, Refusal, broken, search, unmergeable
 from sheaf.search.measured import facts_for
 from sheaf.search.space import microbatch_choices
 from sheaf.task import Task
@@ -54,9 +57,10 @@ def plan(
     """
     say = note or _nothing
     question = ask(task, workers=workers, cluster=cluster, quick=quick, fresh=fresh, note=note)
+    question, unsplit = _with_splits(task, question, fresh=fresh, say=say)
     roofline = search(question)
     if not (measured and roofline.ranked and _is_here(question.cluster, given=cluster is not None)):
-        return roofline
+        return _told(question, roofline, unsplit)
     profiles = {}
     for busy in _company(question, roofline):
         sizes = _sizes(task, question.batch, busy)
@@ -64,7 +68,42 @@ def plan(
         say(f"measuring the model's blocks on {busy} worker{'s' if busy > 1 else ''}")
         found = measured_profiles(task, facts, busy, source=source, fresh=fresh)
         profiles.update({(one.samples, busy): _with_collectives(question, one) for one in found})
-    return search(replace(question, profiles=profiles))
+    return _told(question, search(replace(question, profiles=profiles)), unsplit)
+
+
+def _with_splits(
+    task: Task, question: Question, *, fresh: bool, say: Callable[[str], None]
+) -> tuple[Question, tuple[Refusal, ...]]:
+    """The question with how layers would be split, and why not among other numbers of workers."""
+    if question.available == 1:
+        return question, ()
+    facts = facts_for(question.facts, question.microbatch or -(-question.batch // question.available))
+    if unmergeable(facts):
+        return question, ()  # no plan of several workers can run
+    if not question.elementwise:
+        why = "the optimizer is not elementwise, and workers that split layers step slices of parameters"
+        return question, (Refusal("tp=2", why, "dp alone, or an elementwise optimizer such as AdamW or SGD"),)
+    found, refused = splits(
+        task,
+        facts,
+        workers=question.available,
+        per_machine=max(host.workers for host in question.cluster.hosts),
+        batch=question.batch,
+        fresh=fresh,
+        say=say,
+    )
+    return replace(question, splits=found), refused
+
+
+def _told(question: Question, ranking: Ranking, unsplit: tuple[Refusal, ...]) -> Ranking:
+    """The ranking with what splitting layers does under its plans, and the refusals that came before it."""
+    facts = next(iter(question.facts.values()))
+    keys = {question.split_key(entry.plan) for entry in ranking.ranked} & set(question.splits)
+    return replace(
+        ranking,
+        refused=(*ranking.refused, *unsplit),
+        splits={key: described(question.splits[key], facts) for key in sorted(keys)},
+    )
 
 
 def _with_collectives(question: Question, profile: Profile) -> Profile:
@@ -145,7 +184,7 @@ def allowed(task: Task, facts: ModelFacts) -> None:
 
 
 def resolve(task: Task, plan: Plan, facts: ModelFacts) -> Plan:
-    """The plan with its microbatch written in where the task leaves it open: one microbatch per worker.
+    """The plan with its microbatch written in where the task leaves it open: one per replica, more for a pipeline.
 
     Raises TaskError where the answer depends on the size, and PlanError where task and plan disagree.
     """
@@ -157,7 +196,7 @@ def resolve(task: Task, plan: Plan, facts: ModelFacts) -> Plan:
                 "part of what is computed: drop it from the plan"
             )
         return plan
-    return plan if plan.microbatch is not None else plan.with_microbatch(-(-task.batch // plan.workers))
+    return plan if plan.microbatch is not None else plan.with_microbatch(default_microbatch(plan, task.batch))
 
 
 def check(task: Task, plan: Plan, facts: ModelFacts, *, workers: int) -> Plan:
@@ -172,7 +211,7 @@ def check(task: Task, plan: Plan, facts: ModelFacts, *, workers: int) -> Plan:
         workers=workers,
         batch=task.batch,
         microbatch=task.microbatch,
-        elementwise=not chosen.zero or _slices_apart(task, facts),
+        elementwise=chosen.serial or _slices_apart(task, facts),
     )
     if found:
         raise PlanError([f"{one.plan}: {one.reason}; use {one.remedy}" for one in found])
@@ -184,26 +223,28 @@ def predicted(
     plan: Plan,
     facts: ModelFacts,
     *,
+    split: SplitFacts | None = None,
     quick: bool = True,
     source: FromFile | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Price:
     """What one plan takes on this machine, priced from what its own number of workers measures, or measured before.
 
-    ``plan`` is resolved, and ``facts`` are of its microbatch. Raises ClusterError, DataError and WorkerFailed when
-    measuring fails.
+    ``plan`` is resolved, ``facts`` are of its microbatch, and ``split`` says how it splits layers, if it does. Raises
+    ClusterError, DataError and WorkerFailed when measuring fails.
     """
     (note or _nothing)(f"predicting a step of {plan} from what was measured, measuring what was not")
     cluster = measure(plan.workers, quick=quick)
     profiles = measured_profiles(task, [facts], plan.workers, source=source)
-    return Question(
+    question = Question(
         batch=min(task.batch, task.num_samples),
         facts={facts.samples: facts},
         cluster=cluster,
         microbatch=task.microbatch,
         profiles={(one.samples, plan.workers): one for one in profiles},
         precision=task.precision,
-    ).price(plan)
+    )
+    return replace(question, splits={question.split_key(plan): split} if split is not None else {}).price(plan)
 
 
 def _is_here(cluster: Cluster, *, given: bool) -> bool:

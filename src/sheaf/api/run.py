@@ -20,13 +20,14 @@ class Run:
     """A run and what it left in its directory; of a resumed one all steps from the first.
 
     ``stopped`` when it was asked to end before its last step; ``predicted_seconds_per_step`` is what the planner
-    promised, None when nobody asked it.
+    promised, None when nobody asked it; ``pipeline`` is the picture of a pipeline's step, where there is one.
     """
 
     directory: Path
     plan: Plan
     reports: tuple[StepReport, ...]
     stopped: bool = False
+    pipeline: Path | None = None
     predicted_seconds_per_step: float | None = None
     task: Task = field(repr=False)
 

@@ -19,6 +19,7 @@ from sheaf.task import Task
 from sheaf.task.blueprint import Blueprint
 from sheaf.training.checks import memory_bytes
 from sheaf.training.directory import RECORD
+from sheaf.training.pipeline import PICTURE
 
 
 def train(
@@ -77,16 +78,17 @@ def train(
         note=note,
     )
     training.affordable(blueprint, chosen, there_is)
-    facts = None
+    found = None
     if price is None:
-        chosen, facts = checked(task, chosen)
+        found = checked(task, chosen)
+        chosen = found.plan
     values = training.describe(task, chosen)
     directory = Path(from_first(lambda: str(_directory(task, out))))
     if world is None:
         training.check(directory, values, resume=resume)
     events: dict[str, dict[str, Any]] = {}
-    if predict and facts is not None:
-        price, reason = promised(task, chosen, facts, world=world, source=source, note=note)
+    if predict and found is not None:
+        price, reason = promised(task, found, world=world, source=source, note=note)
         if reason:
             events["warning"] = {"message": reason}
     events["plan"] = {"plan": str(chosen), **({"predicted": price.seconds} if price is not None else {})}
@@ -103,14 +105,17 @@ def train(
         if not quiet and (kept := latest(directory).path) is not None:
             print(f"{kept} is kept; --resume goes on from there", file=sys.stderr, flush=True)
         raise
+    picture = None
     if world is None or world.rank == 0:
         _draw(directory)
+        picture = _draw_pipeline(directory, chosen, price)
     reports = [report for report in step_reports(directory / RECORD) if report.step < outcome.steps]
     return Run(
         directory=directory,
         plan=chosen,
         reports=tuple(reports),
         stopped=outcome.stopped,
+        pipeline=picture,
         predicted_seconds_per_step=None if price is None else price.step_seconds,
         task=task,
     )
@@ -190,6 +195,23 @@ def _draw(directory: Path) -> None:
         draw(directory)
     except Exception:  # noqa: BLE001  watching never stops a run
         return
+
+
+def _draw_pipeline(directory: Path, plan: Plan, price: Price | None) -> Path | None:
+    """The picture of a pipeline's step, predicted above measured; None where there is none."""
+    if plan.pp == 1:
+        return None
+    try:
+        from sheaf.watch import draw_pipeline
+
+        return draw_pipeline(
+            directory / PICTURE,
+            predicted=price.timeline if price is not None and price.timeline else None,
+            measured=training.measured_rows(directory, plan),
+            title=f"{directory.resolve().name}  ·  plan {plan}",
+        )
+    except Exception:  # noqa: BLE001  watching never stops a run
+        return None
 
 
 def _note_failure(directory: Path, error: SheafError) -> None:

@@ -39,7 +39,7 @@ def verify(
     task = with_microbatch(task, plan)
     microbatch = task.microbatch or task.batch
     with undisturbed():
-        blueprint = _refused(task, plan, microbatch, steps, workers)
+        blueprint, plan = _refused(task, plan, microbatch, steps, workers)
     parameters = frozenset(blueprint.names)
     aliases = frozenset(alias for others in blueprint.names.values() for alias in others)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -62,9 +62,11 @@ def verify(
             return try_plan(task, str(plan), steps, observe, directory, microbatch=microbatch, device=device)
 
 
-def _refused(task: Task, plan: Plan, microbatch: int, steps: int, workers: int | None) -> Blueprint:
+def _refused(task: Task, plan: Plan, microbatch: int, steps: int, workers: int | None) -> tuple[Blueprint, Plan]:
     if workers is not None and plan.workers > workers:
-        raise PlanError(f"{plan} needs {plan.workers} workers, {workers} were given: lower dp or give more workers")
+        raise PlanError(
+            f"{plan} needs {plan.workers} workers, {workers} were given: use a smaller plan or give more workers"
+        )
     if steps < 1:
         raise SheafError(f"steps={steps}: at least one step is needed to compare anything")
     order = Order(task.num_samples, task.batch, microbatch, task.seed, shuffle=task.shuffle)
@@ -73,8 +75,7 @@ def _refused(task: Task, plan: Plan, microbatch: int, steps: int, workers: int |
             arguments(task, fetch(task, each.samples, key(task.seed, "data", step, each.index)))
     blueprint = Blueprint(task)
     affordable(blueprint, plan, memory_bytes())
-    checked(task, plan)
-    return blueprint
+    return blueprint, checked(task, plan).plan
 
 
 def _empty(directory: str | Path) -> Path:

@@ -1,5 +1,6 @@
 """``sheaf plan``: every plan worth pricing, ranked, with reasons."""
 
+import math
 import re
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _ROWS = 12  # a longer ranking is cut unless asked for
 _REFUSALS = 8  # and so are reasons why plans were refused
+_NUMBERS, _REASON = 30, 20  # columns that a plan's numbers take, and that what it loses on needs
 
 
 @click.command(short_help="Rank the plans for a task, with reasons.")
@@ -60,12 +62,13 @@ def show(ranking: "Ranking", cluster: "Cluster | None", console: Console, *, row
         console.print("\n".join(described(cluster)), markup=False, soft_wrap=True)
         console.print()
     if ranking.ranked:
-        console.print(_table(ranking, rows))
+        console.print(_table(ranking, rows, console.width))
         hidden = len(ranking.ranked) - rows if rows is not None else 0
         if hidden > 0:
             console.print(f"and {hidden} more; `sheaf plan --all` shows every one", style="dim")
         best = ranking.ranked[0]
         console.print(Text.assemble("\n", (str(best.plan), "bold green"), f" leads: {best.reason}"))
+        _say_split(ranking, console)
     # The plans that would use most of what there is come first: those are the ones people ask about.
     refusals = sorted(ranking.refusals(), key=lambda refusal: -max(_workers(text) for text in refusal[2]))
     if refusals:
@@ -81,25 +84,41 @@ def show(ranking: "Ranking", cluster: "Cluster | None", console: Console, *, row
         console.print(f"and {more} more plans; `sheaf plan --all` shows why each", style="dim")
 
 
+def _say_split(ranking: "Ranking", console: Console) -> None:
+    """What the first plan that splits layers splits and gathers."""
+    from sheaf.api.splits import told
+
+    for entry in ranking.ranked:
+        split = ranking.split(entry.plan)
+        if split is not None:
+            lines = told(split)
+            console.print(Text.assemble("\n", (str(entry.plan), "bold"), f": {lines[0]}"))
+            for line in lines[1:]:
+                console.print(Text(f"  {line}"))
+            return
+
+
 def _workers(text: str) -> int:
-    return int(found[1]) if (found := re.search(r"dp=(\d+)", text)) else 1
+    """How many workers a plan's text asks for."""
+    return math.prod(int(number) for number in re.findall(r"\b(?:dp|tp|pp|cp)=(\d+)", text))
 
 
-def _table(ranking: "Ranking", rows: int | None) -> Table:
+def _table(ranking: "Ranking", rows: int | None, width: int) -> Table:
+    """The plans as rows; beside long ones there is no room for what they lose on, which then stands below."""
     serial = next((entry.price.step_seconds for entry in ranking.ranked if entry.plan.serial), None)
+    shown = ranking.ranked[:rows]
+    below = max(len(str(entry.plan)) for entry in shown) > width - _NUMBERS - _REASON
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("plan", no_wrap=True)  # whole: it is what users copy
+    table.add_column("plan", no_wrap=not below, overflow="fold")  # whole: it is what users copy
     for heading in ("step", "speed", "memory"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("loses on", min_width=20)
-    for place, entry in enumerate(ranking.ranked[:rows]):
+    if not below:
+        table.add_column("loses on", min_width=_REASON)
+    for place, entry in enumerate(shown):
         speed = "" if serial is None else f"{serial / entry.price.step_seconds:.2f}x"
-        table.add_row(
-            str(entry.plan),
-            pretty_seconds(entry.price.step_seconds),
-            speed,
-            pretty_bytes(entry.price.peak_bytes),
-            entry.loses_on,
-            style="bold green" if place == 0 else None,
-        )
+        style = "bold green" if place == 0 else None
+        reason = Text(f"\n  {entry.loses_on}" if below and entry.loses_on else "", "dim")
+        numbers = (pretty_seconds(entry.price.step_seconds), speed, pretty_bytes(entry.price.peak_bytes))
+        last = () if below else (entry.loses_on,)
+        table.add_row(Text.assemble(str(entry.plan), reason), *numbers, *last, style=style)
     return table

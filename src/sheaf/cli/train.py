@@ -73,6 +73,7 @@ def _values(run: "Run") -> dict[str, object]:
         "seconds_per_step": run.seconds_per_step,
         "predicted_seconds_per_step": run.predicted_seconds_per_step,
         "directory": str(run.directory),
+        "pipeline": None if run.pipeline is None else str(run.pipeline),
         "stopped": run.stopped,
     }
 
@@ -85,5 +86,7 @@ def _show(run: "Run", console: Console) -> None:
         predicted = f", predicted {pretty_seconds(said)}" if said else ""
         console.print(f"{pretty_seconds(run.seconds_per_step)} per step{predicted}")
     console.print(f"the run is in {run.directory}", markup=False, soft_wrap=True)
+    if run.pipeline is not None:
+        console.print(f"a step of its pipeline is drawn in {run.pipeline}", markup=False, soft_wrap=True)
     if run.stopped:
         console.print(f"it was stopped; the same command with --out {run.directory} --resume goes on", markup=False)

@@ -1,6 +1,6 @@
 """A plan becomes a step: shares of a batch, replicated or sharded state, gradients that meet."""
 
-from sheaf.parallel.build import build, with_microbatch
+from sheaf.parallel.build import build, refuse, with_microbatch
 from sheaf.parallel.step import Step
 
-__all__ = ["Step", "build", "with_microbatch"]
+__all__ = ["Step", "build", "refuse", "with_microbatch"]

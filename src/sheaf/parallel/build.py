@@ -15,6 +15,7 @@ from sheaf.graph import cut, is_composite
 from sheaf.parallel.exchange import Exchange
 from sheaf.parallel.gathered import Gathered
 from sheaf.parallel.holding import AbstractHolding, Factor
+from sheaf.parallel.ledger import Ledger
 from sheaf.parallel.parts import PartsPost, PartsRunner, segments, whole_outside
 from sheaf.parallel.passing import Passing
 from sheaf.parallel.pipeline import Pipeline
@@ -28,13 +29,16 @@ from sheaf.parallel.sharded import Sharded
 from sheaf.parallel.shares import dealer
 from sheaf.parallel.spread import Spread
 from sheaf.parallel.stages import Stages, blueprint_of, placed
+from sheaf.parallel.stand_ins import StandIns, originals
 from sheaf.parallel.statistics import BatchStatistics
 from sheaf.parallel.step import Step
 from sheaf.parallel.ties import Ties
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
 from sheaf.plans.split import SplitFacts
+from sheaf.plans.stages import default_microbatch
 from sheaf.split.closing import close
+from sheaf.split.lengthwise import Lengthwise
 from sheaf.split.mode import Splitting
 from sheaf.split.rehearsal import rehearse
 from sheaf.task import Blueprint, Streams, Task
@@ -79,13 +83,15 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
 
     stages = placed(task, plan, blueprint, blocks, world) if plan.pp > 1 else None
     portion = _portion(blueprint, plan, spread, splits, stages)
-    holding = _hold(portion, plan, spread.replicas, factor, blocks, found.apart if found else ())
+    untouched = originals(blocks, blueprint.dtype_of, blueprint.mode) if stages or found else {}
+    holding = _hold(
+        portion, plan, spread.replicas, factor, blocks, found.apart if found else (), stages, spread.place.pp
+    )
     splitting = _splitting(plan, holding.model, portion, spread, splits)
     streams = Streams(holding.model, task.seed, world.device)
     if plan.recompute == "full":
         around = nullcontext if splitting is None else lambda: splitting
         recompute([block for block in blocks.values() if is_composite(block)], streams, around)
-    _refuse_zero(plan)
     number = world.number("sheaf/builds") if plan.stolen else 0
     merged = world.workers > 1 or plan.recompute != "none"
     parts = Parts(
@@ -104,14 +110,17 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
     if placing is None:
         return Step(plan, portion, WholeModel(parts))
     post = PartsPost(world, found.split) if found else Post(spread.stages, plan.num_stages)
+    homes_of = stages.homes if stages else placing.between
     homes = {
-        id(parameter): (name, placing.between[name])
+        id(parameter): (name, homes_of[name])
         for name, parameter in holding.model.named_parameters()
-        if name in placing.between
+        if name in homes_of
     }
-    paused = parts.statistics.paused if parts.statistics is not None else nullcontext
     count = len(found.split) if found else plan.num_stages
-    passing = Passing(blocks, placing.blocks, homes, post, count, blueprint.mode, splitting, paused)
+    stand_ins = StandIns(blueprint.mode, untouched)
+    ledger = Ledger(homes, post, stand_ins, splitting)
+    complete = stages.complete if stages else True
+    passing = Passing(blocks, placing.blocks, count, ledger, stand_ins, complete=complete)
     if parts.statistics is not None:
         parts.statistics.follow(passing.runs)
     if found:
@@ -120,6 +129,24 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
     assert stages is not None
     ties = Ties(stages.tied, spread, portion, holding) if stages.tied else None
     return Step(plan, portion, Pipeline(parts, plan, passing, post), ties)
+
+
+def refuse(task: Task, plan: Plan) -> SplitFacts | None:
+    """Raise PlanError where ``build`` would on any worker, without workers; gives how layers are split, if they are.
+
+    What depends on values that training computes shows only then.
+    """
+    blueprint, world = Blueprint(task), World.alone()
+    task = with_microbatch(task, plan, blueprint.model)
+    blocks = cut(blueprint.model)
+    _refuse_sparse(blueprint.model, plan)
+    splits = split_facts(task, plan, world)
+    _refuse_slices(task, plan, blueprint, splits)
+    if plan.split_parts:
+        segments(plan, blueprint_of(task, blueprint), blocks)
+    if plan.pp > 1:
+        placed(task, plan, blueprint, blocks, world)
+    return splits
 
 
 def _portion(
@@ -136,11 +163,6 @@ def _portion(
         names=stages.held(mine),
         second=stages.second(mine, plan.pp),
     )
-
-
-def _refuse_zero(plan: Plan) -> None:
-    if plan.pp > 1 and plan.zero > 1:
-        raise PlanError(f"zero={plan.zero} is not there under a pipeline yet: use zero=1")
 
 
 def split_facts(task: Task, plan: Plan, world: World) -> SplitFacts | None:
@@ -165,6 +187,8 @@ def split_facts(task: Task, plan: Plan, world: World) -> SplitFacts | None:
 def _splitting(
     plan: Plan, model: nn.Module, portion: Portion, spread: Spread, splits: SplitFacts | None
 ) -> Splitting | None:
+    if plan.cp > 1 and spread.layers is not None:
+        return Lengthwise(spread.layers, model.parameters())
     if splits is None or spread.layers is None:
         return None
     held = {
@@ -210,7 +234,7 @@ def with_microbatch(task: Task, plan: Plan, model: nn.Module | None = None) -> T
                 f"neither the task nor the plan gives a microbatch, and {name} makes the answer depend on it: "
                 f"give the task one, such as microbatch={max(1, task.batch // 4)}"
             )
-        chosen = -(-task.batch // (plan.dp * (4 * plan.pp if plan.pp > 1 else 1)))
+        chosen = default_microbatch(plan, task.batch)
     if chosen > task.batch:
         raise PlanError(f"microbatch={chosen} is larger than batch={task.batch}: lower it or raise batch")
     return replace(task, microbatch=chosen)
@@ -264,11 +288,14 @@ def _hold(
     factor: Factor,
     blocks: dict[str, nn.Module],
     apart: Collection[str],
+    stages: Stages | None,
+    first: int,
 ) -> AbstractHolding:
     if plan.zero == 0:
         return Replicated(portion, replicas, factor, plan.bucket_bytes, apart)
     if plan.zero == 3:
-        return Gathered(portion, replicas, factor, blocks, plan)
+        calls, mine = (stages.blocks, range(first, plan.num_stages, plan.pp)) if stages else (None, (0,))
+        return Gathered(portion, replicas, factor, blocks, plan, calls, mine)
     return Sharded(portion, replicas, factor, plan.bucket_bytes, shard_gradients=plan.zero == 2)
 
 

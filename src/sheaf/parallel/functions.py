@@ -14,12 +14,9 @@ _ATTRIBUTES = (
 _METHODS = (
     "size dim numel nelement ndimension is_floating_point is_complex element_size get_device stride is_contiguous"
 )
-_READS = "item tolist __bool__ __int__ __float__ __index__ __contains__ equal allclose is_nonzero"
-_UNSHAPED = "nonzero masked_select unique argwhere unique_consecutive bincount"
-_DRAWS = (
-    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout bernoulli rand_like randn_like "
-    "randint_like multinomial normal_ uniform_ bernoulli_ rrelu dropout_ feature_dropout gumbel_softmax exponential_ "
-    "random_"
+_READS = (
+    "item tolist __bool__ __int__ __float__ __index__ __complex__ __contains__ __format__ equal allclose is_nonzero "
+    "numpy __array__"
 )
 
 
@@ -31,9 +28,8 @@ def _functions(names: str) -> set[Any]:
 ABOUT = {getter(name) for name in _ATTRIBUTES.split() if hasattr(Tensor, name)} | _functions(_METHODS)
 ABOUT |= {Tensor.__len__, Tensor.__hash__}  # what is known of a tensor without its values
 READS = _functions(_READS)  # a value that Python gets to see
-UNSHAPED = _functions(_UNSHAPED)  # the result's shape depends on values
+ARRAYS = {Tensor.numpy, Tensor.__array__}  # of those, what gives arrays
 PICKS = {Tensor.__getitem__, torch.masked_select, Tensor.masked_select}  # elements by an index or a mask
-DRAWS = frozenset(_DRAWS.split())  # random numbers, as many as a tensor has elements, by name
 FACTORIES = frozenset(
     ["rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal", "uniform_", "random_"]
 )

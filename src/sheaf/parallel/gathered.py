@@ -14,13 +14,16 @@ gather of the turn that follows the unit's last. Two rules make it so whatever a
 that turn first, if need be; and before a turn is visited, all reductions that lie before it are started, with zeros
 for gradients that have not come (blocks that this worker skipped). A gradient that comes later still is a PlanError.
 
+In a pipeline each forward and each backward of a stage walks that stage's turns alone, and leaves nothing gathered; all
+replicas of a stage go through one list of actions, idle where they have no microbatch, so the same argument holds.
+
 Under autocast, what autograd saves is the low-precision copies of the weights, which are no views of the flats: they
 stay from forward to backward unless the plan says recompute=full, and backward gathers all the same.
 """
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -36,10 +39,9 @@ from sheaf.parallel.flat import FlatTensors
 from sheaf.parallel.holding import AbstractHolding, Factor, Touched
 from sheaf.parallel.optimizers import sliced_optimizer
 from sheaf.parallel.portion import Portion
-from sheaf.parallel.rehearsal import rehearse, tensors_in, unit_members, watching
+from sheaf.parallel.rehearsal import orders_of, rehearse, tensors_in, unit_members, watching
+from sheaf.parallel.rounds import Round, Unit
 from sheaf.parallel.sharded import gathered
-from sheaf.parallel.turns import Turns
-from sheaf.parallel.turnstile import Turnstile
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
 from sheaf.plans.layout import Piece, flats
@@ -47,27 +49,24 @@ from sheaf.plans.layout import Piece, flats
 _IN_FLIGHT = 2
 
 
-class Unit:
-    """The flats of one block, and whether its parameters are there, on their way, or freed."""
-
-    def __init__(self, name: str, parts: list[FlatTensors]) -> None:
-        self.name, self.parts = name, parts
-        self.gathers: list[Pending] | None = None  # None: freed
-        self.open_reductions = 0
-        self.running = False
-
-
 class Gathered(AbstractHolding):
     """Parameters, gradients and optimizer state in shards; one block or two are whole at a time."""
 
     lockstep = True
 
-    def __init__(self, portion: Portion, world: World, factor: Factor, blocks: dict[str, nn.Module], plan: Plan):
+    def __init__(
+        self,
+        portion: Portion,
+        world: World,
+        factor: Factor,
+        blocks: dict[str, nn.Module],
+        plan: Plan,
+        calls: Mapping[str, tuple[int, ...]] | None = None,
+        stages: Sequence[int] = (0,),
+    ) -> None:
         self._world, self._factor = world, factor
         rehearsal = rehearse(portion, blocks)
         named = unit_members(portion, blocks, rehearsal, plan.bucket_bytes)
-        order = [name for name in rehearsal.order if name in named]
-        order += [name for name in named if name not in order and name != GLUE]
         shapes = {name: fake.shape for name, fake in portion.parameters.items()}
         self._flats = [
             FlatTensors(flat, world.rank, shapes, world.device, apart=True)
@@ -91,23 +90,24 @@ class Gathered(AbstractHolding):
             for piece in flat.pieces
         }
         self.optimizer = sliced_optimizer(portion, self.slices)
-        self._trained = self._reduction_order(order)
-        backward = order[::-1]
-        self._last_turn = {name: len(backward) for name in self._units}  # GLUE's is after all others
-        self._last_turn.update({name: turn for turn, name in enumerate(backward)})
-        places = [self._last_turn[flat.flat.unit] + 1 for flat in self._trained]
-        self._due = [sum(place < turn for place in places) for turn in range(len(backward))]
+        self._staged = calls is not None
+        parts = {name: unit.parts for name, unit in self._units.items()}
+        orders = orders_of(rehearsal.order, named, calls, stages)
+        self._rounds = {
+            stage: Round(
+                order, parts, self._visit, self._launch, first_held=not self._staged
+            )  # forward leaves its last
+            for stage, order in orders.items()
+        }
+        self._round = self._rounds[stages[0]]
+        self._trained = [flat for flat in self._flats if flat.trained]
+        self._reduced: set[int] = set()
         self._pending: deque[tuple[Pending, Tensor | None, Tensor]] = deque()
-        self._launched, self._used = 0, set[str]()
+        self._used = set[str]()
         self._done: list[Unit] = []
         self._backward = self._watched = self._gathering = False
         self._complete = rehearsal.complete
-        self._forward_turns = Turns(order, self._visit)
-        self._turnstile = Turnstile([flat.names for flat in self._trained], self._launch)
-        self._backward_turns = Turns(  # forward leaves its last block there
-            backward, self._visit, first_held=True, before=lambda turn: self._turnstile.let_through(self._due[turn])
-        )
-        self._touched = Touched(self.parameters.items(), self._turnstile.ready)
+        self._touched = Touched(self.parameters.items(), lambda name: self._round.turnstile.ready(name))
         self._wrapped: list[tuple[nn.Module, Any]] = []
         for name, block in blocks.items():
             if name in self._units:
@@ -126,11 +126,13 @@ class Gathered(AbstractHolding):
     def begin_step(self) -> None:
         """Forget the last step's gradients; gather what belongs to no block, for the whole step."""
         self._touched.names.clear()
-        self._turnstile.forget()
-        self._launched = 0
+        for one in self._rounds.values():
+            one.turnstile.forget()
+        self._reduced.clear()
         for tensor, _ in self.slices.values():
             tensor.grad = None
-        self._begin_round()
+        if not self._staged:
+            self._begin_round()
         if GLUE in self._units:
             self._visit(GLUE)
             self._arrive(self._units[GLUE])
@@ -139,15 +141,29 @@ class Gathered(AbstractHolding):
         """Backward is about to run: let go of blocks that forward skipped, and walk the turns in reverse."""
         self._turn_around()
 
+    def enter_stage(self, stage: int, *, forward: bool) -> None:
+        """Walk the turns of a stage, forward or in reverse."""
+        self._round = self._rounds[stage]
+        if forward:
+            self._begin_round()
+
+    def leave_forward(self) -> None:
+        """Visit what is left, and let go of all."""
+        self._round.forward.finish()
+        for unit in self._units.values():
+            if unit.name != GLUE:
+                self._release(unit)
+
     def end_backward(self) -> None:
         """Reduce what is left of the round, and get ready for the next."""
-        self._backward_turns.finish()
-        self._turnstile.flush()
+        self._round.backward.finish()
+        self._round.turnstile.flush()
         for unit in self._units.values():
             if unit.name != GLUE:
                 self._release(unit)
         self._done.clear()
-        self._begin_round()
+        if not self._staged:
+            self._begin_round()
 
     def idle_round(self) -> None:
         """Gather and reduce in turn with the others."""
@@ -223,26 +239,23 @@ class Gathered(AbstractHolding):
         self.model = portion.install(self._world.device, parameter)
         self.parameters = portion.own(self.model)
 
-    def _reduction_order(self, order: Sequence[str]) -> list[FlatTensors]:
-        # a unit that runs more than once is complete when backward comes to its first run
-        units = [*reversed(dict.fromkeys(order)), *([GLUE] if GLUE in self._units else [])]
-        return [flat for name in units for flat in self._units[name].parts if flat.trained]
-
     def _begin_round(self) -> None:
         self._backward = False
-        self._forward_turns.begin()
+        self._round.forward.begin()
 
     def _turn_around(self) -> None:
-        self._forward_turns.finish()
+        turns = self._round.backward
+        self._round.forward.finish()
         self._backward = True
-        self._backward_turns.begin()
-        self._turnstile.arm()
+        turns.begin()
+        self._round.turnstile.arm()
         for unit in self._units.values():
             unit.open_reductions = len(unit.parts)  # a frozen part is never reduced, and stays until the round ends
-            if unit.name not in (GLUE, *self._backward_turns.sequence[:1]):
+            if unit.name not in (GLUE, *turns.sequence[:1]) or (unit.name != GLUE and self._staged):
                 self._release(unit)
-        self._backward_turns.pass_by(next(iter(self._backward_turns.sequence), ""))
-        self._backward_turns.look_ahead()
+        if not self._staged:
+            turns.pass_by(next(iter(turns.sequence), ""))
+        turns.look_ahead()
 
     def _wrap(self, block: nn.Module, unit: Unit, *, recomputed: bool) -> None:
         forward: Callable[..., Any] = block.forward
@@ -258,7 +271,7 @@ class Gathered(AbstractHolding):
         block.forward = gathering
 
     def _run(self, unit: Unit, forward: Callable[..., Any], positional: Any, named: Any, *, recomputed: bool) -> Any:
-        turns = self._forward_turns
+        turns = self._round.forward
         if self._backward:  # recomputation
             self._need(unit)
         else:
@@ -319,12 +332,12 @@ class Gathered(AbstractHolding):
                     f"a gradient through {unit.name} is taken within forward, when ZeRO-3 has freed its parameters: "
                     "use zero=2"
                 )
-            self._backward_turns.take(unit.name)
+            self._round.backward.take(unit.name)
         else:
-            self._backward_turns.pass_by(unit.name)
+            self._round.backward.pass_by(unit.name)
         self._arrive(unit)
         self._release_done(unit)
-        self._backward_turns.look_ahead()
+        self._round.backward.look_ahead()
 
     def _release_done(self, current: Unit) -> None:
         """Free units whose gradients are all sent, but for the one in which backward may still be."""
@@ -367,18 +380,18 @@ class Gathered(AbstractHolding):
         for flat in unit.parts:
             flat.free()
 
-    def _launch(self, index: int) -> None:
-        flat = self._trained[index]
+    def _launch(self, turn: Round, index: int) -> None:
+        flat = turn.trained[index]
         unit = self._units[flat.flat.unit]
-        self._backward_turns.reach(self._last_turn[unit.name] + 1)
+        turn.backward.reach(turn.last_turn[unit.name] + 1)
         while len(self._pending) >= _IN_FLIGHT:
             self._collect()
-        first = self._launched < len(self._trained)
-        self._launched += 1
+        first = id(flat) not in self._reduced
+        self._reduced.add(id(flat))
         laid = torch.empty(flat.flat.padded_elements, dtype=flat.dtype, device=self._world.device)
         flat.gradients_into(laid, self.parameters, 1.0)
         unit.open_reductions -= 1
-        if unit.open_reductions == 0 and unit.name != GLUE:
+        if not unit.open_reductions and unit.name != GLUE:
             self._done.append(unit)
         self._release_done(unit)
         target = flat.gradient_shard if first else torch.empty_like(flat.gradient_shard)

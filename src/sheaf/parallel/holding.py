@@ -75,6 +75,12 @@ class AbstractHolding(ABC):
     def begin_step(self) -> None:
         """Forget the last step's gradients."""
 
+    def enter_stage(self, stage: int, *, forward: bool) -> None:  # noqa: B027 - most make no difference
+        """A forward or a backward of a pipeline stage begins."""
+
+    def leave_forward(self) -> None:  # noqa: B027 - most keep everything
+        """A pipeline stage's forward has run."""
+
     @abstractmethod
     def arm(self, *, last: bool) -> None:
         """A backward is about to run; ``last`` when it is this worker's last of the step."""

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from sheaf.errors import PlanError, nearest
-from sheaf.parallel.passing import Finished, Kept, Passing
+from sheaf.parallel.ledger import Kept
+from sheaf.parallel.passing import Finished, Passing
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.post import BACKWARD, FLAGS, Post
 from sheaf.parallel.rehearsal import rehearse
@@ -33,12 +34,12 @@ SPLIT = "tp"
 
 @dataclass(frozen=True)
 class Segments:
-    """Runs of blocks in forward order that are computed alike: ``blocks`` maps block names to segments, ``split`` says
-    of each segment whether all workers compute it together. ``between`` maps parameters that are used between blocks to
-    segments; ``apart`` are the parameters of split segments.
+    """Runs of blocks in forward order that are computed alike: ``blocks`` maps block names to the segments of their
+    calls, ``split`` says of each segment whether all workers compute it together. ``between`` maps parameters that are
+    used between blocks to segments; ``apart`` are the parameters of split segments.
     """
 
-    blocks: dict[str, int]
+    blocks: dict[str, tuple[int, ...]]
     split: tuple[bool, ...]
     between: dict[str, int]
     apart: frozenset[str]
@@ -47,22 +48,17 @@ class Segments:
 def segments(plan: Plan, blueprint: Blueprint, blocks: dict[str, nn.Module]) -> Segments:
     """The segments that a plan's parts mean for a model.
 
-    Raises PlanError for parts that name no block, that name modules inside a block only, whose parameters are shared
-    with a replicated block, and for blocks that run again after another segment.
+    Raises PlanError for parts that name no block, that name modules inside a block only, and whose parameters are
+    shared with a replicated block.
     """
     rehearsal = rehearse(Portion(blueprint), blocks)
-    order = [name for name in dict.fromkeys(rehearsal.order) if name in blocks]
     _refuse_names(plan, blueprint.model, blocks)
-    where: dict[str, int] = {}
+    where: dict[str, tuple[int, ...]] = {}
     split: list[bool] = []
-    for kind, names in groupby(order, key=lambda name: plan.part(name) == SPLIT):
-        where.update(dict.fromkeys(names, len(split)))
+    for kind, names in groupby(rehearsal.order, key=lambda name: plan.part(name) == SPLIT):
+        for name in names:
+            where[name] = (*where.get(name, ()), len(split))
         split.append(kind)
-    latest = 0
-    for name in rehearsal.order:
-        if name in where and where[name] < latest:
-            raise PlanError(f"{name} runs again after a part that {plan} computes otherwise: give both the same answer")
-        latest = max(latest, where.get(name, 0))
     return _owned(plan, blueprint, blocks, where, tuple(split), rehearsal.outside)
 
 
@@ -70,7 +66,7 @@ def _owned(
     plan: Plan,
     blueprint: Blueprint,
     blocks: dict[str, nn.Module],
-    where: dict[str, int],
+    where: dict[str, tuple[int, ...]],
     split: tuple[bool, ...],
     outside: frozenset[str],
 ) -> Segments:
@@ -79,7 +75,7 @@ def _owned(
     for name, block in blocks.items():
         for parameter, _ in block.named_parameters(remove_duplicate=False):
             if name in where:
-                users[canonical[f"{name}.{parameter}" if name else parameter]].add(where[name])
+                users[canonical[f"{name}.{parameter}" if name else parameter]].update(where[name])
     between: dict[str, int] = {}
     apart: set[str] = set()
     for name, found in users.items():
@@ -152,7 +148,6 @@ class PartsRunner(AbstractRunner):
         self._kept: dict[tuple[int, int], Kept] = {}
         self._batches: dict[int, Any] = {}
         self._step = 0
-        self.spans: list[tuple[str, int, int, float, float]] = []
 
     @property
     def leads(self) -> bool:
@@ -160,8 +155,8 @@ class PartsRunner(AbstractRunner):
         return self._post.owner == self.parts.spread.world.rank
 
     def runs(self, block: str) -> bool:
-        """Whether the block is of the segment under way."""
-        return self._passing.where.get(block) == self._passing.stage
+        """Whether the block's last call was of the segment under way."""
+        return self._passing.ran(block)
 
     def run(self, step: int, microbatches: Sequence[Microbatch]) -> None:
         """All rounds of a step."""
@@ -171,22 +166,22 @@ class PartsRunner(AbstractRunner):
         shares = apportion(len(microbatches), self._plan.weights)
         starts = [sum(shares[:worker]) for worker in range(len(shares))]
         rounds = max(shares)
-        begin, split = time.perf_counter(), self._found.split
+        split = self._found.split
+        # a parameter may be used in several replicated segments: it is ready in the last that backward comes to
+        final = next((segment for segment, together in enumerate(split) if not together), -1)
         for number in range(rounds):
             here = [(worker, microbatches[starts[worker] + number]) for worker, n in enumerate(shares) if number < n]
             for segment in range(len(split)):
                 last = segment == len(split) - 1
-                self._each(here, segment, begin, forward=True, backward=last and split[segment])
+                self._each(here, segment, forward=True, backward=last and split[segment])
             if number == rounds - 1:
                 parts.exchange.send()
-            armed = False
             for segment in reversed(range(len(split))):
                 if segment == len(split) - 1 and split[segment]:
                     continue
-                if number == rounds - 1 and not split[segment] and not armed:
+                if number == rounds - 1 and segment == final:
                     parts.holding.arm(last=True)
-                    armed = True
-                self._each(here, segment, begin, forward=False, backward=True)
+                self._each(here, segment, forward=False, backward=True)
             self._kept.clear()
             self._batches.clear()
         self._post.settle()
@@ -200,7 +195,6 @@ class PartsRunner(AbstractRunner):
         self,
         here: Sequence[tuple[int, Microbatch]],
         segment: int,
-        begin: float,
         *,
         forward: bool,
         backward: bool,
@@ -215,8 +209,7 @@ class PartsRunner(AbstractRunner):
                     start, waited = time.perf_counter(), self.parts.spread.waited_seconds
                     action(microbatch, segment)
                     self.timed(start, waited)
-                    stop = time.perf_counter()
-                    self.spans.append((kind, microbatch.index, segment, start - begin, stop - begin))
+                    self.spans.append((kind, microbatch.index, segment, start, time.perf_counter()))
 
     def _forward(self, microbatch: Microbatch, segment: int) -> None:
         parts, passing = self.parts, self._passing

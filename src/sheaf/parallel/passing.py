@@ -2,103 +2,114 @@
 
 Every worker runs the model's own Python. A block of this stage runs for real; any other gives tensors without values,
 from a run of it on fake tensors, kept by the shapes of its inputs. What lies between blocks runs in the last stage that
-any of its inputs comes from. So all stages come by the same sequence of events, and each knows by itself what it must
-send to whom, and what it will be sent: skips over stages, several inputs and outputs, and masks need no description. A
-branch on a value waits for the stage that knows the value.
+any of its inputs comes from; so does a block that holds nothing (a dropout used in many places), from its own stage on.
+So all stages come by the same sequence of events, and each knows by itself what it must send to whom, and what it will
+be sent: skips over stages, several inputs and outputs, and masks need no description.
+
+A branch on a value waits for the stage that knows the value. What cannot run on fake tensors, since its course or its
+shapes depend on values, is described to the other stages by the one that ran it; a block whose descriptions were the
+same for the same inputs all through the first step is taken to go on so, and nobody waits for it any more.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+import random
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_iter, tree_map
+from torch.overrides import TorchFunctionMode, resolve_name
 
 from sheaf.errors import PlanError
-from sheaf.parallel.functions import ABOUT, DRAWS, FACTORIES, PICKS, READS, UNSHAPED, has_mask
-from sheaf.parallel.post import FORWARD, Post
+from sheaf.parallel.functions import ABOUT, ARRAYS, FACTORIES, PICKS, READS, has_mask
+from sheaf.parallel.ledger import Kept, Ledger
+from sheaf.parallel.outlines import described, pictured
 from sheaf.parallel.remote import Entry, Remote, version_of
-from sheaf.parallel.stand_ins import StandIns, blanks, cut_off, signature
-from sheaf.split.mode import Splitting
-from sheaf.split.rules.elementwise import is_inplace
-from sheaf.split.tensor import Split
+from sheaf.parallel.stand_ins import Outline, StandIns, blanks, kinds, signature
+from sheaf.parallel.trees import detached, line_of_model, tensors
 
 
 class Finished(BaseException):
     """This stage has nothing more to do in the forward under way."""
 
 
-class Kept:
-    """What a microbatch's forward leaves for its backward: what went to later stages, and what came from earlier."""
-
-    def __init__(self) -> None:
-        self.sent: dict[int, list[Tensor]] = {}
-        self.received: dict[int, list[Tensor]] = {}
-        self.loss: Tensor | None = None
-
-
 class Passing(TorchFunctionMode):
-    """Runs forwards as one stage at a time. ``where`` maps block names to stages, ``homes`` the ids of parameters that
-    are used between blocks to (name, stage).
-
-    ``paused`` is entered while other stages' blocks run on fake tensors.
+    """Runs forwards as one stage at a time. ``where`` maps block names to the stages of their calls, in order (the last
+    one stands for further calls). ``complete`` says that a rehearsal ran the whole forward on fake tensors.
     """
 
     def __init__(
         self,
         blocks: Mapping[str, nn.Module],
-        where: Mapping[str, int],
-        homes: Mapping[int, tuple[str, int]],
-        post: Post,
+        where: Mapping[str, tuple[int, ...]],
         num_stages: int,
-        fakes: FakeTensorMode,
-        splitting: Splitting | None,
-        paused: Callable[[], AbstractContextManager[object]],
+        ledger: Ledger,
+        stand_ins: StandIns,
+        *,
+        complete: bool,
     ) -> None:
         super().__init__()
-        self.where, self.homes, self.post, self.num_stages = dict(where), dict(homes), post, num_stages
-        self._splitting = splitting
-        self._stand_ins = StandIns(fakes, paused)
-        self.checking = True
-        self._tails: dict[Any, int | None] = {}
+        self.where, self.num_stages = dict(where), num_stages
+        self._free = {name for name in self.where if holds_nothing(blocks[name])}
+        self._calls: dict[str, list[int]] = {}  # by block, the stages of the calls that were made
+        self._ledger, self._post, self._stand_ins = ledger, ledger.post, stand_ins
+        self._tails: dict[Any, tuple[str, ...] | None] = {}
         self._wrapped: list[tuple[nn.Module, Any]] = []
-        self.stage, self._inside, self._count, self._last = -1, 0, 0, 0
+        self.stage, self._inside, self._last = -1, 0, 0
+        self._path: list[str] = []
         self._signature: Any = None
         self._reads = False
-        self._entries: dict[int, tuple[Tensor, Entry]] = {}
-        self._come: dict[tuple[str, int], Tensor] = {}
-        self._gone: set[tuple[tuple[str, int], int]] = set()
-        self.kept = Kept()
-        for name, block in blocks.items():
-            if name in self.where:
-                self._wrap(name, block)
+        self._drawn = random.getstate(), np.random.get_state()
+        self._complete = complete
+        self._shown: dict[Any, bool] = {}  # what was met, and whether it runs on fakes
+        self._described: dict[Any, Any] = {}
+        self._unsteady: set[str] = set()
+        for name in self.where:
+            self._wrap(name, blocks[name])
+
+    @property
+    def kept(self) -> Kept:
+        """What the forward that has run leaves for its backward."""
+        return self._ledger.kept
+
+    @property
+    def checking(self) -> bool:
+        """Whether stages compare what they send: in the first step."""
+        return self._ledger.checking
+
+    @checking.setter
+    def checking(self, value: bool) -> None:
+        self._ledger.checking = value
 
     def begin(self, stage: int, batch: Any) -> None:
         """A microbatch's forward as this stage begins."""
-        self.stage, self._inside, self._count, self._last, self._reads = stage, 0, 0, 0, False
+        self.stage, self._inside, self._last, self._reads = stage, 0, 0, False
+        self._path = []
+        self._calls = {}
         self._signature = (stage, signature(batch))
-        self._entries.clear()
-        self._come.clear()
-        self._gone.clear()
-        self.kept = Kept()
+        self._drawn = random.getstate(), np.random.get_state()
+        self._ledger.begin(stage)
 
     def end(self, loss: Tensor | None) -> None:
         """Forward and loss have run, or as much of them as concerns this stage; the last stage keeps the loss."""
-        if not self._reads and self._signature not in self._tails:
-            self._tails[self._signature] = self._last if loss is None else None
+        if not (self._reads or self._ledger.checking or self._signature in self._tails or self._has_drawn()):
+            self._tails[self._signature] = tuple(self._path[: self._last]) if loss is None else None
         self.kept.loss = loss
-        self._entries.clear()
-        self._come.clear()
+        self._ledger.forget()
         self.stage = -1
 
+    def ran(self, block: str) -> bool:
+        """Whether a block's last call was of the stage under way."""
+        return self._calls.get(block, [-2])[-1] == self.stage
+
     def runs(self, module: str) -> bool:
-        """Whether a module is in a block of the stage under way."""
+        """Whether a module is in a block whose call under way, or next one, is of the stage under way."""
         parts = module.split(".")
-        names = ["", *(".".join(parts[: count + 1]) for count in range(len(parts)))]
-        return any(self.where.get(name) == self.stage for name in names)
+        for name in ["", *(".".join(parts[: count + 1]) for count in range(len(parts)))]:
+            if name in self.where:
+                made = self._calls.get(name, [])
+                return (made[-1] if self._inside and made else self._next(name)) == self.stage
+        return False
 
     def close(self) -> None:
         """Give the blocks their own forward back."""
@@ -112,156 +123,171 @@ class Passing(TorchFunctionMode):
         """A tensor for the last stage, wherever it was computed: itself there, and None elsewhere."""
         self._inside += 1
         try:
-            return self._bring(tensor)
+            entry, last = self._ledger.entry(tensor), self.num_stages - 1
+            if entry is None:
+                return tensor if self.stage == last else None
+            self._event("loss", self.stage in (entry.stage, last))
+            if entry.stage == self.stage and self.stage != last:
+                self._ledger.send(entry, last)
+            return self._ledger.real(entry) if self.stage == last else None
         finally:
             self._inside -= 1
-
-    def _bring(self, tensor: Any) -> Any:
-        entry = self._entry(tensor)
-        last = self.num_stages - 1
-        if entry is None:
-            return tensor if self.stage == last else None
-        self._event(self.stage in (entry.stage, last))
-        if entry.stage == self.stage and self.stage != last:
-            self._send(entry, last)
-        return self._real(entry) if self.stage == last else None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.kept.hooked = self.kept.hooked or func is Tensor.register_hook
         if self._inside or self.stage < 0:
             return func(*args, **kwargs)
-        entries = [entry for leaf in _tensors((args, kwargs)) if (entry := self._entry(leaf)) is not None]
+        entries = self._ledger.entries((args, kwargs))
         if not entries:
             if func in READS or getattr(func, "__name__", "") in FACTORIES:
                 self._reads = True  # the next microbatch may take another path
             return func(*args, **kwargs)
         if func in ABOUT:
-            return func(
-                *(
-                    value.entry.fake
-                    if isinstance(value, Remote) and value.entry.real is None
-                    else value.entry.real
-                    if isinstance(value, Remote)
-                    else value
-                    for value in args
-                ),
-                **kwargs,
-            )
+            return func(*(_shown(value) for value in args), **kwargs)
+        if func is Tensor.__iter__:
+            return iter(self.__torch_function__(torch.unbind, types, args, kwargs))
         stage = max(entry.stage for entry in entries)
         if func in READS:
-            return self._read(lambda: func(*self._all_real(args), **self._all_real(kwargs)), stage)
-        if func in UNSHAPED or (func in PICKS and has_mask(args[1])):
-            return self._unshaped(func, args, kwargs, entries, stage)
-        self._event(stage == self.stage or any(entry.stage == self.stage for entry in entries))
-        if stage == self.stage:
-            return self._own(func, args, kwargs)
+            return self._value(func, args, kwargs, stage)
+        return self._function(func, args, kwargs, entries, stage)
+
+    # Functions ------------------------------------------------------------------------------------------------------
+
+    def _function(self, func: Any, args: Any, kwargs: Any, entries: Collection[Entry], stage: int) -> Any:
+        ledger = self._ledger
+        name = resolve_name(func) or getattr(func, "__name__", str(func))
+        picks = func in PICKS and has_mask(args[1]) and not ledger.entries((args[1:], kwargs))
+        key = (func, kinds((args, kwargs)))
+        if self._complete:
+            self._shown[key] = True
+        elif not picks and key not in self._shown and stage == self.stage:
+            fakes = ledger.all_fake((args, kwargs))
+            self._shown[key] = self._stand_ins.function(func, *fakes) is not None
+
+        def run() -> Any:
+            return self._own(lambda *given, **named: func(*given, **named), args, kwargs, name)
+
+        if stage == self.stage and (picks or self._shown[key]):
+            self._event(name, concerns=True)
+            return run()
+        if picks or self._shown.get(key, True):
+            self._event(name, any(entry.stage == self.stage for entry in entries))
+            if stage > self.stage:
+                ledger.send_all(entries, stage)
+            given = list(tensors((args, kwargs)))
+            outline = self._picked(func, args, kwargs) if picks else self._function_outline(func, args, kwargs)
+            if not picks and key not in self._shown:
+                self._shown[key] = outline is not None
+            if outline is not None:
+                return ledger.elsewhere(given, outline, stage, self._label(name))
+            if self._shown.get(key, True):
+                raise PlanError(
+                    f"{line_of_model()} calls {name} on a tensor of stage {stage}, and what it returns depends on "
+                    f"values here and did not before ({self._stand_ins.why}): put it into a module of its own"
+                )
+            self._reads = True
+            return self._hear(args, kwargs, stage, self._label(name))
+        self._event(name, concerns=True)
+        self._reads = True
         if stage > self.stage:
-            self._send_all(entries, stage)
-        return self._elsewhere(func, args, kwargs, stage)
+            ledger.send_all(entries, stage)
+        if stage != self.stage:
+            return self._hear(args, kwargs, stage, self._label(name))
+        result = run()
+        self._tell(described(result, (), name))
+        return result
+
+    def _function_outline(self, func: Any, args: Any, kwargs: Any) -> Outline | None:
+        fakes = self._ledger.all_fake((args, kwargs), fresh=False)
+        outline = self._stand_ins.function(func, *fakes)
+        if outline is not None and outline.draws:  # the generator must move as in the stage that draws
+            given = blanks((args, kwargs))
+            func(*given[0], **given[1])
+        return outline
+
+    def _picked(self, func: Any, args: Any, kwargs: Any) -> Outline:
+        """What picks the elements is known here, so that the shape is too."""
+        blank = torch.zeros((), dtype=args[0].dtype).expand(tuple(args[0].shape))
+        shape = list(func(blank, *args[1:], **kwargs).shape)
+        fake = self._ledger.all_fake(args[0])
+        name = str(args[0].dtype).removeprefix("torch.")
+        made = self._stand_ins.of(shape, name, requires_grad=fake.requires_grad, device=args[0].device)
+        return Outline(made, passed=(-1,))
+
+    def _own(self, run: Callable[..., Any], args: Any, kwargs: Any, name: str) -> Any:
+        ledger = self._ledger
+        given = list(tensors((args, kwargs)))
+        real_args, real_kwargs = ledger.all_real((args, kwargs))
+        real = list(tensors((real_args, real_kwargs)))
+        before = [version_of(tensor) for tensor in real]
+        result = run(*real_args, **real_kwargs)
+        return ledger.located(given, real, before, result, self._label(name))
+
+    # Values ---------------------------------------------------------------------------------------------------------
+
+    def _value(self, func: Any, args: Any, kwargs: Any, stage: int) -> Any:
+        """A value that Python asks for: the stage that has it tells all others."""
+        self._event(getattr(func, "__name__", "value"), concerns=True)
+        self._reads = True
+        ledger = self._ledger
+        for entry in ledger.entries((args, kwargs)) if stage > self.stage else ():
+            if entry.stage == self.stage:
+                ledger.send(entry, stage)
+        if stage != self.stage:
+            found = self._heard(stage)
+            return np.asarray(found[0], dtype=found[1]) if func in ARRAYS else found
+        real_args, real_kwargs = ledger.all_real((args, kwargs))
+        found = func(*real_args, **real_kwargs)
+        self._tell([found.tolist(), str(found.dtype)] if func in ARRAYS else found)
+        return found
+
+    def _tell(self, value: Any) -> None:
+        for other in range(self.num_stages):
+            if other != self.stage:
+                self._post.tell(value, self.stage, other)
+
+    def _heard(self, stage: int) -> Any:
+        if stage > self.stage and self._post.is_here(stage):
+            raise PlanError(
+                f"{line_of_model()} needs a value that stage {stage} computes before this worker gets to that stage: "
+                "use a schedule in which each worker has one stage, such as pp=2:1f1b"
+            )
+        return self._post.hear(stage, self.stage)
+
+    def _hear(self, args: Any, kwargs: Any, stage: int, name: str) -> Any:
+        outline = pictured(self._heard(stage), self._stand_ins, next(tensors((args, kwargs))).device)
+        return self._ledger.elsewhere(list(tensors((args, kwargs))), outline, stage, name)
 
     # Events ---------------------------------------------------------------------------------------------------------
 
-    def _event(self, concerns: bool) -> None:
+    def _event(self, name: str, concerns: bool) -> None:
         """Something that every stage comes by; ends the run when nothing more concerns this one."""
         tail = self._tails.get(self._signature)
-        if tail is not None and self._count >= tail:
-            raise Finished
-        self._count += 1
+        count = len(self._path)
+        if tail is not None:
+            if count >= len(tail):
+                raise Finished
+            if tail[count] != name:
+                raise PlanError(
+                    f"{line_of_model()}: the forward comes to {name}, and for batches of the same shapes it came to "
+                    f"{tail[count]} before, though it reads no value and draws no number: keep what it depends on (a "
+                    "counter, a list that grows) out of forward, or train without pp"
+                )
+        self._path.append(name)
         if concerns:
-            self._last = self._count
+            self._last = len(self._path)
 
-    def _own(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        inplace = is_inplace(func)
-        first = args[0] if args else None
-        real_args, real_kwargs = self._all_real(args, copies=inplace), self._all_real(kwargs)
-        result = func(*real_args, **real_kwargs)
-        name = f"{self._count}"
-        if inplace and isinstance(first, Remote):
-            first.entry.stage, first.entry.name, first.entry.real = self.stage, name, result
-            first.entry.version = version_of(result)
-            return first
-        given = {id(leaf) for leaf in _tensors((real_args, real_kwargs))}
+    def _label(self, name: str) -> str:
+        return f"{len(self._path)} {name}"
 
-        def fresh(value: Any) -> Any:
-            if not isinstance(value, Tensor) or id(value) not in given or inplace:
-                return value
-            return value.like(value.local) if isinstance(value, Split) else value.view_as(value)
-
-        return self._locate(tree_map(fresh, result), name)
-
-    def _elsewhere(self, func: Callable[..., Any], args: Any, kwargs: Any, stage: int) -> Any:
-        if getattr(func, "__name__", "") in DRAWS:  # the generator must move as in the stage that draws
-            given = blanks((args, kwargs))
-            func(*given[0], **given[1])
-        fakes = self._all_fake((args, kwargs))
-        result = self._stand_ins.function(func, *fakes)
-        name = f"{self._count}"
-        first = args[0] if args else None
-        if is_inplace(func) and isinstance(first, Tensor):
-            return self._moved(first, result, stage, name)
-        return self._remotes(result, stage, name)
-
-    def _moved(self, first: Tensor, fake: Tensor, stage: int, name: str) -> Tensor:
-        """A tensor was changed in place by another stage: from now on it is there."""
-        entry = self._entry(first)
-        fake = fake.detach().requires_grad_(fake.requires_grad and fake.is_floating_point())
-        made = Entry(stage, name, fake=fake, version=fake._version)
-        if isinstance(first, Remote):
-            first.entry = made
-        elif entry is not None:
-            self._entries[id(first)] = (first, made)
-        else:
-            raise PlanError("a tensor of the batch is changed in place by what a later stage computed: copy it first")
-        return first
-
-    def _read(self, value: Callable[[], Any], stage: int) -> Any:
-        """A value that Python asks for: the stage that has it tells all others."""
-        self._reads = True
-        self._event(concerns=True)
-        if stage > self.stage and self.post.is_here(stage):
-            raise PlanError(
-                f"the forward reads a value that stage {stage} computes before this worker gets to that stage: use a "
-                "schedule in which each worker has one stage, such as pp=2:1f1b"
-            )
-        if stage == self.stage:
-            found = value()
-            for other in range(self.num_stages):
-                if other != stage:
-                    self.post.tell(found, stage, other)
-            return found
-        return self.post.hear(stage, self.stage)
-
-    def _unshaped(self, func: Callable[..., Any], args: Any, kwargs: Any, entries: list[Entry], stage: int) -> Any:
-        """A result whose shape depends on values."""
-        if stage > self.stage:
-            self._send_all(entries, stage)
-        if stage != self.stage and not any(self._entry(leaf) for leaf in _tensors((args[1:], kwargs))):
-            # what picks the elements is known here, so that the shape is too
-            self._event(any(entry.stage == self.stage for entry in entries))
-            blank = torch.zeros((), dtype=args[0].dtype).expand(tuple(args[0].shape))
-            shape = list(func(blank, *args[1:], **kwargs).shape)
-            grad = bool(self._all_fake(args[0]).requires_grad)
-            fake = self._stand_ins.of(shape, str(args[0].dtype).removeprefix("torch."), requires_grad=grad)
-            return self._remotes(fake, stage, f"{self._count}")
-        if not any(self._entry(leaf) for leaf in _tensors((args[1:], kwargs))) and func in PICKS:
-            self._event(concerns=True)
-            return self._own(func, args, kwargs)
-        made: list[Any] = []
-
-        def shapes() -> Any:
-            made.append(self._own(func, args, kwargs))
-            return [
-                [list(leaf.shape), str(leaf.dtype).removeprefix("torch."), bool(leaf.requires_grad)]
-                for leaf in _tensors(made[0])
-            ]
-
-        told = self._read(shapes, stage)
-        if made:
-            return made[0]
-        fakes = [self._stand_ins.of(size, kind, requires_grad=grad) for size, kind, grad in told]
-        return self._remotes(fakes[0] if len(fakes) == 1 else tuple(fakes), stage, f"{self._count}")
+    def _has_drawn(self) -> bool:
+        before, here = self._drawn, (random.getstate(), np.random.get_state())
+        return before[0] != here[0] or any(
+            not np.array_equal(one, other) for one, other in zip(before[1], here[1], strict=True)
+        )
 
     # Blocks ---------------------------------------------------------------------------------------------------------
 
@@ -274,137 +300,94 @@ class Passing(TorchFunctionMode):
                 return forward(*args, **kwargs)
             self._inside += 1  # what is done here is no event
             try:
-                return self._block(name, block, forward, args, kwargs)
+                return self._block(name, forward, args, kwargs)
             finally:
                 self._inside -= 1
 
         block.forward = staged
 
-    def _block(self, name: str, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        stage = self.where[name]
-        entries = [entry for leaf in _tensors((args, kwargs)) if (entry := self._entry(leaf)) is not None]
+    def _block(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        ledger, stage = self._ledger, self._next(name)
+        entries = ledger.entries((args, kwargs))
         late = max((entry.stage for entry in entries), default=0)
+        if late > stage and (name in self._free or late in self.where[name]):
+            stage = late
+        self._calls.setdefault(name, []).append(stage)
         if late > stage:
             raise PlanError(
-                f"{name or 'the model'} is of pipeline stage {stage} and is given what stage {late} computed: blocks "
-                "that run again after later ones must be in one stage with them, with stages=... or a smaller pp"
+                f"{line_of_model()} gives {name or 'the model'}, of pipeline stage {stage}, what stage {late} "
+                "computed: blocks that run again after later ones must be in one stage with them, with stages=... or "
+                "a smaller pp"
             )
-        self._event(stage == self.stage or any(entry.stage == self.stage for entry in entries))
-        label = f"{self._count} {name}"
+        known = self._complete or self._shown.get(name)
+        if known is None:
+            fakes = detached(ledger.all_fake((args, kwargs)))
+            known = self._shown[name] = self._stand_ins.block(name, *fakes) is not None
+        asked = (name, signature((args, kwargs)))
+        told = not known and (ledger.checking or name in self._unsteady or asked not in self._described)
+        self._event(name, told or stage == self.stage or any(entry.stage == self.stage for entry in entries))
+        self._reads = self._reads or told
         if stage == self.stage:
-            real_args, real_kwargs = self._all_real(args), self._all_real(kwargs)
-            return self._locate(forward(*real_args, **real_kwargs), label)
+            return self._own_block(name, forward, args, kwargs, None if known else asked, told=told)
         if stage > self.stage:
-            self._send_all(entries, stage)
-        fakes = self._all_fake((args, kwargs))
-        output = self._stand_ins.block(name, block, forward, *fakes)
-        return self._remotes(output, stage, label)
+            ledger.send_all(entries, stage)
+        if not known:
+            if told:
+                self._note(asked, self._heard(stage))
+            outline = pictured(self._described[asked], self._stand_ins, next(tensors((args, kwargs))).device)
+        else:
+            found = self._stand_ins.block(name, *ledger.all_fake((args, kwargs)))
+            if found is None:
+                raise PlanError(
+                    f"{name} of stage {stage} computes by the values of its inputs for some of their shapes, and not "
+                    f"for those it was given first ({self._stand_ins.why}), so other stages cannot know what it "
+                    "returns: make it do so always, or name stages= that put it into the first stage's worker alone"
+                )
+            outline = found
+        return ledger.elsewhere(list(tensors((args, kwargs))), outline, stage, self._label(name))
 
-    # Tensors --------------------------------------------------------------------------------------------------------
+    def _next(self, name: str) -> int:
+        calls = self.where[name]
+        return calls[min(len(self._calls.get(name, ())), len(calls) - 1)]
 
-    def _entry(self, value: Any) -> Entry | None:
-        if isinstance(value, Remote):
-            return value.entry
-        known = self._entries.get(id(value))
-        if known is not None:
-            return known[1]
-        home = self.homes.get(id(value))
-        if home is None or not isinstance(value, Tensor):
-            return None
-        name, stage = home
-        here = stage == self.stage
-        fake = None if here else self._stand_ins.like(value)
-        entry = Entry(stage, f"parameter {name}", value if here else None, fake, value._version if here else 0)
-        if not here and fake is not None:
-            entry.version = fake._version
-        self._entries[id(value)] = (value, entry)
-        return entry
+    def _own_block(self, name: str, forward: Any, args: Any, kwargs: Any, asked: Any, *, told: bool) -> Any:
+        description: Any = None
 
-    def _locate(self, output: Any, name: str) -> Any:
-        for place, leaf in enumerate(_tensors(output)):
-            self._entries[id(leaf)] = (leaf, Entry(self.stage, f"{name}.{place}", real=leaf, version=version_of(leaf)))
+        def run(*given: Any, **named: Any) -> Any:
+            nonlocal description
+            reals = list(tensors((given, named)))
+            before = [version_of(tensor) for tensor in reals]
+            result = forward(*given, **named)
+            if asked is not None:
+                changed = [place for place, tensor in enumerate(reals) if version_of(tensor) != before[place]]
+                description = described(result, [(place, reals[place].requires_grad) for place in changed], name, reals)
+            return result
+
+        output = self._own(run, args, kwargs, name)
+        if told:
+            self._tell(description)
+            self._note(asked, description)
+        elif asked is not None and description != self._described[asked]:
+            raise PlanError(
+                f"{name} returned other shapes than for inputs of the same shapes in the first step, where they had "
+                "never differed, so other stages went on with those: make it return one shape (with padding and a "
+                "mask), or name stages= that put it into the last stage"
+            )
         return output
 
-    def _remotes(self, output: Any, stage: int, name: str) -> Any:
-        place = -1
-
-        def remote(leaf: Any) -> Any:
-            nonlocal place
-            if not isinstance(leaf, Tensor):
-                return leaf
-            place += 1
-            fake = cut_off(leaf)
-            return Remote(Entry(stage, f"{name}.{place}", fake=fake, version=fake._version))
-
-        return tree_map(remote, output)
-
-    def _all_real(self, value: Any, *, copies: bool = False) -> Any:
-        def real(leaf: Any) -> Any:
-            entry = self._entry(leaf) if isinstance(leaf, Tensor) else None
-            if entry is None:
-                return leaf
-            found = self._real(entry)
-            return found.clone() if copies and isinstance(leaf, Remote) and found.requires_grad else found
-
-        return tree_map(real, value)
-
-    def _all_fake(self, value: Any) -> Any:
-        def fake(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            entry = self._entry(leaf)
-            return entry.fake if entry is not None and entry.fake is not None else self._stand_ins.like(leaf)
-
-        return tree_map(fake, value)
-
-    def _real(self, entry: Entry) -> Tensor:
-        if entry.real is None:
-            assert entry.fake is not None
-            if entry.key not in self._come:
-                fake = entry.fake
-                out = torch.empty(tuple(fake.shape), dtype=fake.dtype, device=fake.device)
-                self._compare(entry, entry.stage, self.stage)
-                found = self.post.receive(out, entry.stage, self.stage, FORWARD)
-                if fake.requires_grad and torch.is_grad_enabled():
-                    found = found.detach().requires_grad_()
-                    self.kept.received.setdefault(entry.stage, []).append(found)
-                self._come[entry.key] = found
-            return self._come[entry.key]
-        return entry.real
-
-    def _compare(self, entry: Entry, origin: int, target: int) -> None:
-        """While ``checking``: both ends must mean the same tensor, or the model took another path somewhere."""
-        if not self.checking:
-            return
-        mine = f"{entry.key} {tuple((entry.real if entry.real is not None else entry.fake).shape)}"  # pyright: ignore[reportOptionalMemberAccess]
-        if self.stage == origin:
-            self.post.tell(mine, origin, target)
-        elif (theirs := self.post.hear(origin, target)) != mine:
-            raise PlanError(
-                f"stage {target} expects tensor {mine} of the forward and stage {origin} sends {theirs}: the model's "
-                "forward takes another path in each stage (it depends on something that differs between workers)"
-            )
-
-    def _send_all(self, entries: list[Entry], stage: int) -> None:
-        for entry in entries:
-            if entry.stage == self.stage:
-                self._send(entry, stage)
-
-    def _send(self, entry: Entry, stage: int) -> None:
-        tensor = entry.real
-        assert tensor is not None
-        key = entry.key
-        if (key, stage) in self._gone:
-            return
-        self._gone.add((key, stage))
-        if isinstance(tensor, Split):
-            assert self._splitting is not None
-            tensor = self._splitting.gather(tensor, f"stage {stage}")
-        self._compare(entry, self.stage, stage)
-        self.post.send(tensor.detach().contiguous(), self.stage, stage, FORWARD)
-        if tensor.requires_grad:
-            self.kept.sent.setdefault(stage, []).append(tensor)
+    def _note(self, asked: Any, description: Any) -> None:
+        """While the first step runs, every description is told, and whether they stay the same is learnt."""
+        if self._described.setdefault(asked, description) != description:
+            self._unsteady.add(asked[0])
+            self._described[asked] = description
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_iter(value) if isinstance(leaf, Tensor))
+def holds_nothing(block: nn.Module) -> bool:
+    """Whether a block has neither parameters nor buffers, so that any stage can run it."""
+    return next(block.parameters(), None) is None and next(block.buffers(), None) is None
+
+
+def _shown(value: Any) -> Any:
+    if not isinstance(value, Remote):
+        return value
+    return value.entry.real if value.entry.real is not None else value.entry.fake

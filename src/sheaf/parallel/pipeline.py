@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sheaf.parallel.passing import Finished, Kept, Passing
+from sheaf.parallel.ledger import Kept
+from sheaf.parallel.passing import Finished, Passing
 from sheaf.parallel.post import BACKWARD, FLAGS, Post
 from sheaf.parallel.runner import AbstractRunner, Parts
 from sheaf.parallel.shares import Dealt
+from sheaf.parallel.weights import Later, inputs_first
 from sheaf.plans import Plan
 from sheaf.plans.schedule import Action, actions
 from sheaf.task import Microbatch, arguments, as_loss
@@ -25,15 +27,16 @@ class Pipeline(AbstractRunner):
         self._plan, self._passing, self._post = plan, passing, post
         self._kept: dict[tuple[int, int], Kept] = {}
         self._batches: dict[int, Any] = {}
+        self._later: dict[tuple[int, int], Later] = {}
+        self._apart = plan.schedule == "zero-bubble" and plan.recompute == "none" and not parts.holding.lockstep
         self._step = 0
         self._mine: tuple[Microbatch, ...] = ()
 
     def runs(self, block: str) -> bool:
-        """Whether the block is of the stage under way; outside of forward, of any of this worker's stages."""
-        stage = self._passing.where.get(block)
-        if stage is None:
-            return False
-        return stage == self._passing.stage if self._passing.stage >= 0 else self._is_here(stage)
+        """Whether the block's last call was of the stage under way; outside of forward, of any of this worker's."""
+        if self._passing.stage >= 0:
+            return self._passing.ran(block)
+        return any(self._is_here(stage) for stage in self._passing.where.get(block, ()))
 
     def run(self, step: int, microbatches: Sequence[Microbatch]) -> None:
         """As the schedule lists them."""
@@ -41,27 +44,32 @@ class Pipeline(AbstractRunner):
         assert isinstance(parts.dealer, Dealt)
         self._step, self.spans = step, []
         self._mine = tuple(microbatch for microbatch, _ in parts.dealer.deal(step, microbatches))
-        listed = actions(plan.schedule, workers=plan.pp, stages=plan.num_stages, microbatches=len(self._mine))
+        # in lockstep all replicas go through one list, idle where they have no microbatch
+        count = parts.dealer.rounds(microbatches) if parts.holding.lockstep else len(self._mine)
+        listed = actions(plan.schedule, workers=plan.pp, stages=plan.num_stages, microbatches=count)
         mine = listed[parts.spread.place.pp]
         self._kept.clear()
+        self._later.clear()
         self._batches.clear()
         if not self._is_here(plan.num_stages - 1):
             parts.exchange.send()
         last_forward = max((place for place, action in enumerate(mine) if self._ends(action)), default=-1)
-        backwards = [place for place, action in enumerate(mine) if action.kind == "B"]
+        final = max((place for place, action in enumerate(mine) if action.kind in "BW"), default=-1)
         for place, action in enumerate(mine):
             start, waited = time.perf_counter(), parts.spread.waited_seconds
-            if action.kind == "F":
+            parts.holding.enter_stage(action.stage, forward=action.kind == "F")
+            if action.microbatch >= len(self._mine):
+                self._idle(action)
+            elif action.kind == "F":
                 self._forward(action)
                 if place == last_forward:
                     parts.exchange.send()
             elif action.kind == "B":
-                self._backward(action, last=place == backwards[-1])
+                self._backward(action, last=place == final)
+            else:
+                self._weights(action, last=place == final)
             self.timed(start, waited)
             self.spans.append((*action, start, time.perf_counter()))
-        if parts.holding.lockstep:
-            for _ in range((parts.dealer.rounds(microbatches) - len(self._mine)) * plan.virtual):
-                parts.holding.idle_round()
         self._post.settle()
         self._passing.checking = False
 
@@ -73,7 +81,15 @@ class Pipeline(AbstractRunner):
         return stage % self._plan.pp == self.parts.spread.place.pp
 
     def _ends(self, action: Action) -> bool:
-        return action.kind == "F" and action.stage == self._plan.num_stages - 1
+        last = self._plan.num_stages - 1
+        return action.kind == "F" and action.stage == last and action.microbatch < len(self._mine)
+
+    def _idle(self, action: Action) -> None:
+        """Another replica has one microbatch more."""
+        if action.kind == "F":
+            self.parts.holding.leave_forward()
+        elif action.kind == "B":
+            self.parts.holding.idle_round()
 
     def _batch(self, number: int) -> Any:
         if number not in self._batches:
@@ -102,6 +118,7 @@ class Pipeline(AbstractRunner):
             if statistics is not None:
                 statistics.collect(microbatch.index)
         passing.end(total)
+        parts.holding.leave_forward()
         self._kept[action.microbatch, action.stage] = passing.kept
         self._batches.pop(action.microbatch, None) if self._plan.virtual == 1 else None
 
@@ -121,9 +138,13 @@ class Pipeline(AbstractRunner):
         if kept.loss is not None and kept.loss.requires_grad:
             roots.append(kept.loss)
             gradients.append(parts.seed(kept.loss))
+        leaves = [leaf for stage in sorted(kept.received) for leaf in kept.received[stage]]
         parts.holding.arm(last=last)
         with parts.statistics.backward() if parts.statistics is not None else nullcontext():
-            if roots:
+            later = inputs_first(roots, gradients, leaves) if self._apart and roots and not kept.hooked else None
+            if later is not None:
+                self._later[action.microbatch, action.stage] = later
+            elif roots:
                 torch.autograd.backward(roots, gradients)
         parts.holding.end_backward()
         for stage in sorted(kept.received):
@@ -133,3 +154,14 @@ class Pipeline(AbstractRunner):
             for leaf in leaves:
                 if leaf.grad is not None:
                     self._post.send(leaf.grad.contiguous(), action.stage, stage, BACKWARD)
+
+    def _weights(self, action: Action, *, last: bool) -> None:
+        """What the backward of inputs has left, if anything."""
+        if self.parts.holding.lockstep:
+            return
+        self.parts.holding.arm(last=last)
+        later = self._later.pop((action.microbatch, action.stage), None)
+        if later is not None:
+            with self.parts.statistics.backward() if self.parts.statistics is not None else nullcontext():
+                later()
+        self.parts.holding.end_backward()

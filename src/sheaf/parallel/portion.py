@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sheaf.plans.split import Slice
 from sheaf.split.moves import sliced
@@ -108,7 +109,21 @@ class Portion:
 
     def install(self, device: torch.device, parameter: Callable[[str], Tensor]) -> nn.Module:
         """The model with ``parameter(canonical name)`` for each parameter that is held."""
-        return self.blueprint.install(device, lambda name: parameter(name) if self.holds(name) else None)
+        model = self.blueprint.install(device, lambda name: parameter(name) if self.holds(name) else None)
+        self._widen(model)
+        return model
+
+    def _widen(self, model: nn.Module) -> None:
+        """Make fakes that stay as wide as the parameters they stand for are held."""
+        made: dict[int, nn.Parameter] = {}
+        for module in model.modules():
+            for key, value in module._parameters.items():
+                if isinstance(value, FakeTensor) and self.dtype_of(value) != value.dtype:
+                    if id(value) not in made:
+                        with self.mode:
+                            wide = torch.empty(tuple(value.shape), dtype=self.dtype_of(value))
+                            made[id(value)] = nn.Parameter(wide, requires_grad=value.requires_grad)
+                    module._parameters[key] = made[id(value)]
 
     def own(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The installed parameters that are held, by canonical name."""

@@ -1,7 +1,7 @@
 """A forward on fake tensors before the first real one: in which order blocks run, and who uses whose parameters."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from sheaf.graph.facts import GLUE
 from sheaf.parallel.portion import Portion
+from sheaf.parallel.trees import line_of_model
 from sheaf.plans.layout import Held, kept_whole
 from sheaf.task import Order, arguments, fetch, key
 
@@ -21,12 +22,16 @@ from sheaf.task import Order, arguments, fetch, key
 class Rehearsal:
     """``order``: the blocks as forward calls them, each as often as it is called; ``outside``: parameters that are
     used while none of the blocks they live in is running, by canonical name; ``complete``: whether it reached the
-    end, so that no control flow depends on data.
+    end, so that no control flow depends on data; ``free``: of each call, whether what it is given comes of the batch
+    alone, and of no parameter. ``leaks``: (block that made a tensor and did not return it, block that uses it or "",
+    line of the model that does).
     """
 
     order: tuple[str, ...]
     outside: frozenset[str]
     complete: bool
+    free: tuple[bool, ...] = ()
+    leaks: tuple[tuple[str, str, str], ...] = ()
 
 
 def rehearse(portion: Portion, blocks: Mapping[str, nn.Module]) -> Rehearsal:
@@ -42,8 +47,16 @@ def rehearse(portion: Portion, blocks: Mapping[str, nn.Module]) -> Rehearsal:
     outside: set[str] = set()
     homes = _homes(portion, blocks)
     names = {fake.untyped_storage()._cdata: name for name, fake in portion.parameters.items()}
+    computed: dict[int, Tensor] = {}
+    free: list[bool] = []
+
+    made: dict[int, tuple[str, Tensor]] = {}  # by storage, what blocks that run keep to themselves; kept alive
+    leaks: list[tuple[str, str, str]] = []
 
     def uses(tensor: Tensor) -> None:
+        maker = made.get(tensor.untyped_storage()._cdata, ("", tensor))[0]
+        if maker and maker not in running:
+            leaks.append((maker, running[-1] if running else "", line_of_model()))
         name = names.get(tensor.untyped_storage()._cdata)
         if name is not None and not homes[name] & set(running):
             outside.add(name)
@@ -54,22 +67,41 @@ def rehearse(portion: Portion, blocks: Mapping[str, nn.Module]) -> Rehearsal:
         lambda leaf: portion.mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, arguments(task, batch)
     )
     complete = True
-    with _put_back(portion.model), _running(blocks, order, running):
+
+    def note(args: Any) -> None:
+        free.append(not any(id(leaf) in computed for leaf in tree_iter(args) if isinstance(leaf, Tensor)))
+
+    def returned(output: Any) -> None:
+        for leaf in tensors_in(output):
+            made.pop(leaf.untyped_storage()._cdata, None)
+
+    def follow(given: Any, result: Any) -> None:
+        held = {leaf.untyped_storage()._cdata for leaf in tree_iter(given) if isinstance(leaf, Tensor)}
+        for leaf in tree_iter(result):
+            if running and isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in held:
+                made[leaf.untyped_storage()._cdata] = running[-1], leaf
+        leaves = [leaf for leaf in tree_iter(given) if isinstance(leaf, Tensor)]
+        if any(id(leaf) in computed or leaf.untyped_storage()._cdata in names for leaf in leaves):
+            computed.update({id(leaf): leaf for leaf in tree_iter(result) if isinstance(leaf, Tensor)})
+
+    with _put_back(portion.model), _running(blocks, order, running, note, returned):
         try:
-            with portion.mode, _Arguments(uses):
+            with portion.mode, _Arguments(uses, follow):
                 portion.model(*positional, **named)
         except Exception:  # noqa: BLE001 - control flow on values; what is truly wrong, the real forward will raise
             complete = False
+            known = {name: flag for name, flag in reversed([*zip(order, free, strict=False)])}
             order = list(dict.fromkeys(order)) + [name for name in blocks if name not in order]
-    return Rehearsal(tuple(order), frozenset(outside), complete)
+            free = [known.get(name, False) for name in order]
+    return Rehearsal(tuple(order), frozenset(outside), complete, tuple(free), tuple(leaks))
 
 
 class _Arguments(TorchDispatchMode):
     """Shows every tensor that an operation is given."""
 
-    def __init__(self, show: Callable[[Tensor], object]) -> None:
+    def __init__(self, show: Callable[[Tensor], object], follow: Callable[[Any, Any], object] | None = None) -> None:
         super().__init__()
-        self._show = show
+        self._show, self._follow = show, follow
 
     def __torch_dispatch__(
         self, function: OpOverload, types: Any, arguments: Any = (), keywords: dict[str, Any] | None = None
@@ -77,7 +109,10 @@ class _Arguments(TorchDispatchMode):
         for leaf in tree_iter((arguments, keywords or {})):
             if isinstance(leaf, Tensor):
                 self._show(leaf)
-        return function(*arguments, **(keywords or {}))
+        result = function(*arguments, **(keywords or {}))
+        if self._follow is not None:
+            self._follow((arguments, keywords or {}), result)
+        return result
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
@@ -118,13 +153,19 @@ def _put_back(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _running(blocks: Mapping[str, nn.Module], order: list[str], running: list[str]) -> Iterator[None]:
+def _running(
+    blocks: Mapping[str, nn.Module],
+    order: list[str],
+    running: list[str],
+    note: Callable[[Any], object],
+    returned: Callable[[Any], object],
+) -> Iterator[None]:
     def enter(name: str) -> Callable[..., None]:
-        return lambda _module, _arguments: (order.append(name), running.append(name))[0]
+        return lambda _module, args, kwargs: (order.append(name), running.append(name), note((args, kwargs)), None)[-1]
 
-    handles = [block.register_forward_pre_hook(enter(name)) for name, block in blocks.items()]
+    handles = [block.register_forward_pre_hook(enter(name), with_kwargs=True) for name, block in blocks.items()]
     handles += [
-        block.register_forward_hook(lambda _module, _arguments, _output: (running.pop(), None)[1])
+        block.register_forward_hook(lambda _module, _arguments, output: (running.pop(), returned(output), None)[-1])
         for block in blocks.values()
     ]
     try:
@@ -164,11 +205,37 @@ def unit_members(
     homes = home(portion, blocks, rehearsal)
     sizes: dict[str | None, int] = {}
     for name, block in homes.items():
+        if not portion.holds(name):
+            continue
         fake = portion.parameters[name]
         sizes[block] = sizes.get(block, 0) + fake.numel() * portion.dtype_of(fake).itemsize
     for name, block in homes.items():
+        if not portion.holds(name):
+            continue
         fake = portion.parameters[name]
         dtype = str(portion.dtype_of(fake)).removeprefix("torch.")
         unit = GLUE if block is None or kept_whole(sizes[block], bucket_bytes) else block
         members.setdefault(unit, []).append(Held(name, fake.numel(), dtype, fake.requires_grad))
     return members
+
+
+def orders_of(
+    order: Sequence[str], units: Collection[str], calls: Mapping[str, tuple[int, ...]] | None, stages: Sequence[int]
+) -> dict[int, list[str]]:
+    """By stage, the units as its forward comes to them; those that no forward comes to are with the first stage.
+
+    ``calls`` are the stages of each block's calls; None where there is one stage.
+
+    >>> orders_of(["a", "b", "a"], ["a", "b"], {"a": (0, 2), "b": (1,)}, (0, 2))
+    {0: ['a', 'b'], 2: ['a']}
+    """
+    made: dict[int, list[str]] = {stage: [] for stage in stages}
+    count: dict[str, int] = {}
+    for name in order:
+        number = count[name] = count.get(name, -1) + 1
+        stage = stages[0] if calls is None else calls.get(name, (-1,))[min(number, len(calls.get(name, (-1,))) - 1)]
+        if name in units and stage in made:
+            made[stage].append(name)
+    met = {name for names in made.values() for name in names}
+    made[stages[0]] += [name for name in units if name not in met and name != GLUE]
+    return made

@@ -16,6 +16,7 @@ from sheaf.parallel.precision import LossScale, autocast
 from sheaf.parallel.shares import AbstractDealer, Dealt
 from sheaf.parallel.spread import Spread
 from sheaf.parallel.statistics import BatchStatistics
+from sheaf.split.lengthwise import Lengthwise
 from sheaf.split.mode import Splitting
 from sheaf.task import Loss, Microbatch, Streams, Task, arguments, as_loss, fetch, key, moved
 
@@ -129,6 +130,8 @@ class WholeModel(AbstractRunner):
         with statistics.microbatch() if statistics is not None else nullcontext():
             with parts.autocast(), holding.forward_context(), parts.forward_context():
                 positional, named = arguments(parts.task, batch)
+                if isinstance(parts.splitting, Lengthwise):
+                    positional, named = parts.splitting.inputs((positional, named))
                 output = holding.model(*positional, **named)
                 loss = as_loss(parts.task.loss(output, batch), len(microbatch.samples))
             if statistics is not None:

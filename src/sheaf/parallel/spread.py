@@ -23,7 +23,10 @@ class Spread:
         known = self.world.workers == self.mesh.workers
         self.place = self.mesh.place(self.world.rank) if known else Mesh(1, 1, 1).place(0)
         groups = self.mesh if known else Mesh(1, self.world.workers, 1)
-        self.replicas = World(device, gathers_apart=plan.zero == 3, among=groups.dp_groups)
+        self._lengthwise = plan.cp > 1
+        # gradients found on parts of a sequence add up as those of parts of a batch do
+        alike = [list(range(groups.workers))] if self._lengthwise else groups.dp_groups
+        self.replicas = World(device, gathers_apart=plan.zero == 3, among=alike)
         self._layers = World(device, among=groups.tp_groups)
         self.stages = World(device, among=groups.pp_groups)
         # all that hold the same slice of a parameter in any stage
@@ -43,7 +46,7 @@ class Spread:
     @property
     def alone(self) -> bool:
         """Whether each worker holds the whole model, or shards of it among replicas only."""
-        return self.mesh.tp == 1 and self.mesh.pp == 1 and not self.by_parts
+        return self._lengthwise or (self.mesh.tp == 1 and self.mesh.pp == 1 and not self.by_parts)
 
     @property
     def part(self) -> int:
@@ -92,7 +95,7 @@ class Spread:
 
     def shared(self, counts: tuple[int, ...]) -> tuple[int, ...]:
         """By worker, the microbatches of its replica, from those that each worker has told."""
-        if self.alone:
+        if self.mesh.tp == 1 and self.mesh.pp == 1:
             return counts
         by_replica = [0] * self.mesh.dp
         for rank, count in enumerate(counts):

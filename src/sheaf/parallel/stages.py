@@ -8,9 +8,8 @@ from torch import nn
 
 from sheaf.errors import PlanError
 from sheaf.graph import trace
-from sheaf.graph.facts import GLUE
 from sheaf.parallel.portion import Portion
-from sheaf.parallel.rehearsal import rehearse
+from sheaf.parallel.rehearsal import Rehearsal, rehearse
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
 from sheaf.plans.stages import stages_of
@@ -19,13 +18,16 @@ from sheaf.task import Blueprint, Task
 
 @dataclass(frozen=True)
 class Stages:
-    """``blocks`` maps block names to stages; ``holders`` canonical parameter names to the stages that hold them;
-    ``between`` parameters that are used between blocks to the one stage that computes with them.
+    """``blocks`` maps block names to the stages of their calls; ``holders`` canonical parameter names to the stages
+    that hold them; ``between`` parameters that are used between blocks to the one stage that computes with them, and
+    ``homes`` all parameters, wherever they are used. ``complete``: no control flow depends on data.
     """
 
-    blocks: dict[str, int]
+    blocks: dict[str, tuple[int, ...]]
     holders: dict[str, tuple[int, ...]]
     between: dict[str, int]
+    homes: dict[str, int]
+    complete: bool
 
     def held(self, stages: Sequence[int]) -> set[str]:
         """Parameters of which one of these stages is a holder."""
@@ -48,7 +50,9 @@ class Stages:
 def placed(task: Task, plan: Plan, blueprint: Blueprint, blocks: dict[str, nn.Module], world: World) -> Stages:
     """The stages that the plan says, or balanced ones, the same on every worker (collective).
 
-    Raises PlanError where there are too few blocks, and where a block runs again after blocks of a later stage.
+    A block that runs again after blocks of a later stage runs in that stage then, and shares its parameters with
+    itself; unless what it is given comes of the batch alone. Raises PlanError where there are too few blocks, and
+    where a block's tensor gets elsewhere by a way that is not its output.
     """
     assert task.microbatch is not None
     samples = min(task.microbatch, task.num_samples)
@@ -57,11 +61,16 @@ def placed(task: Task, plan: Plan, blueprint: Blueprint, blocks: dict[str, nn.Mo
         named = stages_of(plan, trace(task, samples))
         rehearsal = rehearse(Portion(blueprint_of(task, blueprint)), blocks)
         where = {name: stage for stage, names in enumerate(named) for name in names}
-        _refuse_loops(plan, where, rehearsal.order)
-        return {"where": where, "outside": sorted(rehearsal.outside)}
+        _refuse_leaks(rehearsal, _by_call(where, rehearsal))
+        return {
+            "where": _by_call(where, rehearsal),
+            "outside": sorted(rehearsal.outside),
+            "complete": rehearsal.complete,
+        }
 
     told = world.agreed(found)
-    where, outside = dict[str, int](told["where"]), set(told["outside"])
+    where = {name: tuple(calls) for name, calls in told["where"].items()}
+    outside = set(told["outside"])
     holders: dict[str, tuple[int, ...]] = {}
     between: dict[str, int] = {}
     canonical = {alias: name for name, aliases in blueprint.names.items() for alias in (name, *aliases)}
@@ -70,12 +79,13 @@ def placed(task: Task, plan: Plan, blueprint: Blueprint, blocks: dict[str, nn.Mo
         for parameter, _ in block.named_parameters(remove_duplicate=False):
             full = canonical[f"{name}.{parameter}" if name else parameter]
             if name in where:
-                users[full].add(where[name])
+                users[full].update(where[name])
     for name, stages in users.items():
         if not stages or name in outside:
             between[name] = min(stages, default=0)
         holders[name] = tuple(sorted(stages)) or (0,)
-    return Stages(where, holders, between)
+    homes = {name: between.get(name, stages[0]) for name, stages in holders.items()}
+    return Stages(where, holders, between, homes, bool(told["complete"]))
 
 
 def blueprint_of(task: Task, blueprint: Blueprint) -> Blueprint:
@@ -84,14 +94,24 @@ def blueprint_of(task: Task, blueprint: Blueprint) -> Blueprint:
     return blueprint
 
 
-def _refuse_loops(plan: Plan, where: dict[str, int], order: Sequence[str]) -> None:
-    reached = 0
-    for name in order:
-        if name == GLUE or name not in where:
+def _refuse_leaks(rehearsal: Rehearsal, where: dict[str, tuple[int, ...]]) -> None:
+    for writer, reader, line in rehearsal.leaks:
+        if set(where.get(writer, ())) == set(where.get(reader, ())) and len(where.get(reader, ())) == 1:
             continue
-        if where[name] < reached:
-            raise PlanError(
-                f"{name} runs again after blocks of stage {reached}, and is of stage {where[name]} under {plan}: name "
-                "stages= that keep what runs in a loop together, or use a smaller pp"
-            )
-        reached = max(reached, where[name])
+        raise PlanError(
+            f"{line} uses in {reader or 'the model itself'} a tensor that {writer} computed and did not return (an "
+            "attribute, a list, a cache), and another pipeline stage may compute it: return it from forward, "
+            + ("or name stages= that keep both in one stage" if reader in where else "or train without pp")
+        )
+
+
+def _by_call(where: dict[str, int], rehearsal: Rehearsal) -> dict[str, tuple[int, ...]]:
+    """The stage of each call of a block: its own, or a later one that forward has reached and that it depends on."""
+    reached = 0
+    calls: dict[str, tuple[int, ...]] = {}
+    for name, free in zip(rehearsal.order, rehearsal.free, strict=True):
+        if name in where:
+            stage = where[name] if free else max(where[name], reached)
+            calls[name] = (*calls.get(name, ()), stage)
+            reached = max(reached, stage)
+    return {name: calls.get(name, (stage,)) for name, stage in where.items()}

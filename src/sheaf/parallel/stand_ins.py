@@ -1,82 +1,168 @@
-"""What other stages' blocks would return, without values: from a run on fake tensors, kept by the shapes of inputs."""
+"""What blocks and functions of other stages would return, without values: from a run on fake tensors."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
+from sheaf.errors import SheafError
 from sheaf.parallel.remote import Remote
+from sheaf.parallel.trees import mapped, tensors
 from sheaf.split.tensor import Split
+
+_OWN = ("_parameters", "_forward_pre_hooks", "_forward_hooks")  # what is put back
+
+
+@dataclass(frozen=True)
+class Original:
+    """A block as its class has it: its own forward, its parameters without values, and no hooks but the model's."""
+
+    block: nn.Module
+    forward: Callable[..., Any]
+    held: tuple[tuple[nn.Module, dict[str, Any]], ...]
+
+    @contextmanager
+    def there(self, like: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Put it back, with fakes for the buffers, which are real in every stage and must stay as they are."""
+        before = [(module, {key: module.__dict__[key] for key in (*_OWN, "_buffers")}) for module, _ in self.held]
+        for module, own in self.held:
+            buffers = {key: None if buffer is None else like(buffer) for key, buffer in module._buffers.items()}
+            module.__dict__.update(own, _buffers=buffers)
+        try:
+            yield
+        finally:
+            for module, now in before:
+                module.__dict__.update(now)
+
+
+def originals(
+    blocks: Mapping[str, nn.Module], dtype_of: Callable[[Tensor], torch.dtype], mode: FakeTensorMode
+) -> dict[str, Original]:
+    """Every block of a model that nothing has been put on yet; parameters get the dtype in which they are held."""
+    made: dict[int, Tensor] = {}
+
+    def wide(fake: Tensor | None) -> Tensor | None:
+        if fake is None or dtype_of(fake) == fake.dtype:
+            return fake
+        if id(fake) not in made:
+            with mode:
+                made[id(fake)] = nn.Parameter(fake.detach().to(dtype_of(fake)), requires_grad=fake.requires_grad)
+        return made[id(fake)]
+
+    def own(module: nn.Module) -> dict[str, Any]:
+        kept: dict[str, Any] = {key: module.__dict__[key].copy() for key in _OWN}
+        kept["_parameters"] = {key: wide(fake) for key, fake in module._parameters.items()}
+        return kept
+
+    return {
+        name: Original(block, block.forward, tuple((module, own(module)) for module in block.modules()))
+        for name, block in blocks.items()
+    }
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What something returned on fakes. ``changed`` are the places, among the tensors it was given, of those it changed
+    in place, and whether they have a gradient now; ``passed``, by tensor returned, the place of the given one that it
+    is, or -1.
+    """
+
+    output: Any
+    changed: tuple[tuple[int, bool], ...] = ()
+    passed: tuple[int, ...] = ()
+    draws: bool = False
 
 
 class StandIns:
-    """Runs blocks and functions on fake tensors of ``mode``; ``paused`` is entered around whole blocks."""
+    """Runs blocks and functions on fake tensors of ``mode``.
 
-    def __init__(self, mode: FakeTensorMode, paused: Callable[[], AbstractContextManager[object]]) -> None:
+    What comes by data (a branch on a value, a shape that depends on values) cannot be run so, and gives None.
+    """
+
+    def __init__(self, mode: FakeTensorMode, blocks: Mapping[str, Original]) -> None:
         mode.allow_non_fake_inputs = True  # what is computed from the batch alone is real in every stage
-        self.mode, self._paused = mode, paused
-        self._known: dict[Any, tuple[list[Any], Any]] = {}
+        self.mode, self._blocks = mode, blocks
+        self._known: dict[Any, Outline] = {}
+        self.why = ""
 
-    def block(self, name: str, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A block's output, as fakes."""
-        key = (name, torch.is_grad_enabled(), signature((args, kwargs)))
+    def block(self, name: str, args: Any, kwargs: Any) -> Outline | None:
+        """A block's, kept by the shapes of what it is given."""
+        key = (name, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), signature((args, kwargs)))
         known = self._known.get(key)
         if known is None:
-            with self._paused(), self.mode, self._buffers(block):
-                output = forward(*args, **kwargs)
-            leaves, spec = tree_flatten(output)
-            known = [cut_off(leaf) for leaf in leaves], spec
+            original = self._blocks[name]
+            with original.there(self.like):
+                made = self._run(original.forward, args, kwargs)
+            if made is None:
+                return None
+            known = replace(made, output=mapped(cut_off, made.output))
+            leaves, _ = tree_flatten(known.output)
             if all(isinstance(leaf, Tensor | int | float | str | bool | None) for leaf in leaves):
                 self._known[key] = known
-        return tree_unflatten(*known)
+        return replace(known, output=mapped(self.like, known.output))
 
-    def function(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A function's result, as fakes."""
-        with self.mode:
-            return function(*args, **kwargs)
+    def function(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Outline | None:
+        """A function's."""
+        return self._run(function, args, kwargs)
 
     def like(self, tensor: Tensor) -> Tensor:
         """A fake of the same shape, type and device."""
         shown = tensor.local if isinstance(tensor, Split) else tensor
         with self.mode:
-            made = torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=shown.device)
+            if isinstance(tensor, FakeTensor) and tensor.layout is torch.strided:
+                made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+            else:
+                made = torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=shown.device)
             return made.requires_grad_(shown.requires_grad)
 
-    def of(self, shape: list[int], dtype: str, *, requires_grad: bool) -> Tensor:
+    def of(self, shape: list[int], dtype: str, *, requires_grad: bool, device: torch.device) -> Tensor:
         """A fake from a description."""
         with self.mode:
-            return torch.empty(shape, dtype=getattr(torch, dtype)).requires_grad_(requires_grad)
+            return torch.empty(shape, dtype=getattr(torch, dtype), device=device).requires_grad_(requires_grad)
 
-    @contextmanager
-    def _buffers(self, block: nn.Module) -> Iterator[None]:
-        """A block's buffers are real in every stage, and must stay as they are."""
-        held = [(module, dict(module._buffers)) for module in block.modules()]
-        for module, buffers in held:
-            module._buffers.update({key: self.like(buffer) for key, buffer in buffers.items() if buffer is not None})
+    def _run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Outline | None:
+        given = list(tensors((args, kwargs)))
+        before = [tensor._version for tensor in given]
+        watch = _Draws()
         try:
-            yield
-        finally:
-            for module, buffers in held:
-                module._buffers.update(buffers)
+            with torch._C.DisableTorchFunction(), self.mode, watch:
+                output = function(*args, **kwargs)
+        except SheafError:
+            raise
+        except Exception as error:  # noqa: BLE001 - what is truly wrong, the stage that has the values will raise
+            self.why = f"{type(error).__name__}: {error}".splitlines()[0]
+            return None
+        changed = tuple(
+            (place, tensor.requires_grad) for place, tensor in enumerate(given) if tensor._version != before[place]
+        )
+        places = {id(tensor): place for place, tensor in enumerate(given)}
+        return Outline(output, changed, tuple(places.get(id(leaf), -1) for leaf in tensors(output)), watch.seen)
 
 
-def cut_off(leaf: Any) -> Any:
+class _Draws(TorchDispatchMode):
+    """Notes whether anything draws random numbers."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen = self.seen or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+def cut_off(leaf: Tensor) -> Tensor:
     """A tensor without its history, that still says whether it has a gradient."""
-    return leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
-
-
-def blank(leaf: Any) -> Any:
-    """Zeros of a tensor's shape."""
-    return torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device) if isinstance(leaf, Tensor) else leaf
+    return leaf.detach().requires_grad_(leaf.requires_grad)
 
 
 def blanks(value: Any) -> Any:
     """Zeros for every tensor."""
-    return tree_map(blank, value)
+    return mapped(lambda leaf: torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device), value)
 
 
 def signature(value: Any) -> Any:
@@ -85,9 +171,18 @@ def signature(value: Any) -> Any:
     return str(spec), tuple(_leaf(leaf) for leaf in leaves)
 
 
+def kinds(value: Any) -> Any:
+    """What tells calls of one function apart that need values from those that do not: types, without sizes."""
+    leaves, spec = tree_flatten(value)
+    return str(spec), tuple(leaf.dtype if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves)
+
+
 def _leaf(leaf: Any) -> Any:
     if isinstance(leaf, Remote) and leaf.entry.fake is not None:
         return tuple(leaf.shape), leaf.dtype, leaf.entry.fake.requires_grad
     if isinstance(leaf, Tensor):
         return tuple(leaf.shape), leaf.dtype, leaf.requires_grad
-    return leaf if isinstance(leaf, int | float | str | bool | None) else type(leaf).__qualname__
+    if isinstance(leaf, int | float | str | bool | None):
+        return type(leaf), leaf
+    inner = tuple(_leaf(tensor) for tensor in tensors(leaf))
+    return type(leaf).__qualname__, inner

@@ -49,6 +49,12 @@ class World:
         self.group = None if self.workers in (1, self._whole) and not _many(groups) else self._grouped(groups)
         self._gathers = self._grouped(groups) if gathers_apart and _many(groups, single=True) else None
 
+    @classmethod
+    def alone(cls) -> "World":
+        """This worker by itself, whoever else is there."""
+        joined = dist.is_available() and dist.is_initialized()
+        return cls(torch.device("cpu"), among=[[rank] for rank in range(dist.get_world_size() if joined else 1)])
+
     def _grouped(self, groups: list[list[int]]) -> dist.ProcessGroup | None:
         """Make every group, each of which all ranks must make; keep this worker's."""
         mine: dist.ProcessGroup | None = None

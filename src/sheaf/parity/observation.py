@@ -118,15 +118,13 @@ class Prints:
     ) -> None:
         self._position, self._runs, self._leads, self._part = position, runs, leads, part
         self._taken: dict[PrintKey, Print] = {}
-        self._calls: dict[tuple[int, str], int] = {}
-        self._handles: list[RemovableHandle] = [
-            block.register_forward_hook(self._hook(name)) for name, block in cut(model).items()
-        ]
+        self._calls: dict[str, int] = {}  # in the forward under way
+        self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self._begin)]
+        self._handles += [block.register_forward_hook(self._hook(name)) for name, block in cut(model).items()]
 
     def take(self) -> dict[PrintKey, Print]:
         """The prints since the last take."""
         taken, self._taken = self._taken, {}
-        self._calls.clear()
         return taken
 
     def close(self) -> None:
@@ -134,15 +132,19 @@ class Prints:
         for handle in self._handles:
             handle.remove()
 
+    def _begin(self, _module: nn.Module, _arguments: Any) -> None:
+        self._calls.clear()
+
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def after(_module: nn.Module, _arguments: Any, output: Any) -> None:
             microbatch = self._position()
             again = torch._C._current_graph_task_id() != -1  # inside backward
-            if microbatch is None or again or not self._runs(name):
+            if microbatch is None or again:
                 return
-            call = self._calls.get((microbatch, name), 0)
-            self._calls[microbatch, name] = call + 1
-            self._taken[microbatch, name, call] = fingerprint(output, self._part, leads=self._leads())
+            call = self._calls.get(name, 0)
+            self._calls[name] = call + 1
+            if self._runs(name):
+                self._taken[microbatch, name, call] = fingerprint(output, self._part, leads=self._leads())
 
         return after
 

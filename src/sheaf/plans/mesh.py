@@ -16,7 +16,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Ranks of ``pp`` x ``dp`` x ``tp`` workers; those that split a layer are next to each other, stages furthest apart.
+    """Ranks of ``pp`` x ``dp`` x ``tp`` workers; those that compute a microbatch together are next to each other.
+
+    Workers that split sequences take the place of those that split layers; a plan has one or the other.
 
     >>> mesh = Mesh(pp=2, dp=2, tp=2)
     >>> mesh.place(5), mesh.rank(pp=1, dp=0, tp=1)
@@ -32,7 +34,7 @@ class Mesh:
     @classmethod
     def of(cls, plan: Plan) -> "Mesh":
         """The mesh of a plan."""
-        return cls(plan.pp, plan.dp, plan.tp)
+        return cls(plan.pp, plan.dp, plan.tp * plan.cp)
 
     @property
     def workers(self) -> int:

@@ -24,6 +24,7 @@ class Plan:
 
     ``dp``          replicas among which the batch is split (data parallel)
     ``tp``          workers that split each layer of a replica (tensor parallel)
+    ``cp``          workers among which each sequence is split (context parallel)
     ``pp``          stages into which the layers of a replica are cut (pipeline); ``pp=4:gpipe`` names the schedule
     ``schedule``    ``gpipe``, ``1f1b``, ``interleaved`` or ``zero-bubble``: the order of a stage's work
     ``virtual``     stages per worker of an interleaved pipeline
@@ -52,6 +53,7 @@ class Plan:
 
     dp: int = 1
     tp: int = 1
+    cp: int = 1
     pp: int = 1
     schedule: str = DEFAULT_SCHEDULE
     virtual: int = 1
@@ -72,7 +74,7 @@ class Plan:
     @property
     def workers(self) -> int:
         """How many workers the plan runs on."""
-        return self.dp * self.tp * self.pp
+        return self.dp * self.tp * self.cp * self.pp
 
     @property
     def num_stages(self) -> int:
@@ -199,6 +201,8 @@ class Plan:
             broken.append(f"dp={self.dp}: at least one worker is needed")
         if self.tp < 1:
             broken.append(f"tp={self.tp}: at least one worker is needed")
+        if self.cp < 1:
+            broken.append(f"cp={self.cp}: at least one worker is needed")
         if self.zero not in (0, 1, 2, 3):
             broken.append(f"zero={self.zero}: ZeRO has stages 0, 1, 2 and 3")
         if self.recompute not in RECOMPUTE:
@@ -269,7 +273,12 @@ def _illegal_mixes(plan: Plan) -> list[str]:
     kept = [glob for glob, answer in plan.parts if answer == "whole"]
     if kept and plan.tp == 1:
         broken.append(f"{kept[0]}=whole keeps a part whole under tp, and tp=1: raise tp or drop it")
-    if plan.dp == 1 and plan.zero:
+    if plan.cp > 1 and (plan.tp > 1 or plan.pp > 1 or split):
+        broken.append(
+            f"cp={plan.cp} splits sequences among workers that hold whole layers: use it with dp and zero, or use "
+            f"tp={plan.tp * plan.cp},sequence=1 in its place"
+        )
+    if plan.dp * plan.cp == 1 and plan.zero:
         broken.append(f"zero={plan.zero} shards state among dp workers, and dp=1: raise dp or drop zero")
     if plan.dp == 1 and plan.stolen:
         broken.append("shares=stolen needs someone to steal from, and dp=1: raise dp or drop shares")

@@ -1,6 +1,7 @@
 """What a search found: plans in order with reasons, and what was refused, and why."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from sheaf.cost.price import Price
@@ -48,13 +49,17 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Plans from best to worst, and the refused ones. ``cluster`` is its name; ``batch`` counts samples per step."""
+    """Plans from best to worst, and the refused ones. ``cluster`` is its name; ``batch`` counts samples per step.
+
+    ``splits`` describes what splitting layers does, by (workers that split a layer, sequence 0 or 1), for JSON.
+    """
 
     ranked: tuple[Entry, ...]
     refused: tuple[Refusal, ...]
     cluster: str
     batch: int
     microbatch: int | None  # the task's; None where each plan says its own
+    splits: Mapping[tuple[int, int], dict[str, Any]] = field(default_factory=dict[tuple[int, int], dict[str, Any]])
 
     @property
     def best(self) -> Price:
@@ -71,6 +76,10 @@ class Ranking:
         """The entry of a plan, if it was ranked."""
         return next((entry for entry in self.ranked if str(entry.plan) == str(plan)), None)
 
+    def split(self, plan: Plan) -> dict[str, Any] | None:
+        """What splitting layers does under a plan; None for one that splits none."""
+        return self.splits.get((plan.tp if plan.tp > 1 else plan.dp if plan.split_parts else 1, plan.sequence))
+
     def refusals(self) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
         """(reason, remedy, plans) with the plans of one reason together, for showing."""
         together: dict[tuple[str, str], list[str]] = {}
@@ -85,6 +94,7 @@ class Ranking:
             "refused": [
                 {"text": refusal.plan, "reason": refusal.reason, "remedy": refusal.remedy} for refusal in self.refused
             ],
+            "splits": [{**split, "sequence": sequence} for (_, sequence), split in self.splits.items()],
             "cluster": self.cluster,
             "batch": self.batch,
             "microbatch": self.microbatch or (self.ranked[0].plan.microbatch if self.ranked else None),

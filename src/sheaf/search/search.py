@@ -69,7 +69,7 @@ class Question:
         """What the price of this plan has in common with others."""
         size = self.size(plan)
         facts = facts_for(self.facts, size)
-        split = (plan.tp if plan.tp > 1 else plan.dp if plan.parts else 1, plan.sequence)
+        split = self.split_key(plan)
         measured = (size, self._busy(plan)) if self.profiles else None
         key = (facts.samples, measured, split, plan.parts)
         if key not in self._bases:
@@ -77,6 +77,10 @@ class Question:
                 plan, facts, self.profile(plan), self.cluster, precision=self.precision, split=self.splits.get(split)
             )
         return self._bases[key]
+
+    def split_key(self, plan: Plan) -> tuple[int, int]:
+        """Where in ``splits`` stands how a plan splits layers."""
+        return plan.tp if plan.tp > 1 else plan.dp if plan.split_parts else 1, plan.sequence
 
     def profile(self, plan: Plan) -> Profile | None:
         """Measured times under as much company as the plan's workers have."""

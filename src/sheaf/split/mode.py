@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from sheaf.errors import PlanError
 from sheaf.plans.split import Cut, Slice
+from sheaf.split import unseen
 from sheaf.split.moves import Enter, Gather, GatherEnter, Part, Team, Total, TotalPart
 from sheaf.split.registry import FALLBACK, RULES
 from sheaf.split.tensor import Split
@@ -38,6 +39,8 @@ class Splitting(TorchFunctionMode):
 
     def __enter__(self) -> "Splitting":  # noqa: PYI034 - Self is no runtime type
         """A forward begins, or goes on inside a rule."""
+        if not self._depth:
+            unseen.enter(self)
         self._depth += 1
         super().__enter__()
         return self
@@ -46,6 +49,7 @@ class Splitting(TorchFunctionMode):
         """Forward ends: forget what it moved."""
         self._depth -= 1
         if not self._depth:
+            unseen.leave(self)
             self._entered.clear()
             self._held.clear()
         super().__exit__(*raised)

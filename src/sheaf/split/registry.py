@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 FALLBACK = object()  # what a rule returns when it has no way but to gather
 
-_SPACES: tuple[Any, ...] = (torch, Tensor, F, torch._C._nn, torch.special)
+_NN: Any = torch._C._nn  # pyright: ignore[reportAttributeAccessIssue]
+_SPACES: tuple[Any, ...] = (torch, Tensor, F, _NN, torch.special)
 
 
 # (mode, function, args, kwargs): the Splitting mode; arguments may hold Split tensors. Returns FALLBACK to give up.

@@ -6,7 +6,7 @@ the fewest bytes; layers that differ by numbers in their names are decided toget
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-import sheaf.split.rules  # noqa: F401 - gives the rules to the registry
+import sheaf.split.rules  # noqa: F401  # pyright: ignore[reportUnusedImport] - gives the rules to the registry
 from sheaf.errors import PlanError
 from sheaf.graph import cut as blocks_of
 from sheaf.graph.example import converted, example, global_streams_kept, precision
@@ -99,13 +99,13 @@ class Rehearsing(Splitting):
         names: dict[int, str],
         units: dict[str, Units],
         whole: Callable[[str], bool],
-        least_elements: int,
+        small: Collection[str],
         *,
         sequence: bool,
     ) -> None:
         super().__init__(team, {}, sequence=sequence)
         self.names, self.found, self.block = names, Try(moves=team.moves), GLUE
-        self._units, self._whole, self._least = units, whole, least_elements
+        self._units, self._whole, self._small = units, whole, small
         self._turned: dict[int, tuple[Tensor, str, Any]] = {}
 
     @property
@@ -118,7 +118,7 @@ class Rehearsing(Splitting):
         name = self.names.get(id(tensor))
         if name is None or id(tensor) in self._parameters or self._whole(name):
             return None
-        if tensor.shape[dim] < 2 or (cut is None and tensor.ndim == 2 and tensor.numel() < self._least):
+        if tensor.shape[dim] < 2 or (cut is None and tensor.ndim == 2 and name in self._small):
             return None
         if cut is None:
             units = self._units.get(pattern(name), Units())
@@ -137,9 +137,8 @@ class Rehearsing(Splitting):
         wanted = Units(held.outer * outer, unit * split.scale)
         if held.length % (wanted.outer * wanted.unit) or held.length // (wanted.outer * wanted.unit) < 2:
             return
-        known = self.found.asked.setdefault(split.origin, [])
-        if wanted not in known and (wanted.outer, wanted.unit) != (held.outer, 1):
-            known.append(wanted)
+        if wanted != Units(held.outer) and wanted not in self.found.asked.get(split.origin, []):
+            self.found.asked.setdefault(split.origin, []).append(wanted)
 
     def _concerns(self, value: Any) -> bool:
         return super()._concerns(value) or (isinstance(value, Tensor) and id(value) in self.names)
@@ -258,13 +257,13 @@ class _Stage:
             self.batch = converted(self.batch, self.mode.from_tensor)
         self.model.train()
         self.names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        self.least = sum(parameter.numel() for parameter in self.model.parameters()) // 100
+        self.small = small(self.names.values(), [parameter.numel() for parameter in self.model.parameters()])
 
     def _mode(self, units: dict[str, Units], workers: int) -> Rehearsing:
         def whole(name: str) -> bool:
             return workers == 1 or self.kept(name) or any(_inside(name, module) for module in self.closed)
 
-        return Rehearsing(Alone(workers), self.names, units, whole, self.least, sequence=self.sequence and workers > 1)
+        return Rehearsing(Alone(workers), self.names, units, whole, self.small, sequence=self.sequence and workers > 1)
 
     def _enter(self, stack: ExitStack, mode: Rehearsing, module: list[str]) -> None:
         stack.enter_context(global_streams_kept())
@@ -312,6 +311,19 @@ def pattern(name: str) -> str:
     'h.*.attn.c_attn.weight'
     """
     return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)
+
+
+def small(names: Iterable[str], elements: Iterable[int]) -> frozenset[str]:
+    """Parameters of which splitting saves little: all alike, in every layer together, have less than a hundredth.
+
+    >>> sorted(small(["tokens", "gate", "h.0.keys", "h.1.keys"], [970, 4, 8, 8]))
+    ['gate']
+    """
+    sizes = dict(zip(names, elements, strict=True))
+    alike: dict[str, int] = {}
+    for name, size in sizes.items():
+        alike[pattern(name)] = alike.get(pattern(name), 0) + size
+    return frozenset(name for name in sizes if alike[pattern(name)] < sum(sizes.values()) // 100)
 
 
 def _groups(asked: dict[str, list[Units]]) -> dict[str, dict[str, list[Units]]]:

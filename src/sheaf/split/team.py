@@ -70,7 +70,7 @@ class GroupTeam:
     def _others(self) -> list[int]:
         return [(self.rank + distance) % self.workers for distance in range(1, self.workers)]
 
-    def _run(self, moves: list[tuple[Callable[..., object], Tensor, int]]) -> None:
+    def _run(self, moves: Sequence[tuple[Callable[..., object], Tensor, int]]) -> None:
         operations = [
             dist.P2POp(kind, tensor, group=self._group, group_peer=peer)  # pyright: ignore[reportArgumentType]
             for kind, tensor, peer in moves

@@ -24,18 +24,20 @@ class Split(Tensor):
     scale: int
     held: bool
 
-    @staticmethod
-    def __new__(
-        cls, local: Tensor, dim: int, cut: Cut, *, origin: str | None = None, scale: int = 1, held: bool = False
-    ) -> "Split":
-        """Wrap a slice; ``held`` marks a parameter."""
+    def __new__(cls, local: Tensor, dim: int, cut: Cut, **_: Any) -> "Split":  # noqa: PYI034 - Self is no runtime type
+        """A tensor without memory, of the whole's shape."""
         sizes = (*local.shape[:dim], cut.length, *local.shape[dim + 1 :])
-        made: Split = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
+        return torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
             cls, sizes, dtype=local.dtype, device=local.device, layout=local.layout, requires_grad=False
         )
-        made.local, made.axis, made.cut = local, dim, cut  # pyright: ignore[reportAttributeAccessIssue]
-        made.origin, made.scale, made.held = origin, scale, held
-        return made
+
+    def __init__(
+        self, local: Tensor, dim: int, cut: Cut, *, origin: str | None = None, scale: int = 1, held: bool = False
+    ) -> None:
+        """Wrap a slice; ``held`` marks a parameter."""
+        super().__init__()
+        self.local, self.axis, self.cut = local, dim, cut
+        self.origin, self.scale, self.held = origin, scale, held
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
@@ -47,7 +49,7 @@ class Split(Tensor):
             "extension does that): keep the module whole, with NAME=whole in the plan"
         )
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:  # noqa: ARG002 - torch's signature
+    def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"Split(axis={self.axis}, {self.cut}, local={tuple(self.local.shape)})"
 
     def like(

@@ -4,5 +4,16 @@ from sheaf.training.checks import affordable, first_sample
 from sheaf.training.description import describe, digest
 from sheaf.training.directory import check, in_use
 from sheaf.training.loop import Outcome, train_rank
+from sheaf.training.pipeline import measured_rows
 
-__all__ = ["Outcome", "affordable", "check", "describe", "digest", "first_sample", "in_use", "train_rank"]
+__all__ = [
+    "Outcome",
+    "affordable",
+    "check",
+    "describe",
+    "digest",
+    "first_sample",
+    "in_use",
+    "measured_rows",
+    "train_rank",
+]

@@ -33,14 +33,18 @@ def affordable(blueprint: Blueprint, plan: Plan, memory_bytes: int) -> None:
     A lower bound: optimizer state and activations come on top (``sheaf plan`` counts those too).
     Raises PlanError with the numbers.
     """
-    parameters = blueprint.parameters.values()
-    held = sum(value.numel() * blueprint.dtype_of(value).itemsize for value in parameters)
-    trained = sum(value.numel() * blueprint.dtype_of(value).itemsize for value in parameters if value.requires_grad)
-    copies_held = 1 if plan.zero >= 3 else plan.workers
-    copies_trained = 1 if plan.zero >= 2 else plan.workers
-    needed = held * copies_held + trained * copies_trained
+    whole = {
+        name: value for name, value in blueprint.parameters.items() if not plan.split_parts or plan.part(name) != "tp"
+    }
+    parts = [value for name, value in blueprint.parameters.items() if name not in whole]
+    held = sum(value.numel() * blueprint.dtype_of(value).itemsize for value in whole.values())
+    trained = sum(value.numel() * blueprint.dtype_of(value).itemsize for value in whole.values() if value.requires_grad)
+    once = sum(value.numel() * blueprint.dtype_of(value).itemsize * (1 + int(value.requires_grad)) for value in parts)
+    copies_held = 1 if plan.zero >= 3 else plan.dp
+    copies_trained = 1 if plan.zero >= 2 else plan.dp
+    needed = held * copies_held + trained * copies_trained + once
     if needed > memory_bytes:
-        remedy = "use zero=3, which shards both, or " if plan.zero < 3 and plan.workers > 1 else ""
+        remedy = "use zero=3, which shards both, or " if plan.zero < 3 and plan.dp > 1 and not plan.split_parts else ""
         there_is = pretty_bytes(float(memory_bytes))
         raise PlanError(
             f"the model does not fit: {plan} keeps {copies_held} x {pretty_bytes(float(held))} of parameters and "

@@ -11,6 +11,7 @@ from torch import nn
 from sheaf.checkpoint.files import crc32
 from sheaf.errors import TaskError
 from sheaf.plans import Plan
+from sheaf.plans.stages import default_microbatch
 from sheaf.task import Task
 from sheaf.task.blueprint import Blueprint
 
@@ -31,7 +32,7 @@ def describe(task: Task, plan: Plan) -> dict[str, Any]:
         "optimizer": _optimizer(task, blueprint),
         "samples": task.num_samples,
         "batch": task.batch,
-        "microbatch": task.microbatch or plan.microbatch or -(-task.batch // plan.workers),
+        "microbatch": task.microbatch or plan.microbatch or default_microbatch(plan, task.batch),
         "seed": task.seed,
         "shuffle": task.shuffle,
         "precision": task.precision,

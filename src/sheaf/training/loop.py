@@ -22,6 +22,7 @@ from sheaf.record import Record, StepReport
 from sheaf.task import Task
 from sheaf.training.description import describe
 from sheaf.training.directory import MODEL, RECORD, claimed, prepare
+from sheaf.training.pipeline import Span, Spans
 from sheaf.training.stop import stopping
 
 Observer = Callable[[StepReport], object]
@@ -33,6 +34,9 @@ class TrainingStep(Saveable, Protocol):
     """What the loop asks of a step; ``sheaf.parallel.build`` makes them."""
 
     def __call__(self) -> StepReport: ...
+
+    @property
+    def spans(self) -> list[Span]: ...
 
     def full_state(self) -> dict[str, Tensor]: ...
 
@@ -91,6 +95,7 @@ def train_rank(
         if resume:
             _resume(step, out, book)
         first, stopped = step.index, False
+        spans = Spans(step)
         saver = _Saver(step, out, keep, digest, book, save_every)
         book.begin(step, steps, events or {}, observers)
         stack.enter_context(stopping(step.request_stop, alone=step.workers == 1))
@@ -98,8 +103,10 @@ def train_rank(
             report = step()
             stopped = report.stop
             book.report(report)
+            spans.after(report)
             saver.after(report)
         saver.save()
+        spans.write(out)
         weights = step.full_state()
         if step.rank == 0:
             checkpoint.write_model(out / MODEL, weights)

@@ -154,7 +154,9 @@ class Progress:
         bar = ProgressBar(total=self.total_steps, completed=done, width=_WIDTH)
         skipped = Text("skipped: gradients overflowed" if report.skipped else "", "yellow")
         count = Text(f"{done}/{self.total_steps}", "bold")
-        top.add_row(bar, count, Text(self._left(report)), Text(self.title, "bold"), skipped)
+        top.add_row(
+            bar, count, Text(self._left(report)), Text(self.title, "bold", overflow="ellipsis", no_wrap=True), skipped
+        )
         middle.append(f"{sparkline(self._losses):<{_WIDTH}}  loss {report.loss:.4f}", "cyan")
         middle.append(f"  {pretty_number(self._samples_per_second)} samples/s")
         middle.append(f"  {pretty_seconds(self._step_seconds)}/step")

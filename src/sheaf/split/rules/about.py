@@ -9,10 +9,25 @@ from sheaf.split.registry import getter, rule
 from sheaf.split.rules.elementwise import elementwise
 from sheaf.split.tensor import Split
 
-_ABOUT = (
-    "shape dtype device layout ndim is_cuda is_cpu is_meta is_mps is_xpu is_sparse is_quantized is_nested itemsize "
-    "is_sparse_csr is_mkldnn names".split()
-)
+_ABOUT = [
+    "shape",
+    "dtype",
+    "device",
+    "layout",
+    "ndim",
+    "is_cuda",
+    "is_cpu",
+    "is_meta",
+    "is_mps",
+    "is_xpu",
+    "is_sparse",
+    "is_quantized",
+    "is_nested",
+    "itemsize",
+    "is_sparse_csr",
+    "is_mkldnn",
+    "names",
+]
 
 
 @rule(*(getter(name) for name in _ABOUT if hasattr(Tensor, name)))

@@ -27,7 +27,7 @@ _NAMES = """
     __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__
     __itruediv__ __div__ __rdiv__ __idiv__ __pow__ __rpow__ __neg__ __pos__ __abs__ __invert__ __eq__ __ne__ __lt__
     __le__ __gt__ __ge__ __and__ __or__ __xor__ __mod__ __rmod__ __floordiv__ __rfloordiv__
-""".split()
+""".split()  # noqa: SIM905 - words
 _KNOWN = [
     name for name in _NAMES if any(callable(getattr(s, name, None)) for s in (torch, Tensor, torch.nn.functional))
 ]
@@ -40,7 +40,9 @@ def is_inplace(function: Callable[..., Any]) -> bool:
 
 
 @rule(*_KNOWN)
-def elementwise(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def elementwise(  # noqa: PLR0911 - one for each kind of case
+    mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """Every tensor is brought to the slice of the first split one; broadcast ones are whole."""
     if kwargs.get("out") is not None or (function is torch.where and len(args) + len(kwargs) == 1):
         return FALLBACK

@@ -86,7 +86,7 @@ def _cut(operand: Tensor) -> TypeGuard[Split]:
     return isinstance(operand, Split)
 
 
-@rule(F.linear, torch._C._nn.linear)
+@rule(F.linear, torch._C._nn.linear)  # pyright: ignore[reportAttributeAccessIssue]
 def linear(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``input`` times the transposed ``weight`` plus ``bias``."""
     given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs

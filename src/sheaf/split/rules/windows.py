@@ -14,7 +14,7 @@ from sheaf.split.tensor import Split
 _POOLS = """
     max_pool{0}d max_pool{0}d_with_indices max_unpool{0}d avg_pool{0}d lp_pool{0}d adaptive_max_pool{0}d
     adaptive_max_pool{0}d_with_indices adaptive_avg_pool{0}d
-""".split()
+""".split()  # noqa: SIM905 - words
 
 
 @rule(*(function for name in _POOLS for n in (1, 2, 3) if (function := getattr(F, name.format(n), None))))

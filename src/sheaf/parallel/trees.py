@@ -1,0 +1,91 @@
+"""The tensors in what a module is given or returns: in containers that torch knows, and in dataclasses."""
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
+
+_NOT_THE_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor, in one order."""
+    for leaf in tree_iter(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif _is_opened(leaf):
+            for inner in _attributes(leaf).values():
+                yield from tensors(inner)
+
+
+def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """The value with ``function`` of each tensor; the very same object where nothing is changed, since who is given a
+    list or a cache may write into it.
+
+    >>> given = [1, [2]]
+    >>> mapped(lambda tensor: tensor, given) is given
+    True
+    """
+    leaves, spec = tree_flatten(value)
+    made = [_mapped(function, leaf) for leaf in leaves]
+    if all(new is old for new, old in zip(made, leaves, strict=True)):
+        return value
+    return tree_unflatten(made, spec)
+
+
+def detached(value: Any) -> Any:
+    """The same tensors with copies of all else, so that nobody sees what is written into an object; objects that
+    cannot be copied stay.
+    """
+    leaves, spec = tree_flatten(value)
+    return tree_unflatten([leaf if isinstance(leaf, Tensor) else _copied(leaf) for leaf in leaves], spec)
+
+
+def _copied(leaf: Any) -> Any:
+    try:
+        return copy.deepcopy(leaf)
+    except Exception:  # noqa: BLE001 - any object's own way to refuse
+        return leaf
+
+
+def line_of_model() -> str:
+    """The innermost line under way that is neither torch's nor Sheaf's: the model's, or the loss's."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if not path.startswith((*_NOT_THE_MODEL, "<")):
+            return f"{path}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "an unknown line"
+
+
+def _mapped(function: Callable[[Tensor], Any], leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return function(leaf)
+    if not _is_opened(leaf):
+        return leaf
+    before = _attributes(leaf)
+    after = {key: mapped(function, inner) for key, inner in before.items()}
+    if all(after[key] is before[key] for key in before):
+        return leaf
+    made = copy.copy(leaf)
+    for key, inner in after.items():
+        object.__setattr__(made, key, inner)
+    return made
+
+
+def _is_opened(leaf: Any) -> bool:
+    return (is_dataclass(leaf) and not isinstance(leaf, type)) or isinstance(leaf, SimpleNamespace)
+
+
+def _attributes(leaf: Any) -> dict[str, Any]:
+    if isinstance(leaf, SimpleNamespace):
+        return dict(vars(leaf))
+    return {field.name: getattr(leaf, field.name) for field in fields(leaf) if hasattr(leaf, field.name)}

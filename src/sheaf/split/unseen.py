@@ -1,0 +1,64 @@
+"""What torch runs without asking any mode: custom functions of autograd, and a model's own checkpoints.
+
+A custom function that is given slices gets them whole: it would lose their gradients. A checkpoint runs again in
+backward, where the mode is left; it is brought back for that.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+from torch.autograd import Function
+from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint as checkpoints
+from torch.utils._pytree import tree_iter
+
+from sheaf.split.tensor import Split
+
+
+class _Running(threading.local):
+    """The modes that a thread is in."""
+
+    def __init__(self) -> None:
+        self.modes: list[Any] = []
+
+
+_running = _Running()
+_apply: Callable[..., Any] = vars(Function)["apply"].__func__
+_frames: Callable[..., Iterator[Any]] = checkpoints._checkpoint_without_reentrant_generator
+
+
+def enter(mode: TorchFunctionMode) -> None:
+    """A ``Splitting`` begins on this thread."""
+    _running.modes.append(mode)
+
+
+def leave(mode: TorchFunctionMode) -> None:
+    """It ends."""
+    _running.modes.remove(mode)
+
+
+def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+    """Stands in for torch.autograd.Function.apply."""
+    if not _running.modes:
+        return _apply(cls, *args, **kwargs)
+    if cls is checkpoints.CheckpointFunction:  # would leave the mode, and the graph of slices, in backward
+        function, keeps_random_state, *given = args
+        return checkpoints.checkpoint(function, *given, use_reentrant=False, preserve_rng_state=keeps_random_state)
+    if cls.__module__ != checkpoints.__name__ and any(type(leaf) is Split for leaf in tree_iter((args, kwargs))):
+        mode = _running.modes[-1]
+        args, kwargs = mode.whole(args, cls.__name__), mode.whole(kwargs, cls.__name__)
+    return _apply(cls, *args, **kwargs)
+
+
+def frames(function: Callable[..., Any], keeps_random_state: bool, context: Any, *rest: Any, **named: Any) -> Any:
+    """Stands in for what torch.utils.checkpoint.checkpoint is made of; one with contexts of its own is left alone."""
+    if _running.modes and context is checkpoints.noop_context_fn:
+        mode = _running.modes[-1]
+        return _frames(function, keeps_random_state, lambda: (nullcontext(), mode), *rest, **named)
+    return _frames(function, keeps_random_state, context, *rest, **named)
+
+
+Function.apply = classmethod(apply)  # pyright: ignore[reportAttributeAccessIssue]
+checkpoints._checkpoint_without_reentrant_generator = frames
