@@ -107,7 +107,7 @@ class Gathered(AbstractHolding):
         self._done: list[Unit] = []
         self._backward = self._watched = self._gathering = False
         self._complete = rehearsal.complete
-        self._touched = Touched(self.parameters.items(), lambda name: self._round.turnstile.ready(name))
+        self._touched = Touched(self.parameters.items(), self._ready)
         self._wrapped: list[tuple[nn.Module, Any]] = []
         for name, block in blocks.items():
             if name in self._units:
@@ -238,6 +238,9 @@ class Gathered(AbstractHolding):
 
         self.model = portion.install(self._world.device, parameter)
         self.parameters = portion.own(self.model)
+
+    def _ready(self, name: str) -> None:
+        self._round.turnstile.ready(name)
 
     def _begin_round(self) -> None:
         self._backward = False

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from sheaf.errors import PlanError
 from sheaf.parallel.post import FORWARD, Post
-from sheaf.parallel.remote import Entry, Remote, version_of
+from sheaf.parallel.remote import Entry, Remote, no_leaf, version_of
 from sheaf.parallel.stand_ins import Outline, StandIns, cut_off
 from sheaf.parallel.trees import line_of_model, mapped, tensors
 from sheaf.split.mode import Splitting
@@ -122,7 +122,7 @@ class Ledger:
     def elsewhere(self, given: Sequence[Tensor], outline: Outline, stage: int, name: str) -> Any:
         """Note what another stage computed from ``given``, and give what stands for it."""
         for place, grad in outline.changed:
-            fake = self._stand_ins.like(given[place]).detach().requires_grad_(grad)
+            fake = cut_off(self._stand_ins.like(given[place]).detach(), requires_grad=grad)
             self._move(given[place], Entry(stage, f"{name}!{place}", fake=fake, version=fake._version))
         changed = {place for place, _ in outline.changed}
         count = -1
@@ -169,8 +169,7 @@ class Ledger:
             if fake.requires_grad:
                 leaf = found.detach().requires_grad_()
                 self.kept.received.setdefault(entry.stage, []).append(leaf)
-                with torch.enable_grad():
-                    found = _Same.apply(leaf)
+                found = no_leaf(leaf)
             self._come[entry.key] = found
         return self._come[entry.key]
 
@@ -225,20 +224,6 @@ class Ledger:
                 f"{theirs}: the model takes another path in each stage, as by an attribute that a block writes and "
                 "another part reads, or by what differs between workers; keep such parts in one stage, with stages=..."
             )
-
-
-class _Same(torch.autograd.Function):
-    """The same values in a tensor that is no leaf, so that it may be changed in place."""
-
-    @staticmethod
-    def forward(ctx: Any, leaf: Tensor) -> Tensor:  # noqa: ARG004 - nothing is kept
-        return torch.empty(0, dtype=leaf.dtype, device=leaf.device).set_(
-            leaf.untyped_storage(), leaf.storage_offset(), leaf.shape, leaf.stride()
-        )
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004 - nothing is kept
-        return gradients[0]
 
 
 def _storage(tensor: Tensor) -> int:

@@ -168,7 +168,7 @@ class Passing(TorchFunctionMode):
             self._shown[key] = self._stand_ins.function(func, *fakes) is not None
 
         def run() -> Any:
-            return self._own(lambda *given, **named: func(*given, **named), args, kwargs, name)
+            return self._own(func, args, kwargs, name)
 
         if stage == self.stage and (picks or self._shown[key]):
             self._event(name, concerns=True)

@@ -90,7 +90,7 @@ def rehearse(portion: Portion, blocks: Mapping[str, nn.Module]) -> Rehearsal:
                 portion.model(*positional, **named)
         except Exception:  # noqa: BLE001 - control flow on values; what is truly wrong, the real forward will raise
             complete = False
-            known = {name: flag for name, flag in reversed([*zip(order, free, strict=False)])}
+            known = dict(reversed([*zip(order, free, strict=False)]))
             order = list(dict.fromkeys(order)) + [name for name in blocks if name not in order]
             free = [known.get(name, False) for name in order]
     return Rehearsal(tuple(order), frozenset(outside), complete, tuple(free), tuple(leaks))

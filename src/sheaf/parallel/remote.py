@@ -37,6 +37,24 @@ def version_of(tensor: Tensor) -> int:
     return tensor.local._version if isinstance(tensor, Split) else tensor._version
 
 
+class _Same(torch.autograd.Function):
+    """The same memory, as what was computed from it."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor) -> Tensor:  # noqa: ARG004 - nothing is kept
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004 - nothing is kept
+        return gradients[0]
+
+
+def no_leaf(leaf: Tensor) -> Tensor:
+    """The same tensor in a way that it may be changed in place, which a leaf that has a gradient may not."""
+    with torch.enable_grad():
+        return _Same.apply(leaf)  # pyright: ignore[reportReturnType] - what apply returns is untyped
+
+
 class Remote(Tensor):
     """Stands for a tensor of another stage; every function that meets one goes through ``Passing``."""
 

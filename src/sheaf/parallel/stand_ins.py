@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from sheaf.errors import SheafError
-from sheaf.parallel.remote import Remote
+from sheaf.parallel.remote import Remote, no_leaf
 from sheaf.parallel.trees import mapped, tensors
 from sheaf.split.tensor import Split
 
@@ -119,12 +119,13 @@ class StandIns:
                 made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
             else:
                 made = torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=shown.device)
-            return made.requires_grad_(shown.requires_grad)
+            return cut_off(made, requires_grad=shown.requires_grad)
 
     def of(self, shape: list[int], dtype: str, *, requires_grad: bool, device: torch.device) -> Tensor:
         """A fake from a description."""
         with self.mode:
-            return torch.empty(shape, dtype=getattr(torch, dtype), device=device).requires_grad_(requires_grad)
+            made = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            return cut_off(made, requires_grad=requires_grad)
 
     def _run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Outline | None:
         given = list(tensors((args, kwargs)))
@@ -155,9 +156,10 @@ class _Draws(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def cut_off(leaf: Tensor) -> Tensor:
+def cut_off(leaf: Tensor, *, requires_grad: bool | None = None) -> Tensor:
     """A tensor without its history, that still says whether it has a gradient."""
-    return leaf.detach().requires_grad_(leaf.requires_grad)
+    wanted = leaf.requires_grad if requires_grad is None else requires_grad
+    return no_leaf(leaf.detach().requires_grad_()) if wanted else leaf.detach()
 
 
 def blanks(value: Any) -> Any:

@@ -60,7 +60,7 @@ def line_of_model() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename
-        if not path.startswith((*_NOT_THE_MODEL, "<")):
+        if not path.startswith((*_NOT_THE_MODEL, "<")) and "/jaxtyping/" not in path:
             return f"{path}:{frame.f_lineno}"
         frame = frame.f_back
     return "an unknown line"

@@ -24,7 +24,16 @@ class Split(Tensor):
     scale: int
     held: bool
 
-    def __new__(cls, local: Tensor, dim: int, cut: Cut, **_: Any) -> "Split":  # noqa: PYI034 - Self is no runtime type
+    def __new__(  # noqa: PYI034 - Self is no runtime type
+        cls,
+        local: Tensor,
+        dim: int,
+        cut: Cut,
+        *,
+        origin: str | None = None,  # noqa: ARG004 - __init__ keeps these
+        scale: int = 1,  # noqa: ARG004
+        held: bool = False,  # noqa: ARG004
+    ) -> "Split":
         """A tensor without memory, of the whole's shape."""
         sizes = (*local.shape[:dim], cut.length, *local.shape[dim + 1 :])
         return torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
