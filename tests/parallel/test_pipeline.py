@@ -33,7 +33,6 @@ PLANS = [
     "dp=2,pp=2:gpipe,zero=3,bucket_bytes=1024,recompute=full",
     "dp=2,pp=2:interleaved,zero=3,bucket_bytes=1024",
     "dp=3,pp=2,zero=3,bucket_bytes=1024,shares=3:1:1",
-    "pp=2,zero=3,bucket_bytes=1024",
 ]
 
 

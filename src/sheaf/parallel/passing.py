@@ -104,6 +104,8 @@ class Passing(TorchFunctionMode):
 
     def runs(self, module: str) -> bool:
         """Whether a module is in a block whose call under way, or next one, is of the stage under way."""
+        if self.stage < 0:  # what runs again in backward is its own
+            return True
         parts = module.split(".")
         for name in ["", *(".".join(parts[: count + 1]) for count in range(len(parts)))]:
             if name in self.where:

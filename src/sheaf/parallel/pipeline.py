@@ -69,7 +69,7 @@ class Pipeline(AbstractRunner):
             else:
                 self._weights(action, last=place == final)
             self.timed(start, waited)
-            self.spans.append((*action, start, time.perf_counter()))
+            self.spans.append((action.kind, action.microbatch, action.stage, start, time.perf_counter()))
         self._post.settle()
         self._passing.checking = False
 

@@ -29,7 +29,7 @@ class Team(Protocol):
         ...
 
     def total(self, tensor: Tensor, why: str) -> Tensor:
-        """The sum of every worker's tensor; the given one may be overwritten."""
+        """The sum of every worker's tensor, in memory of its own."""
         ...
 
     def collect(self, own: Tensor, shapes: Sequence[Sequence[int]], why: str) -> list[Tensor]:
@@ -85,7 +85,7 @@ class Enter(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return ctx.team.total(gradients[0].clone(memory_format=torch.contiguous_format), ctx.why), None, None
+        return ctx.team.total(gradients[0], ctx.why), None, None
 
 
 class Total(Function):
@@ -93,7 +93,7 @@ class Total(Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, team: Team, why: str) -> Tensor:  # noqa: ARG004 - nothing to keep
-        return team.total(tensor.clone(memory_format=torch.contiguous_format), why)
+        return team.total(tensor, why)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:  # noqa: ARG004

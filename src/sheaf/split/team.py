@@ -23,18 +23,19 @@ class GroupTeam:
         self.waited_seconds = 0.0
 
     def total(self, tensor: Tensor, why: str) -> Tensor:
-        """The sum of every worker's tensor; the given one is overwritten. Half precision is summed in float32."""
+        """The sum of every worker's tensor, in memory of its own. Half precision is summed in float32."""
         with self._timed("all_reduce", why, tensor):
             if tensor.dtype in (torch.float16, torch.bfloat16) and self._gloo(tensor):
                 wide = tensor.float()
                 dist.all_reduce(wide, group=self._group)
                 return wide.to(tensor.dtype)
             if self.workers == 2 and self._gloo(tensor):
-                other = torch.empty_like(tensor)
+                tensor, other = tensor.contiguous(), torch.empty(tensor.shape, dtype=tensor.dtype)
                 self._run([(dist.isend, tensor, 1 - self.rank), (dist.irecv, other, 1 - self.rank)])
-                return tensor.add_(other) if self.rank == 0 else torch.add(other, tensor, out=tensor)
-            dist.all_reduce(tensor, group=self._group)
-            return tensor
+                return other.add_(tensor)
+            summed = tensor.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(summed, group=self._group)
+            return summed
 
     def collect(self, own: Tensor, shapes: Sequence[Sequence[int]], why: str) -> list[Tensor]:
         """Every worker's tensor, in rank order; ``shapes`` are theirs and may differ."""
