@@ -7,9 +7,9 @@ import pytest
 import torch
 from odd_stages import ODD, odd
 from plain import assert_same, plain, planned
-from pool import RankRaised
 from torch import nn
 
+from pool import RankRaised
 from sheaf.errors import NonFiniteLoss, PlanError
 from sheaf.parallel.build import refuse
 from sheaf.plans import Plan

@@ -17,23 +17,29 @@ TASKS = {
     "gpt": lambda: replace(ragged_gpt(), precision="fp64"),
     "resnet": lambda: replace(norm_resnet(), precision="fp64"),
 }
-SCHEDULES = ["pp=2:gpipe", "pp=2:1f1b", "pp=2:interleaved", "pp=2:zero-bubble"]
-PLANS = [
-    "pp=3",
-    "pp=4",
-    "pp=3:zero-bubble",
-    "dp=2,pp=2",
-    "dp=2,pp=2:interleaved",
-    "dp=2,pp=2:zero-bubble",
-    "tp=2,pp=2",
-    "pp=2,recompute=full",
-    "dp=2,pp=2,zero=1",
-    "dp=2,pp=2,zero=2",
-    "dp=2,pp=2,zero=3,bucket_bytes=1024",
-    "dp=2,pp=2:gpipe,zero=3,bucket_bytes=1024,recompute=full",
-    "dp=2,pp=2:interleaved,zero=3,bucket_bytes=1024",
-    "dp=3,pp=2,zero=3,bucket_bytes=1024,shares=3:1:1",
-]
+PLANS = {
+    "mlp": ["pp=2:gpipe", "pp=4", "dp=2,pp=2,zero=2"],
+    "gpt": [
+        "pp=2:1f1b",
+        "pp=2:interleaved",
+        "pp=2:zero-bubble",
+        "pp=3",
+        "dp=2,pp=2",
+        "dp=2,pp=2:zero-bubble",
+        "tp=2,pp=2",
+        "dp=2,pp=2,zero=1",
+        "dp=2,pp=2:interleaved,zero=3,bucket_bytes=1024",
+        "dp=2,tp=2,pp=2,zero=1",
+    ],
+    "resnet": [
+        "pp=3:zero-bubble",
+        "pp=2,recompute=full",
+        "dp=2,pp=2:interleaved,zero=2",
+        "dp=2,pp=2,zero=3,bucket_bytes=1024",
+        "dp=2,pp=2:gpipe,zero=3,bucket_bytes=1024,recompute=full",
+        "dp=3,pp=2,zero=3,bucket_bytes=1024,shares=3:1:1",
+    ],
+}
 
 
 @functools.cache
@@ -41,22 +47,13 @@ def reference(name: str):
     return plain(TASKS[name](), STEPS)
 
 
-@pytest.mark.parametrize("plan", [*SCHEDULES, *PLANS])
-@pytest.mark.parametrize("name", list(TASKS))
+@pytest.mark.parametrize(("name", "plan"), [(name, plan) for name, plans in PLANS.items() for plan in plans])
 def test_a_pipeline_computes_the_serial_answer(ranks, name, plan):
-    if name == "mlp" and "interleaved" in plan:
-        pytest.skip("five blocks, of which three have no weights")
     found = ranks(planned, Plan.parse(plan).workers, TASKS[name](), plan, STEPS)[0]
     assert_same(found, reference(name), 1e-11)
 
 
-@pytest.mark.parametrize("plan", ["dp=2,tp=2,pp=2,zero=1"])
-def test_all_at_once_computes_the_serial_answer(ranks, plan):
-    found = ranks(planned, Plan.parse(plan).workers, TASKS["gpt"](), plan, STEPS)[0]
-    assert_same(found, reference("gpt"), 1e-11)
-
-
-@pytest.mark.parametrize("name", ["bert", "transformer_seq2seq", "unet3d", "moe", "lstm_seq2seq"])
+@pytest.mark.parametrize("name", ["bert", "transformer_seq2seq", "unet3d", "lstm_seq2seq"])
 def test_a_small_model_computes_the_serial_answer(ranks, name):
     task = replace(SMALL[name](), precision="fp64")
     assert_same(ranks(planned, 2, task, "pp=2", 2)[0], plain(task, 2), 1e-11)

@@ -26,7 +26,9 @@ def _functions(names: str) -> set[Any]:
 
 
 _GETTERS = {getter(name) for name in _ATTRIBUTES.split() if hasattr(Tensor, name)}
-ABOUT = _GETTERS | _functions(_METHODS) | {Tensor.__len__, Tensor.__hash__}  # what is known of a tensor without its values
+ABOUT = (
+    _GETTERS | _functions(_METHODS) | {Tensor.__len__, Tensor.__hash__}
+)  # what is known of a tensor without its values
 READS = _functions(_READS)  # a value that Python gets to see
 ARRAYS = {Tensor.numpy, Tensor.__array__}  # of those, what gives arrays
 PICKS = {Tensor.__getitem__, torch.masked_select, Tensor.masked_select}  # elements by an index or a mask

@@ -6,16 +6,7 @@ saved of them is valid again once the block is gathered. Backward gathers a bloc
 of the block's outputs, or unpacks a saved parameter, whichever is first; it frees the block when its gradients have
 been sent and backward has gone on to another.
 
-No deadlock: every worker starts the collectives of a step in one and the same order, and waits for such only as it
-has started itself. So of the workers that stand still, take one that has started the fewest: what it waits for, all
-have started, and it goes on. The order of a round is: the forward gathers, turn by turn (turns that a worker skips it
-visits all the same); then the backward gathers, turn by turn, where the reductions of a unit come directly after the
-gather of the turn that follows the unit's last. Two rules make it so whatever a backward does: ``_launch`` visits
-that turn first, if need be; and before a turn is visited, all reductions that lie before it are started, with zeros
-for gradients that have not come (blocks that this worker skipped). A gradient that comes later still is a PlanError.
-
-In a pipeline each forward and each backward of a stage walks that stage's turns alone, and leaves nothing gathered; all
-replicas of a stage go through one list of actions, idle where they have no microbatch, so the same argument holds.
+Why no worker waits for ever: see ``rounds``.
 
 Under autocast, what autograd saves is the low-precision copies of the weights, which are no views of the flats: they
 stay from forward to backward unless the plan says recompute=full, and backward gathers all the same.

@@ -61,7 +61,7 @@ class Remote(Tensor):
     entry: Entry
 
     @staticmethod
-    def __new__(cls, entry: Entry) -> "Remote":  # noqa: PYI034 - Self is no runtime type
+    def __new__(cls: "type[Remote]", entry: Entry) -> "Remote":  # noqa: PYI034 - Self is no runtime type
         """Look like the entry's fake."""
         fake = entry.fake
         assert fake is not None

@@ -292,10 +292,11 @@ class Step:
 
     def _norm(self) -> Tensor:
         held = self._holding.held()
+        dtype = next((gradient.dtype for gradient in held.values()), torch.get_default_dtype())
         if not self._spread.alone:
             held = {name: gradient for name, gradient in held.items() if self._counts(name)}
         gradients = list(held.values())
-        norm = torch.nn.utils.get_total_norm(gradients).detach() if gradients else torch.zeros(())
+        norm = torch.nn.utils.get_total_norm(gradients).detach() if gradients else torch.zeros((), dtype=dtype)
         if not self._holding.sharded and self._spread.alone:
             return norm
         square = self._world.summed(norm.to("cpu", torch.float64).reshape(1) ** 2, "gradient norm")

@@ -6,7 +6,7 @@ the fewest bytes; layers that differ by numbers in their names are decided toget
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ from sheaf.graph.example import converted, example, global_streams_kept, precisi
 from sheaf.graph.facts import GLUE, LOSS
 from sheaf.graph.trace import SMALL_BYTES, quiet, widen
 from sheaf.plans.split import Cut, Move, Slice, SplitFacts
+from sheaf.split.alone import AT, Alone
 from sheaf.split.closing import close
 from sheaf.split.mode import Splitting
 from sheaf.split.moves import sliced
@@ -32,38 +33,6 @@ from sheaf.task.blueprint import Blueprint
 
 MOST_RUNS = 80
 MESSAGE_BYTES = 64 * 1024  # what a message costs beside its bytes, in bytes
-_AT = " @ "
-
-
-class Alone:
-    """A team of which only worker 0 is here; what the others would send is zeros. Notes what would move."""
-
-    rank = 0
-
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
-        self.moves: list[Move] = []
-
-    def total(self, tensor: Tensor, why: str) -> Tensor:
-        """Nothing is added."""
-        self._note("all_reduce", tensor.nbytes, why)
-        return tensor.clone()
-
-    def collect(self, own: Tensor, shapes: Sequence[Sequence[int]], why: str) -> list[Tensor]:
-        """Zeros from the others."""
-        parts = [own, *(own.new_zeros(tuple(shape)) for shape in shapes[1:])]
-        self._note("all_gather", sum(part.nbytes for part in parts), why)
-        return parts
-
-    def swap_sum(self, pieces: list[Tensor], why: str) -> Tensor:
-        """This worker's own."""
-        self._note("reduce_scatter", sum(piece.nbytes for piece in pieces), why)
-        return pieces[0].clone()
-
-    def _note(self, operation: str, size_bytes: int, why: str) -> None:
-        what, _, block = why.partition(_AT)
-        backward = torch._C._current_graph_task_id() != -1
-        self.moves.append(Move(block or GLUE, operation, size_bytes, backward, what))
 
 
 @dataclass(frozen=True)
@@ -81,13 +50,15 @@ class Try:
     slices: dict[str, Slice] = field(default_factory=dict[str, Slice])
     asked: dict[str, list[Units]] = field(default_factory=dict[str, list[Units]])
     moves: list[Move] = field(default_factory=list[Move])
+    foreseen: list[Move] = field(default_factory=list[Move])  # in a backward that is not run
     flops: dict[str, float] = field(default_factory=dict[str, float])
     saved: dict[str, float] = field(default_factory=dict[str, float])
 
     @property
     def cost_bytes(self) -> float:
         """What is moved, counting an all-reduce twice and each message for a few bytes more."""
-        return sum(MESSAGE_BYTES + move.size_bytes * (1 + (move.operation == "all_reduce")) for move in self.moves)
+        moves = (*self.moves, *self.foreseen)
+        return sum(MESSAGE_BYTES + move.size_bytes * (1 + (move.operation == "all_reduce")) for move in moves)
 
 
 class Rehearsing(Splitting):
@@ -111,7 +82,7 @@ class Rehearsing(Splitting):
     @property
     def place(self) -> str:
         """The block that runs."""
-        return _AT + self.block
+        return AT + self.block
 
     def propose(self, tensor: Tensor, dim: int, cut: Cut | None = None) -> Split | None:
         """Cut a parameter that is not cut yet, if it may be."""
@@ -128,6 +99,24 @@ class Rehearsing(Splitting):
         self.found.slices[name] = Slice(dim, cut)
         self._parameters[id(tensor)] = (name, Slice(dim, cut))
         return self._parameter(tensor)
+
+    def enter(self, tensor: Tensor, why: str) -> Tensor:
+        """Backward will add up its gradient."""
+        before = len(self._entered)
+        entered = super().enter(tensor, why)
+        if len(self._entered) > before and entered.requires_grad:
+            self._foresee("reduce_scatter" if isinstance(tensor, Split) else "all_reduce", entered, why)
+        return entered
+
+    def part(self, tensor: Tensor, dim: int, cut: Cut, why: str) -> Tensor:
+        """Backward will gather the gradient of what is cut off."""
+        part = super().part(tensor, dim, cut, why)
+        if type(tensor) is not Split and id(tensor) not in self._parameters and part.requires_grad:
+            self._foresee("all_gather", tensor, why)
+        return part
+
+    def _foresee(self, operation: str, whole: Tensor, why: str) -> None:
+        self.found.foreseen.append(Move(self.block, operation, whole.nbytes, backward=True, why=why))
 
     def refine(self, split: Split, outer: int, unit: int) -> None:
         """Note what would help; the units are put in the parameter's own elements."""
@@ -195,7 +184,8 @@ class _Stage:
             group = open_groups[0]
             settled.add(group)
             units, best = self._settle(group, units, best, depth=3)
-        alone = self.attempt(units, workers=1)
+        best = self.attempt(units, counted=True)
+        alone = self.attempt(units, workers=1, counted=True)
         return SplitFacts(
             degree=self.workers,
             samples=self.samples,
@@ -222,9 +212,12 @@ class _Stage:
                 units, best = changed, found
         return units, best
 
-    def attempt(self, units: dict[str, Units], workers: int | None = None) -> Try:
-        """One forward and backward; a module that cannot be split is closed, and the model run again."""
-        key = (("", Units(workers or self.workers)), *sorted(units.items(), key=str))
+    def attempt(self, units: dict[str, Units], workers: int | None = None, *, counted: bool = False) -> Try:
+        """One forward, and where it is ``counted`` backward; what cannot be split is closed, and all run again.
+
+        Without backward, what it would move is foreseen.
+        """
+        key = (("", Units(workers or self.workers, int(counted))), *sorted(units.items(), key=str))
         if key in self.known:
             return self.known[key]
         while True:
@@ -234,12 +227,16 @@ class _Stage:
             try:
                 with ExitStack() as stack:
                     self._enter(stack, mode, module)
-                    self._run(mode)
+                    if counted:
+                        stack.enter_context(_Counted(mode))
+                    self._run(mode, counted=counted)
             except Exception as error:  # noqa: BLE001 - whatever it is, it may come of splitting
                 self._after(error, module[0], workers == 1)
                 continue
             finally:
                 self.model.zero_grad(set_to_none=True)
+            if counted:
+                mode.found.foreseen.clear()
             self.known[key] = mode.found
             return mode.found
 
@@ -273,9 +270,8 @@ class _Stage:
         if not self.real:
             stack.enter_context(quiet())
             stack.enter_context(self.mode)
-        stack.enter_context(_Counted(mode))
 
-    def _run(self, mode: Rehearsing) -> None:
+    def _run(self, mode: Rehearsing, *, counted: bool) -> None:
         positional, named = arguments(self.task, self.batch)
         saved = torch.autograd.graph.saved_tensors_hooks(_Saved(mode, self.model).pack, lambda tensor: tensor)
         with precision(self.task, torch.device("cpu")), saved, mode:
@@ -284,7 +280,7 @@ class _Stage:
             loss = as_loss(self.task.loss(output, self.batch), self.samples)
         if isinstance(loss.sum, Split):
             raise PlanError(f"the loss is still split: {loss.sum}")
-        if loss.sum.requires_grad:
+        if counted and loss.sum.requires_grad:
             loss.sum.backward()
 
     def _after(self, error: Exception, module: str, alone: bool) -> None:

@@ -29,14 +29,30 @@ _apply: Callable[..., Any] = vars(Function)["apply"].__func__
 _frames: Callable[..., Iterator[Any]] = checkpoints._checkpoint_without_reentrant_generator
 
 
+_lock = threading.Lock()
+_count = 0  # of modes that run, on any thread
+
+
 def enter(mode: TorchFunctionMode) -> None:
-    """A ``Splitting`` begins on this thread."""
+    """A ``Splitting`` begins on this thread; torch's own functions are exchanged while any runs."""
+    global _count  # noqa: PLW0603 - torch is one for the whole process, too
     _running.modes.append(mode)
+    with _lock:
+        _count += 1
+        if _count == 1:
+            Function.apply = classmethod(apply)  # pyright: ignore[reportAttributeAccessIssue]
+            checkpoints._checkpoint_without_reentrant_generator = frames
 
 
 def leave(mode: TorchFunctionMode) -> None:
     """It ends."""
+    global _count  # noqa: PLW0603
     _running.modes.remove(mode)
+    with _lock:
+        _count -= 1
+        if not _count:
+            Function.apply = classmethod(_apply)  # pyright: ignore[reportAttributeAccessIssue]
+            checkpoints._checkpoint_without_reentrant_generator = _frames
 
 
 def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
@@ -58,7 +74,3 @@ def frames(function: Callable[..., Any], keeps_random_state: bool, context: Any,
         mode = _running.modes[-1]
         return _frames(function, keeps_random_state, lambda: (nullcontext(), mode), *rest, **named)
     return _frames(function, keeps_random_state, context, *rest, **named)
-
-
-Function.apply = classmethod(apply)  # pyright: ignore[reportAttributeAccessIssue]
-checkpoints._checkpoint_without_reentrant_generator = frames
