@@ -11,7 +11,7 @@ from small import SMALL
 from sheaf.parallel import build
 from sheaf.plans import Plan
 
-STEPS = 3
+STEPS = 2
 TASKS = {
     "mlp": mlp_float64,
     "gpt": lambda: replace(ragged_gpt(), precision="fp64"),
@@ -53,7 +53,7 @@ def test_a_pipeline_computes_the_serial_answer(ranks, name, plan):
     assert_same(found, reference(name), 1e-11)
 
 
-@pytest.mark.parametrize("name", ["bert", "transformer_seq2seq", "unet3d", "lstm_seq2seq"])
+@pytest.mark.parametrize("name", ["bert", "lstm_seq2seq"])
 def test_a_small_model_computes_the_serial_answer(ranks, name):
     task = replace(SMALL[name](), precision="fp64")
     assert_same(ranks(planned, 2, task, "pp=2", 2)[0], plain(task, 2), 1e-11)

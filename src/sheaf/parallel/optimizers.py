@@ -39,7 +39,7 @@ def sliced_optimizer(portion: Portion, slices: Mapping[str, tuple[Tensor, Piece 
         names = [name_of.get(id(parameter)) for parameter in group["params"]]
         if None in names:
             raise TaskError("the optimizer holds a tensor that is no parameter of the model; give it parameters only")
-        group["params"] = [slices[name][0] for name in names if name in slices]
+        group["params"] = [slices[name][0] for name in names if name is not None and name in slices]
         group.update({key: replace_tensors(value, real) for key, value in group.items() if key != "params"})
     for owner, state in made.items():
         name = name_of.get(id(owner))

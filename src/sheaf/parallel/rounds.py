@@ -5,9 +5,9 @@ has started itself. So of the workers that stand still, take one that has starte
 have started, and it goes on. The order of a round is: the forward gathers, turn by turn (turns that a worker skips it
 visits all the same); then the backward gathers, turn by turn, where the reductions of a unit come directly after the
 gather of the turn that follows the unit's last. Two rules make it so whatever a backward does: the launch of a
-reduction visits
-that turn first, if need be; and before a turn is visited, all reductions that lie before it are started, with zeros
-for gradients that have not come (blocks that this worker skipped). A gradient that comes later still is a PlanError.
+reduction visits that turn first, if need be; and before a turn is visited, all reductions that lie before it are
+started, with zeros for gradients that have not come (blocks that this worker skipped). A gradient that comes later
+still is a PlanError.
 
 In a pipeline each forward and each backward of a stage walks that stage's turns alone, and leaves nothing gathered; all
 replicas of a stage go through one list of actions, idle where they have no microbatch, so the same argument holds.

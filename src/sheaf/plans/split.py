@@ -91,7 +91,8 @@ class SplitFacts:
 
     ``slices`` maps parameters that are split to how; all others are whole on each worker. ``moves`` are the
     collectives of one microbatch in order. ``work`` maps a block to the share of its arithmetic that the busiest
-    worker does (1 where all do all of it); ``closed`` names modules that had to be kept whole, with the reason; ``activations`` to the share of what it keeps for backward.
+    worker does (1 where all do all of it), ``activations`` to the share of what it keeps for backward. ``closed`` names
+    modules that had to be kept whole, with the reason.
     """
 
     degree: int
@@ -118,4 +119,12 @@ class SplitFacts:
     def from_dict(cls, told: dict[str, Any]) -> "SplitFacts":
         """What ``to_dict`` gave."""
         slices = {name: Slice(dim, Cut(tuple(sizes), outer)) for name, (dim, sizes, outer) in told["slices"].items()}
-        return cls(**{**told, "slices": slices, "moves": tuple(Move(*move) for move in told["moves"])})
+        return cls(
+            degree=told["degree"],
+            samples=told["samples"],
+            slices=slices,
+            moves=tuple(Move(*move) for move in told["moves"]),
+            closed=told["closed"],
+            work=told["work"],
+            activations=told["activations"],
+        )
