@@ -29,8 +29,8 @@ format: setup ## put the code into its form, and fix what can be fixed
 test: check ## check, and every test (TESTS='tests/test_pool.py -x' for a part)
 	$(bin)/python -m pytest $(TESTS)
 
-nightly: setup ## many random models under random plans (SHEAF_EXAMPLES=500)
-	SHEAF_EXAMPLES=$${SHEAF_EXAMPLES:-500} $(bin)/python -m pytest tests/parallel/test_random_models.py
+nightly: setup ## every case that `test` thins out, and 500 random models under random plans (SHEAF_EXAMPLES=500)
+	SHEAF_NIGHTLY=1 SHEAF_EXAMPLES=$${SHEAF_EXAMPLES:-500} $(bin)/python -m pytest tests/parallel tests/split
 
 demo: setup ## the whole road on this machine
 	$(bin)/python examples/demo.py

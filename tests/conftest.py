@@ -1,11 +1,34 @@
 """Fixtures for every test. Nothing here imports sheaf at the top: rooms are imported where they are used."""
 
 import atexit
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from pool import Pool
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "thinned(n): of its cases, every n-th runs; with SHEAF_NIGHTLY=1 all do")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep `make test` short: `make nightly` runs what is left out here."""
+    if os.environ.get("SHEAF_NIGHTLY") or any("[" in argument for argument in config.args):
+        return
+    seen: dict[str, int] = {}
+    left_out: list[pytest.Item] = []
+    for item in items:
+        marker = item.get_closest_marker("thinned")
+        if marker is not None:
+            name = item.nodeid.partition("[")[0]
+            seen[name] = seen.get(name, -1) + 1
+            if seen[name] % marker.args[0]:
+                left_out.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ PLANS = (
     "tp=2", "tp=3", "tp=2,recompute=full", "dp=2,tp=2", "dp=2,tp=2,zero=1", "dp=2,tp=2,zero=3", "tp=2,b1=whole",
     "pp=2", "pp=2:gpipe", "pp=2:interleaved", "pp=2:zero-bubble", "pp=2:zero-bubble,recompute=full", "pp=4",
     "dp=2,pp=2", "dp=2,pp=2,zero=1", "dp=2,pp=2,zero=2", "dp=2,pp=2,zero=3", "dp=2,pp=2,shares=2:1", "tp=2,pp=2",
-    "dp=2,tp=2,pp=2,zero=1", "pp=2,stages=1:7", "dp=2,b7=tp", "dp=4,b3=tp,zero=1", "dp=2,b[0-2]=tp,recompute=full",
+    "dp=2,tp=2,pp=2,zero=1", "pp=2,stages=1:7", "dp=2,b7=tp", "dp=4,b3=tp", "dp=2,b[0-2]=tp,recompute=full",
 )  # fmt: skip
 SIZES = microbatch_sizes(30, 4)
 

@@ -24,6 +24,7 @@ def reference(name: str):
     return plain(task(name), STEPS)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("name", "plan"),
     [

@@ -62,6 +62,7 @@ def reference(name: str):
     return plain(task(name), STEPS)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("name", "plan"),
     [

@@ -47,6 +47,7 @@ def reference(name: str):
     return plain(TASKS[name](), STEPS)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("name", "plan"), [(name, plan) for name, plans in PLANS.items() for plan in plans])
 def test_a_pipeline_computes_the_serial_answer(ranks, name, plan):
     found = ranks(planned, Plan.parse(plan).workers, TASKS[name](), plan, STEPS)[0]

@@ -212,7 +212,12 @@ def test_builds_are_numbered_by_the_workers_together(ranks):
                 build(mlp_float64(), Plan()).close()
         first, second = (build(mlp_float64(), Plan.parse("dp=2,shares=stolen")) for _ in range(2))
         report = first()
-        return first._dealer._name, second._dealer._name, report.weight, sum(report.microbatches)
+        return (
+            first._runner.parts.dealer._name,
+            second._runner.parts.dealer._name,
+            report.weight,
+            sum(report.microbatches),
+        )
 
     left, right = ranks(builds, 2)
     assert left == right
@@ -226,7 +231,7 @@ def test_workers_that_do_not_deal_alike_fail(ranks):
         from sheaf.plans import Plan
 
         step = build(mlp_float64(), Plan.parse("dp=2,shares=stolen"))
-        step._dealer._name += str(step.rank)
+        step._runner.parts.dealer._name += str(step.rank)
         step()
 
     with pytest.raises(RankRaised) as caught:
@@ -326,7 +331,7 @@ def test_building_again_and_again_takes_no_more_file_descriptors(ranks, plan):
         counts = []
         for _ in range(3):
             step = build(mlp_float64(), Plan.parse(plan))
-            assert (step._world._gathers is not None) == ("zero=3" in plan)
+            assert (step._spread.replicas._gathers is not None) == ("zero=3" in plan)
             step()
             step.close()
             step.close()

@@ -121,6 +121,7 @@ def workers(plan: str) -> int:
     return Plan.parse(plan).workers
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(("name", "plan"), [(name, plan) for name, plans in CELLS for plan in plans])
 def test_split_layers_compute_the_serial_answer(ranks, name, plan):
     found = ranks(planned, workers(plan), wide(TASKS[name]()), plan, STEPS)[0]

@@ -197,7 +197,7 @@ GOLDEN = [
 
 def test_json_has_the_promised_shape():
     values = json.loads(json.dumps(search(question(batch=12, microbatch=6)).to_dict()))
-    assert set(values) == {"plans", "refused", "cluster", "batch", "microbatch"}
+    assert set(values) == {"plans", "refused", "cluster", "batch", "microbatch", "splits"}
     first, second = values["plans"][:2]
     shared = {
         "text", "seconds", "step_seconds", "hidden_seconds", "memory", "peak_bytes", "traffic_bytes",

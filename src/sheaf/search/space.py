@@ -107,9 +107,8 @@ def mesh_microbatches(batch: int, dp: int, pp: int) -> tuple[int, ...]:
 
 def part_plans(dp: int, name: str) -> Iterator[Plan]:
     """Replicas that split one part among each other."""
-    for zero in (0, 1):
-        for recompute in RECOMPUTE:
-            yield Plan(dp=dp, zero=zero, recompute=recompute, parts=((name, "tp"),))
+    for recompute in RECOMPUTE:
+        yield Plan(dp=dp, recompute=recompute, parts=((name, "tp"),))
 
 
 def heavy_part(facts: ModelFacts) -> str | None:
