@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import sheaf.split
 from sheaf.errors import SheafError
 from sheaf.graph import ModelFacts
 from sheaf.graph import cache as profiles
-from sheaf.plans.split import Cut, Move, Slice, SplitFacts
+from sheaf.plans.split import SplitFacts
 from sheaf.search import Refusal
 from sheaf.search.space import degrees, heavy_part
 from sheaf.split.rehearsal import rehearse
@@ -166,18 +165,13 @@ def _rules() -> str:
 def _write(path: Path, split: SplitFacts) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(asdict(split)), encoding="utf-8")
+    beside.write_text(json.dumps(split.to_dict()), encoding="utf-8")
     beside.replace(path)
 
 
 def _read(path: Path) -> SplitFacts | None:
     """The facts in a file; None when there is none, or when what is there is not whole."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        slices = {
-            name: Slice(held["dim"], Cut(tuple(held["cut"]["sizes"]), held["cut"]["outer"]))
-            for name, held in values.pop("slices").items()
-        }
-        return SplitFacts(slices=slices, moves=tuple(Move(**move) for move in values.pop("moves")), **values)
+        return SplitFacts.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

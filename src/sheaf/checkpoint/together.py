@@ -1,14 +1,12 @@
 """What workers do together around files: wait for each other, and hear what worker 0 found. No pickles travel."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from sheaf import errors
-from sheaf.errors import RunError, SheafError
+from sheaf.cluster.answers import heard, told
 
 
 def is_together() -> bool:
@@ -34,31 +32,15 @@ def from_first(function: Callable[[], Any]) -> Any:
     """
     if not is_together():
         return function()
-    told, error = b"", None
-    if dist.get_rank() == 0:
-        try:
-            told = json.dumps({"value": function()}).encode()
-        except SheafError as raised:
-            error = raised
-            told = json.dumps({"error": type(raised).__name__, "message": str(raised)}).encode()
-    size = torch.tensor([len(told)])
+    content, error = told(function) if is_first() else (b"", None)
+    size = torch.tensor([len(content)])
     dist.broadcast(size, 0)
-    content = (
-        torch.frombuffer(bytearray(told), dtype=torch.uint8) if told else torch.empty(int(size), dtype=torch.uint8)
+    sent = (
+        torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        if content
+        else torch.empty(int(size), dtype=torch.uint8)
     )
-    dist.broadcast(content, 0)
+    dist.broadcast(sent, 0)
     if error is not None:
         raise error
-    answer: dict[str, Any] = json.loads(content.numpy().tobytes())
-    if "error" in answer:
-        raise _error(answer["error"], answer["message"])
-    return answer["value"]
-
-
-def _error(name: str, message: str) -> SheafError:
-    kind = getattr(errors, name, RunError)
-    return (
-        kind(message)
-        if kind in (errors.RunError, errors.TaskError, errors.PlanError, errors.DataError)
-        else RunError(message)
-    )
+    return heard(sent.numpy().tobytes())

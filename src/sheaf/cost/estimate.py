@@ -54,7 +54,7 @@ def priced(plan: Plan, basis: Basis, sizes: Sequence[int], *, drawn: bool = Fals
     """``price`` on a basis made for plans that split the same; ``drawn`` adds a pipeline's timeline."""
     if plan.pp > 1:
         return _piped(plan, basis, sizes, drawn=drawn)
-    if any(answer == "tp" for _, answer in plan.parts):
+    if plan.split_parts:
         times = part_times(plan, basis, sizes)
         holds = memory(plan, held(plan, basis), basis.profile, sizes, shared=basis.parts(plan)[0])
     else:

@@ -66,10 +66,9 @@ def scoped(plan: Plan, facts: ModelFacts, split: SplitFacts | None) -> SplitFact
 
     Raises ValueError when the plan splits layers and no facts say how, or they are of another number of workers.
     """
-    parts = any(answer == "tp" for _, answer in plan.parts)
-    if plan.tp == 1 and not parts:
+    parts, degree = plan.split_parts, plan.split_degree
+    if degree == 1:
         return None
-    degree = plan.tp if plan.tp > 1 else plan.dp
     if split is None or split.degree != degree:
         there = "none are given" if split is None else f"those given are of {split.degree}"
         raise ValueError(

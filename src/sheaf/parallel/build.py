@@ -28,7 +28,7 @@ from sheaf.parallel.runner import Expectation, Parts, WholeModel
 from sheaf.parallel.sharded import Sharded
 from sheaf.parallel.shares import dealer
 from sheaf.parallel.spread import Spread
-from sheaf.parallel.stages import Stages, blueprint_of, placed
+from sheaf.parallel.stages import Stages, placed
 from sheaf.parallel.stand_ins import StandIns, originals
 from sheaf.parallel.statistics import BatchStatistics
 from sheaf.parallel.step import Step
@@ -69,11 +69,11 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
             "start as many as it names, or plan for as many as there are"
         )
     blueprint = Blueprint(task)
-    task = with_microbatch(task, plan, blueprint.model)
-    splits = split_facts(task, plan, world)
-    found = segments(plan, blueprint_of(task, blueprint), cut(blueprint.model)) if plan.split_parts else None
-    _refuse_slices(task, plan, blueprint, splits)
+    task = blueprint.task = with_microbatch(task, plan, blueprint.model)
     blocks = cut(blueprint.model)
+    splits = split_facts(task, plan, world)
+    found = segments(plan, blueprint, blocks) if plan.split_parts else None
+    _refuse_slices(task, plan, blueprint, splits)
     _refuse_sparse(blueprint.model, plan)
     expectation, scale, exchange = Expectation(float(task.batch)), LossScale(task), Exchange(world)
 
@@ -110,11 +110,10 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
     if placing is None:
         return Step(plan, portion, WholeModel(parts))
     post = PartsPost(world, found.split) if found else Post(spread.stages, plan.num_stages)
-    homes_of = stages.homes if stages else placing.between
     homes = {
-        id(parameter): (name, homes_of[name])
+        id(parameter): (name, placing.homes[name])
         for name, parameter in holding.model.named_parameters()
-        if name in homes_of
+        if name in placing.homes
     }
     count = len(found.split) if found else plan.num_stages
     stand_ins = StandIns(blueprint.mode, untouched)
@@ -137,13 +136,13 @@ def refuse(task: Task, plan: Plan) -> SplitFacts | None:
     What depends on values that training computes shows only then.
     """
     blueprint, world = Blueprint(task), World.alone()
-    task = with_microbatch(task, plan, blueprint.model)
+    task = blueprint.task = with_microbatch(task, plan, blueprint.model)
     blocks = cut(blueprint.model)
     _refuse_sparse(blueprint.model, plan)
     splits = split_facts(task, plan, world)
     _refuse_slices(task, plan, blueprint, splits)
     if plan.split_parts:
-        segments(plan, blueprint_of(task, blueprint), blocks)
+        segments(plan, blueprint, blocks)
     if plan.pp > 1:
         placed(task, plan, blueprint, blocks, world)
     return splits
@@ -167,7 +166,7 @@ def _portion(
 
 def split_facts(task: Task, plan: Plan, world: World) -> SplitFacts | None:
     """How the plan splits the task's layers, the same on every worker; None where it does not (collective)."""
-    if plan.tp == 1 and not plan.split_parts:
+    if plan.split_degree == 1:
         return None
     assert task.microbatch is not None
     samples = min(task.microbatch, task.num_samples)
@@ -175,7 +174,7 @@ def split_facts(task: Task, plan: Plan, world: World) -> SplitFacts | None:
     def found() -> dict[str, Any]:
         return rehearse(
             task,
-            plan.dp if plan.split_parts else plan.tp,
+            plan.split_degree,
             samples=samples,
             sequence=bool(plan.sequence),
             whole=whole_outside(plan) if plan.split_parts else lambda name: plan.part(name) == "whole",

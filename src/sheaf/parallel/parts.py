@@ -8,26 +8,24 @@ layers. So the parameters of a split part are held once over all workers, and th
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sheaf.errors import PlanError, nearest
-from sheaf.parallel.ledger import Kept
-from sheaf.parallel.passing import Finished, Passing
+from sheaf.parallel.passing import Passing
 from sheaf.parallel.portion import Portion
-from sheaf.parallel.post import BACKWARD, FLAGS, Post
-from sheaf.parallel.rehearsal import rehearse
-from sheaf.parallel.runner import AbstractRunner, Parts
+from sheaf.parallel.post import Post
+from sheaf.parallel.rehearsal import homes_of, rehearse
+from sheaf.parallel.runner import Parts
 from sheaf.parallel.shares import Dealt
+from sheaf.parallel.staged import AbstractStaged
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
 from sheaf.plans.layout import apportion
-from sheaf.task import Blueprint, Microbatch, arguments, as_loss
+from sheaf.task import Blueprint, Microbatch
 
 SPLIT = "tp"
 
@@ -35,13 +33,13 @@ SPLIT = "tp"
 @dataclass(frozen=True)
 class Segments:
     """Runs of blocks in forward order that are computed alike: ``blocks`` maps block names to the segments of their
-    calls, ``split`` says of each segment whether all workers compute it together. ``between`` maps parameters that are
+    calls, ``split`` says of each segment whether all workers compute it together. ``homes`` maps parameters that are
     used between blocks to segments; ``apart`` are the parameters of split segments.
     """
 
     blocks: dict[str, tuple[int, ...]]
     split: tuple[bool, ...]
-    between: dict[str, int]
+    homes: dict[str, int]
     apart: frozenset[str]
 
 
@@ -70,13 +68,11 @@ def _owned(
     split: tuple[bool, ...],
     outside: frozenset[str],
 ) -> Segments:
-    canonical = {alias: name for name, aliases in blueprint.names.items() for alias in (name, *aliases)}
-    users: dict[str, set[int]] = {name: set() for name in blueprint.names}
-    for name, block in blocks.items():
-        for parameter, _ in block.named_parameters(remove_duplicate=False):
-            if name in where:
-                users[canonical[f"{name}.{parameter}" if name else parameter]].update(where[name])
-    between: dict[str, int] = {}
+    users = {
+        name: {segment for block in found for segment in where.get(block, ())}
+        for name, found in homes_of(Portion(blueprint), blocks).items()
+    }
+    homes: dict[str, int] = {}
     apart: set[str] = set()
     for name, found in users.items():
         kinds = {split[segment] for segment in found}
@@ -86,10 +82,10 @@ def _owned(
                 "the same answer"
             )
         if not found or name in outside:
-            between[name] = min(found, default=0)
+            homes[name] = min(found, default=0)
         if split[min(found, default=0)]:
             apart.add(name)
-    return Segments(where, split, between, frozenset(apart))
+    return Segments(where, split, homes, frozenset(apart))
 
 
 def _refuse_names(plan: Plan, model: nn.Module, blocks: dict[str, nn.Module]) -> None:
@@ -139,30 +135,28 @@ class PartsPost(Post):
         return self._world.rank
 
 
-class PartsRunner(AbstractRunner):
+class PartsRunner(AbstractStaged):
     """Goes round by round: each replica has one microbatch in a round, and split segments compute all of them."""
 
     def __init__(self, parts: Parts, plan: Plan, passing: Passing, post: PartsPost, found: Segments) -> None:
-        super().__init__(parts)
-        self._plan, self._passing, self._post, self._found = plan, passing, post, found
-        self._kept: dict[tuple[int, int], Kept] = {}
-        self._batches: dict[int, Any] = {}
-        self._step = 0
+        super().__init__(parts, passing, post)
+        self._plan, self._found, self._owned = plan, found, post
 
     @property
     def leads(self) -> bool:
         """Whether this worker owns the microbatch under way."""
-        return self._post.owner == self.parts.spread.world.rank
+        return self._owned.owner == self.parts.spread.world.rank
 
-    def runs(self, block: str) -> bool:
-        """Whether the block's last call was of the segment under way."""
-        return self._passing.ran(block)
+    @property
+    def collects(self) -> bool:
+        """As for the loss."""
+        return self.leads
 
     def run(self, step: int, microbatches: Sequence[Microbatch]) -> None:
         """All rounds of a step."""
         parts = self.parts
         assert isinstance(parts.dealer, Dealt)
-        self._step, self.spans = step, []
+        self.begin(step)
         shares = apportion(len(microbatches), self._plan.weights)
         starts = [sum(shares[:worker]) for worker in range(len(shares))]
         rounds = max(shares)
@@ -184,12 +178,7 @@ class PartsRunner(AbstractRunner):
                 self._each(here, segment, forward=False, backward=True)
             self._kept.clear()
             self._batches.clear()
-        self._post.settle()
-        self._passing.checking = False
-
-    def close(self) -> None:
-        """Give the blocks their own forward back."""
-        self._passing.close()
+        self.end()
 
     def _each(
         self,
@@ -203,65 +192,21 @@ class PartsRunner(AbstractRunner):
         for owner, microbatch in here:
             if not self._found.split[segment] and owner != self.parts.spread.world.rank:
                 continue
-            self._post.owner = owner
-            for kind, wanted, action in (("F", forward, self._forward), ("B", backward, self._backward)):
+            self._owned.owner = owner
+            for kind, wanted, action in (("F", forward, self.forward), ("B", backward, self._backward)):
                 if wanted:
                     start, waited = time.perf_counter(), self.parts.spread.waited_seconds
                     action(microbatch, segment)
                     self.timed(start, waited)
                     self.spans.append((kind, microbatch.index, segment, start, time.perf_counter()))
 
-    def _forward(self, microbatch: Microbatch, segment: int) -> None:
-        parts, passing = self.parts, self._passing
-        if microbatch.index not in self._batches:
-            self._batches[microbatch.index] = parts.fetched(self._step, microbatch)
-        batch = self._batches[microbatch.index]
-        self.position = (self._step, microbatch.index)
-        parts.streams.enter(self._step, microbatch.index)
-        passing.begin(segment, batch)
-        statistics, total = parts.statistics, None
-        with statistics.microbatch() if statistics is not None else nullcontext():
-            try:
-                with parts.autocast(), parts.forward_context(), passing:
-                    positional, named = arguments(parts.task, batch)
-                    output = parts.holding.model(*positional, **named)
-                    loss = as_loss(parts.task.loss(output, batch), len(microbatch.samples))
-                    total = passing.bring(loss.sum)
-                    weight = passing.bring(loss.weight) if isinstance(loss.weight, Tensor) else loss.weight
-                if total is not None and self.leads:
-                    parts.exchange.add(microbatch.index, total, weight)
-            except Finished:
-                pass
-            if statistics is not None and self.leads:
-                statistics.collect(microbatch.index)
-        passing.end(total)
-        self._kept[microbatch.index, segment] = passing.kept
-
     def _backward(self, microbatch: Microbatch, segment: int) -> None:
-        parts, kept = self.parts, self._kept.pop((microbatch.index, segment))
-        roots: list[Tensor] = []
-        gradients: list[Tensor] = []
-        for later in sorted(kept.sent):
-            flags = torch.zeros(len(kept.sent[later]), dtype=torch.uint8)
-            flags = self._post.receive(flags, later, segment, FLAGS)
-            for tensor, come in zip(kept.sent[later], flags.tolist(), strict=True):
-                if come:
-                    out = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-                    gradients.append(self._post.receive(out, later, segment, BACKWARD))
-                    roots.append(tensor)
-        if kept.loss is not None and kept.loss.requires_grad:
-            roots.append(kept.loss)
-            gradients.append(parts.seed(kept.loss))
-        with parts.statistics.backward() if parts.statistics is not None else nullcontext():
+        kept = self._kept.pop((microbatch.index, segment))
+        roots, gradients = self.roots(kept, segment)
+        with self.backward_context():
             if roots:
                 torch.autograd.backward(roots, gradients)
-        for earlier in sorted(kept.received):
-            leaves = kept.received[earlier]
-            flags = torch.tensor([leaf.grad is not None for leaf in leaves], dtype=torch.uint8)
-            self._post.send(flags, segment, earlier, FLAGS)
-            for leaf in leaves:
-                if leaf.grad is not None:
-                    self._post.send(leaf.grad.contiguous(), segment, earlier, BACKWARD)
+        self.send_back(kept, segment)
 
 
 def whole_outside(plan: Plan) -> Callable[[str], bool]:

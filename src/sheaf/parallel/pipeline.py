@@ -2,55 +2,47 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from sheaf.parallel.ledger import Kept
-from sheaf.parallel.passing import Finished, Passing
-from sheaf.parallel.post import BACKWARD, FLAGS, Post
-from sheaf.parallel.runner import AbstractRunner, Parts
+from sheaf.parallel.passing import Passing
+from sheaf.parallel.post import Post
+from sheaf.parallel.runner import Parts
 from sheaf.parallel.shares import Dealt
+from sheaf.parallel.staged import AbstractStaged
 from sheaf.parallel.weights import Later, inputs_first
 from sheaf.plans import Plan
 from sheaf.plans.schedule import Action, actions
-from sheaf.task import Microbatch, arguments, as_loss
+from sheaf.task import Microbatch
 
 
-class Pipeline(AbstractRunner):
+class Pipeline(AbstractStaged):
     """Stages of one replica."""
 
     def __init__(self, parts: Parts, plan: Plan, passing: Passing, post: Post) -> None:
-        super().__init__(parts)
-        self._plan, self._passing, self._post = plan, passing, post
-        self._kept: dict[tuple[int, int], Kept] = {}
-        self._batches: dict[int, Any] = {}
+        super().__init__(parts, passing, post)
+        self._plan = plan
         self._later: dict[tuple[int, int], Later] = {}
         self._apart = plan.schedule == "zero-bubble" and plan.recompute == "none" and not parts.holding.lockstep
-        self._step = 0
         self._mine: tuple[Microbatch, ...] = ()
 
     def runs(self, block: str) -> bool:
         """Whether the block's last call was of the stage under way; outside of forward, of any of this worker's."""
         if self._passing.stage >= 0:
-            return self._passing.ran(block)
+            return super().runs(block)
         return any(self._is_here(stage) for stage in self._passing.where.get(block, ()))
 
     def run(self, step: int, microbatches: Sequence[Microbatch]) -> None:
         """As the schedule lists them."""
         parts, plan = self.parts, self._plan
         assert isinstance(parts.dealer, Dealt)
-        self._step, self.spans = step, []
+        self.begin(step)
         self._mine = tuple(microbatch for microbatch, _ in parts.dealer.deal(step, microbatches))
         # in lockstep all replicas go through one list, idle where they have no microbatch
         count = parts.dealer.rounds(microbatches) if parts.holding.lockstep else len(self._mine)
         listed = actions(plan.schedule, workers=plan.pp, stages=plan.num_stages, microbatches=count)
         mine = listed[parts.spread.place.pp]
-        self._kept.clear()
         self._later.clear()
-        self._batches.clear()
         if not self._is_here(plan.num_stages - 1):
             parts.exchange.send()
         last_forward = max((place for place, action in enumerate(mine) if self._ends(action)), default=-1)
@@ -70,12 +62,7 @@ class Pipeline(AbstractRunner):
                 self._weights(action, last=place == final)
             self.timed(start, waited)
             self.spans.append((action.kind, action.microbatch, action.stage, start, time.perf_counter()))
-        self._post.settle()
-        self._passing.checking = False
-
-    def close(self) -> None:
-        """Give the blocks their own forward back."""
-        self._passing.close()
+        self.end()
 
     def _is_here(self, stage: int) -> bool:
         return stage % self._plan.pp == self.parts.spread.place.pp
@@ -91,69 +78,25 @@ class Pipeline(AbstractRunner):
         elif action.kind == "B":
             self.parts.holding.idle_round()
 
-    def _batch(self, number: int) -> Any:
-        if number not in self._batches:
-            self._batches[number] = self.parts.fetched(self._step, self._mine[number])
-        return self._batches[number]
-
     def _forward(self, action: Action) -> None:
-        parts, passing = self.parts, self._passing
-        microbatch, batch = self._mine[action.microbatch], self._batch(action.microbatch)
-        self.position = (self._step, microbatch.index)
-        parts.streams.enter(self._step, microbatch.index)
-        passing.begin(action.stage, batch)
-        statistics, total = parts.statistics, None
-        with statistics.microbatch() if statistics is not None else nullcontext():
-            try:
-                with parts.autocast(), parts.holding.forward_context(), parts.forward_context(), passing:
-                    positional, named = arguments(parts.task, batch)
-                    output = parts.holding.model(*positional, **named)
-                    loss = as_loss(parts.task.loss(output, batch), len(microbatch.samples))
-                    total = passing.bring(loss.sum)
-                    weight = passing.bring(loss.weight) if isinstance(loss.weight, Tensor) else loss.weight
-                if total is not None:
-                    parts.tell(microbatch, type(loss)(total, weight))
-            except Finished:
-                pass
-            if statistics is not None:
-                statistics.collect(microbatch.index)
-        passing.end(total)
-        parts.holding.leave_forward()
-        self._kept[action.microbatch, action.stage] = passing.kept
-        self._batches.pop(action.microbatch, None) if self._plan.virtual == 1 else None
+        microbatch = self._mine[action.microbatch]
+        self.forward(microbatch, action.stage)
+        if self._plan.virtual == 1:
+            self._batches.pop(microbatch.index)
 
     def _backward(self, action: Action, *, last: bool) -> None:
-        parts, kept = self.parts, self._kept.pop((action.microbatch, action.stage))
-        roots: list[Tensor] = []
-        gradients: list[Tensor] = []
-        for stage in sorted(kept.sent):
-            flags = self._post.receive(
-                torch.zeros(len(kept.sent[stage]), dtype=torch.uint8), stage, action.stage, FLAGS
-            )
-            for tensor, come in zip(kept.sent[stage], flags.tolist(), strict=True):
-                if come:
-                    out = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-                    gradients.append(self._post.receive(out, stage, action.stage, BACKWARD))
-                    roots.append(tensor)
-        if kept.loss is not None and kept.loss.requires_grad:
-            roots.append(kept.loss)
-            gradients.append(parts.seed(kept.loss))
+        parts, kept = self.parts, self._kept.pop((self._mine[action.microbatch].index, action.stage))
+        roots, gradients = self.roots(kept, action.stage)
         leaves = [leaf for stage in sorted(kept.received) for leaf in kept.received[stage]]
         parts.holding.arm(last=last)
-        with parts.statistics.backward() if parts.statistics is not None else nullcontext():
+        with self.backward_context():
             later = inputs_first(roots, gradients, leaves) if self._apart and roots and not kept.hooked else None
             if later is not None:
                 self._later[action.microbatch, action.stage] = later
             elif roots:
                 torch.autograd.backward(roots, gradients)
         parts.holding.end_backward()
-        for stage in sorted(kept.received):
-            leaves = kept.received[stage]
-            flags = torch.tensor([leaf.grad is not None for leaf in leaves], dtype=torch.uint8)
-            self._post.send(flags, action.stage, stage, FLAGS)
-            for leaf in leaves:
-                if leaf.grad is not None:
-                    self._post.send(leaf.grad.contiguous(), action.stage, stage, BACKWARD)
+        self.send_back(kept, action.stage)
 
     def _weights(self, action: Action, *, last: bool) -> None:
         """What the backward of inputs has left, if anything."""
@@ -162,6 +105,6 @@ class Pipeline(AbstractRunner):
         self.parts.holding.arm(last=last)
         later = self._later.pop((action.microbatch, action.stage), None)
         if later is not None:
-            with self.parts.statistics.backward() if self.parts.statistics is not None else nullcontext():
+            with self.backward_context():
                 later()
         self.parts.holding.end_backward()

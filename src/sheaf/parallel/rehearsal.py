@@ -45,7 +45,7 @@ def rehearse(portion: Portion, blocks: Mapping[str, nn.Module]) -> Rehearsal:
     order: list[str] = []
     running: list[str] = []
     outside: set[str] = set()
-    homes = _homes(portion, blocks)
+    homes = homes_of(portion, blocks)
     names = {fake.untyped_storage()._cdata: name for name, fake in portion.parameters.items()}
     computed: dict[int, Tensor] = {}
     free: list[bool] = []
@@ -175,7 +175,7 @@ def _running(
             handle.remove()
 
 
-def _homes(portion: Portion, blocks: Mapping[str, nn.Module]) -> dict[str, set[str]]:
+def homes_of(portion: Portion, blocks: Mapping[str, nn.Module]) -> dict[str, set[str]]:
     """The blocks in which each parameter lives, by canonical name."""
     canonical = {alias: name for name, aliases in portion.names.items() for alias in (name, *aliases)}
     homes: dict[str, set[str]] = {name: set() for name in portion.names}
@@ -187,7 +187,7 @@ def _homes(portion: Portion, blocks: Mapping[str, nn.Module]) -> dict[str, set[s
 
 def home(portion: Portion, blocks: Mapping[str, nn.Module], rehearsal: Rehearsal) -> dict[str, str | None]:
     """The one block that alone uses a parameter, by canonical name; None where there is none such."""
-    homes = _homes(portion, blocks)
+    homes = homes_of(portion, blocks)
     return {
         name: next(iter(found)) if len(found) == 1 and name not in rehearsal.outside else None
         for name, found in homes.items()

@@ -1,7 +1,7 @@
 """Which stage of a pipeline holds which block and which parameters."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -9,7 +9,7 @@ from torch import nn
 from sheaf.errors import PlanError
 from sheaf.graph import trace
 from sheaf.parallel.portion import Portion
-from sheaf.parallel.rehearsal import Rehearsal, rehearse
+from sheaf.parallel.rehearsal import Rehearsal, homes_of, rehearse
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
 from sheaf.plans.stages import stages_of
@@ -19,13 +19,12 @@ from sheaf.task import Blueprint, Task
 @dataclass(frozen=True)
 class Stages:
     """``blocks`` maps block names to the stages of their calls; ``holders`` canonical parameter names to the stages
-    that hold them; ``between`` parameters that are used between blocks to the one stage that computes with them, and
-    ``homes`` all parameters, wherever they are used. ``complete``: no control flow depends on data.
+    that hold them, and ``homes`` to the one that computes with them where they are used between blocks.
+    ``complete``: no control flow depends on data.
     """
 
     blocks: dict[str, tuple[int, ...]]
     holders: dict[str, tuple[int, ...]]
-    between: dict[str, int]
     homes: dict[str, int]
     complete: bool
 
@@ -59,39 +58,23 @@ def placed(task: Task, plan: Plan, blueprint: Blueprint, blocks: dict[str, nn.Mo
 
     def found() -> dict[str, Any]:
         named = stages_of(plan, trace(task, samples))
-        rehearsal = rehearse(Portion(blueprint_of(task, blueprint)), blocks)
+        rehearsal = rehearse(Portion(blueprint), blocks)
         where = {name: stage for stage, names in enumerate(named) for name in names}
         _refuse_leaks(rehearsal, _by_call(where, rehearsal))
         return {
             "where": _by_call(where, rehearsal),
-            "outside": sorted(rehearsal.outside),
             "complete": rehearsal.complete,
         }
 
     told = world.agreed(found)
     where = {name: tuple(calls) for name, calls in told["where"].items()}
-    outside = set(told["outside"])
-    holders: dict[str, tuple[int, ...]] = {}
-    between: dict[str, int] = {}
-    canonical = {alias: name for name, aliases in blueprint.names.items() for alias in (name, *aliases)}
-    users: dict[str, set[int]] = {name: set() for name in blueprint.names}
-    for name, block in blocks.items():
-        for parameter, _ in block.named_parameters(remove_duplicate=False):
-            full = canonical[f"{name}.{parameter}" if name else parameter]
-            if name in where:
-                users[full].update(where[name])
-    for name, stages in users.items():
-        if not stages or name in outside:
-            between[name] = min(stages, default=0)
-        holders[name] = tuple(sorted(stages)) or (0,)
-    homes = {name: between.get(name, stages[0]) for name, stages in holders.items()}
-    return Stages(where, holders, between, homes, bool(told["complete"]))
-
-
-def blueprint_of(task: Task, blueprint: Blueprint) -> Blueprint:
-    """The blueprint with the decided task."""
-    blueprint.task = replace(blueprint.task, microbatch=task.microbatch)
-    return blueprint
+    users = {
+        name: sorted({stage for block in found for stage in where.get(block, ())})
+        for name, found in homes_of(Portion(blueprint), blocks).items()
+    }
+    holders: dict[str, tuple[int, ...]] = {name: tuple(stages) or (0,) for name, stages in users.items()}
+    homes = {name: stages[0] for name, stages in holders.items()}
+    return Stages(where, holders, homes, bool(told["complete"]))
 
 
 def _refuse_leaks(rehearsal: Rehearsal, where: dict[str, tuple[int, ...]]) -> None:

@@ -171,15 +171,6 @@ class BatchStatistics:
         finally:
             self._phase.active = False
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Run modules inside without counting them."""
-        active, self._phase.active = self._phase.active, False
-        try:
-            yield
-        finally:
-            self._phase.active = active
-
     def collect(self, index: int) -> None:
         """Forward has run: take the statistics it left (called inside ``microbatch``, before backward).
 

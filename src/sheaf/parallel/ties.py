@@ -1,5 +1,6 @@
 """Parameters that several stages hold: their gradients are added up, so that every copy is updated alike."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -59,10 +60,7 @@ class Ties:
         fake, found = self._portion.blueprint.parameters[name], self._portion.slices.get(name)
         if found is None:
             return fake.numel()
-        elements = 1
-        for size in found.local_shape(tuple(fake.shape), self._spread.place.tp):
-            elements *= size
-        return elements
+        return math.prod(found.local_shape(tuple(fake.shape), self._spread.place.tp))
 
     def _dtype(self, name: str) -> torch.dtype:
         return self._portion.dtype_of(self._portion.blueprint.parameters[name])

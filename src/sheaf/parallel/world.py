@@ -1,7 +1,6 @@
 """The workers of a run, as one of them sees the others: collectives that are timed, and explained when they fail."""
 
 import contextlib
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sheaf import errors
 from sheaf.cluster import primitives
+from sheaf.cluster.answers import heard, told
 from sheaf.cluster.primitives import Pending
-from sheaf.errors import PlanError, SheafError, WorkerFailed
+from sheaf.errors import WorkerFailed
 
 
 class World:
@@ -123,23 +122,15 @@ class World:
         """
         if self.workers == 1:
             return find()
-        told, raised = b"", None
-        if self.rank == 0:
-            try:
-                told = json.dumps({"value": find()}).encode()
-            except SheafError as error:
-                raised = error
-                told = json.dumps({"error": type(error).__name__, "message": str(error)}).encode()
-        size = self.summed(torch.tensor([len(told)]), "what was found")
+        mine, raised = told(find) if self.rank == 0 else (b"", None)
+        size = self.summed(torch.tensor([len(mine)]), "what was found")
         content = torch.zeros(int(size), dtype=torch.uint8)
-        if told:
-            content = torch.frombuffer(bytearray(told), dtype=torch.uint8)
-        answer = json.loads(self.summed(content, "what was found").numpy().tobytes())
+        if mine:
+            content = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+        content = self.summed(content, "what was found")
         if raised is not None:
             raise raised
-        if "error" in answer:
-            raise getattr(errors, answer["error"], PlanError)(answer["message"])
-        return answer["value"]
+        return heard(content.numpy().tobytes())
 
     def close(self) -> None:
         """Give back the groups that were made; call it on every worker, as often as you like."""

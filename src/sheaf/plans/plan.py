@@ -91,6 +91,11 @@ class Plan:
         """Whether parts of the model are split over workers that hold replicas of the rest."""
         return any(answer == "tp" for _, answer in self.parts)
 
+    @property
+    def split_degree(self) -> int:
+        """Over how many workers layers are split, all of them (``tp``) or those of parts (``dp``); 1 where none is."""
+        return self.dp if self.split_parts else self.tp
+
     def part(self, module: str) -> str | None:
         """What the plan says of a module by name: ``tp``, ``whole``, or nothing. The first glob that matches counts.
 
@@ -264,10 +269,10 @@ def _illegal_mixes(plan: Plan) -> list[str]:
         )
     if plan.sequence not in (0, 1) or (plan.sequence and plan.tp == 1):
         broken.append(f"sequence={plan.sequence} splits along the sequence between split layers: use 0, or 1 with tp")
-    split = [glob for glob, answer in plan.parts if answer == "tp"]
+    split = next((glob for glob, answer in plan.parts if answer == "tp"), None)
     if split and (plan.tp > 1 or plan.pp > 1 or plan.dp == 1 or plan.zero or plan.stolen):
         broken.append(
-            f"{split[0]}=tp splits a part over the workers that are replicas elsewhere: use it with dp alone (its "
+            f"{split}=tp splits a part over the workers that are replicas elsewhere: use it with dp alone (its "
             "parameters are held once already), zero=0 and dealt shares"
         )
     kept = [glob for glob, answer in plan.parts if answer == "whole"]

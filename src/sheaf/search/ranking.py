@@ -78,7 +78,7 @@ class Ranking:
 
     def split(self, plan: Plan) -> dict[str, Any] | None:
         """What splitting layers does under a plan; None for one that splits none."""
-        return self.splits.get((plan.tp if plan.tp > 1 else plan.dp if plan.split_parts else 1, plan.sequence))
+        return self.splits.get((plan.split_degree, plan.sequence))
 
     def refusals(self) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
         """(reason, remedy, plans) with the plans of one reason together, for showing."""

@@ -80,7 +80,7 @@ def broken(
 
 
 def _splits(plan: Plan) -> bool:
-    return plan.tp > 1 or any(answer == "tp" for _, answer in plan.parts)
+    return plan.split_degree > 1
 
 
 def _unstageable(plan: Plan, facts: ModelFacts) -> list[Refusal]:

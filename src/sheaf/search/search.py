@@ -80,7 +80,7 @@ class Question:
 
     def split_key(self, plan: Plan) -> tuple[int, int]:
         """Where in ``splits`` stands how a plan splits layers."""
-        return plan.tp if plan.tp > 1 else plan.dp if plan.split_parts else 1, plan.sequence
+        return plan.split_degree, plan.sequence
 
     def profile(self, plan: Plan) -> Profile | None:
         """Measured times under as much company as the plan's workers have."""

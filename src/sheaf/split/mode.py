@@ -17,7 +17,7 @@ from sheaf.errors import PlanError
 from sheaf.plans.split import Cut, Slice
 from sheaf.split import unseen
 from sheaf.split.moves import Enter, Gather, GatherEnter, Part, Team, Total, TotalPart
-from sheaf.split.registry import FALLBACK, RULES
+from sheaf.split.registry import FALLBACK, RULES, is_inplace
 from sheaf.split.tensor import Split
 
 LENGTH_DIM = 1  # of batch x length x features, along which sequence=1 splits
@@ -73,10 +73,7 @@ class Splitting(TorchFunctionMode):
         """Compute on whole tensors."""
         name = resolve_name(func) or getattr(func, "__name__", str(func))
         short = name.rpartition(".")[2]
-        changes = (
-            short.startswith("__i") or (short.endswith("_") and not short.endswith("__")) or short == "__setitem__"
-        )
-        if (changes and isinstance(args[0], Split)) or isinstance(kwargs.get("out"), Split):
+        if (is_inplace(func) and isinstance(args[0], Split)) or isinstance(kwargs.get("out"), Split):
             raise PlanError(
                 f"{name} changes a tensor that is split among workers in a way that has no split counterpart: keep the "
                 "module whole, with NAME=whole in the plan"

@@ -36,6 +36,16 @@ def getter(name: str) -> Any:
     return getattr(Tensor, name).__get__
 
 
+def is_inplace(function: Callable[..., Any]) -> bool:
+    """Whether a function changes its first argument, by its name."""
+    name = getattr(function, "__name__", "")
+    if name.startswith("__"):
+        return name == "__setitem__" or (
+            name.startswith("__i") and name not in ("__invert__", "__int__", "__index__", "__iter__", "__init__")
+        )
+    return name.endswith("_")
+
+
 def _found(name: str) -> list[Any]:
     found = [getattr(space, name) for space in _SPACES if callable(getattr(space, name, None))]
     if not found:

@@ -77,7 +77,6 @@ class Rehearsing(Splitting):
         super().__init__(team, {}, sequence=sequence)
         self.names, self.found, self.block = names, Try(moves=team.moves), GLUE
         self._units, self._whole, self._small = units, whole, small
-        self._turned: dict[int, tuple[Tensor, str, Any]] = {}
 
     @property
     def place(self) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sheaf.plans.split import Cut
 from sheaf.split.moves import sliced
-from sheaf.split.registry import FALLBACK, rule
+from sheaf.split.registry import FALLBACK, is_inplace, rule
 from sheaf.split.tensor import Split
 
 _NAMES = """
@@ -31,12 +31,6 @@ _NAMES = """
 _KNOWN = [
     name for name in _NAMES if any(callable(getattr(s, name, None)) for s in (torch, Tensor, torch.nn.functional))
 ]
-
-
-def is_inplace(function: Callable[..., Any]) -> bool:
-    """Whether a function changes its first argument, by its name."""
-    name = function.__name__
-    return (name.startswith("__i") and name != "__invert__") or (name.endswith("_") and not name.endswith("__"))
 
 
 @rule(*_KNOWN)
