@@ -3,10 +3,10 @@
 bin := .venv/bin
 ready := .venv/.ready
 
-.PHONY: help setup check format test nightly demo bench docs lock clean
+.PHONY: help setup check format test nightly demo bench bench-planner docs lock clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 setup: $(ready) ## make .venv from requirements.lock (PYTHON=..., PIP_FLAGS=... for an index of your own)
 
@@ -37,6 +37,9 @@ demo: setup ## the whole road on this machine
 
 bench: setup ## run the benchmarks
 	$(bin)/python -m bench
+
+bench-planner: setup ## score the planner on published runs it was not fitted on
+	$(bin)/python -m bench.published
 
 docs: setup ## write what is generated: docs/map.md, the house, the README's numbers
 	$(bin)/python tools/map.py

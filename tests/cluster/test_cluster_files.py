@@ -60,7 +60,7 @@ def test_known_clusters_are_sound_and_say_where_from(name):
     assert cluster.hosts[0].count == 128
     assert cluster == read(f"{name}:128")
     assert all(part.source for part in (cluster, cluster.intra, cluster.inter, cluster.hosts[0].device))
-    assert set(cluster.hosts[0].device.flops_per_second) == {"fp64", "fp32", "bf16", "fp16"}
+    assert set(cluster.hosts[0].device.flops_per_second) >= {"fp64", "fp32", "bf16", "fp16"}
     assert cluster.intra.bytes_per_second > cluster.inter.bytes_per_second
 
 

@@ -12,7 +12,7 @@ from sheaf.cli.answer import leads, rank
 from sheaf.cli.options import BAD_INPUT, FAILED, INTERRUPTED
 from sheaf.errors import ClusterError, DataError, NonFiniteLoss, PlanError, RunError, SheafError, TaskError, nearest
 
-VERBS = ("plan", "train", "verify", "measure", "known")
+VERBS = ("plan", "train", "verify", "measure", "known", "bench")
 _BAD_INPUT = (TaskError, DataError, PlanError, ClusterError, RunError)
 
 

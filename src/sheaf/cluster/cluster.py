@@ -9,20 +9,21 @@ OVERLAP_RANGE = (-2.0, 1.0)  # all of it hides; at worst, communication takes th
 class Device:
     """What one worker computes on.
 
-    ``flops_per_second`` maps a precision (fp64, fp32, bf16, fp16) to the matrix rate that is reached in practice on
-    large matrices with ``threads`` threads; a worker of a shared host reaches ``contention[n]`` of it while n workers
-    of the host are busy. ``thread_speedup`` maps a number of threads to the rate relative to one thread.
+    ``flops_per_second`` maps a precision (fp64, fp32, tf32, bf16, fp16, fp8, fp4) to the matrix rate that is reached in
+    practice on large matrices with ``threads`` threads; a worker of a shared host reaches ``contention[n]`` of it while
+    n workers of the host are busy. ``thread_speedup`` maps a number of threads to the rate relative to one thread.
     A CPU device's ``memory_bytes`` is its host's, which all workers of the host share.
     """
 
     name: str
-    kind: str  # "cpu" or "cuda", as in torch.device
+    kind: str  # "cpu", "cuda" or "xla", as in torch.device
     flops_per_second: dict[str, float]
     memory_bytes_per_second: float
     memory_bytes: int
     kernel_seconds: float = 0.0  # launching one kernel from eager Python
     threads: int = 1
     thread_speedup: dict[int, float] = field(default_factory=dict[int, float])
+    multiprocessors: int = 0  # of an accelerator: tiles of a matrix product that are computed at once; 0: not known
     source: str = ""
 
 
@@ -80,7 +81,7 @@ class Cluster:
     """
 
     name: str
-    backend: str  # gloo or nccl
+    backend: str  # gloo, nccl or xla
     hosts: tuple[Host, ...]
     intra: Link
     inter: Link | None = None

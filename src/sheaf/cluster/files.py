@@ -18,6 +18,7 @@ from sheaf.cluster.tables import decode
 from sheaf.errors import ClusterError, nearest
 from sheaf.task import PRECISIONS
 
+_NARROW = ("tf32", "fp8", "fp4")  # precisions of matrix units that no task names, published runs do
 _KNOWN = resources.files("sheaf.cluster") / "known"
 
 
@@ -203,10 +204,10 @@ def _overlap(value: Any) -> str | None:
 
 
 _RULES: dict[str, Callable[[Any], str | None]] = {
-    "kind": _one_of(("cpu", "cuda")),
-    "backend": _one_of(("gloo", "nccl")),
+    "kind": _one_of(("cpu", "cuda", "xla")),
+    "backend": _one_of(("gloo", "nccl", "xla")),
     "operation": _one_of(OPERATIONS),
-    "flops_per_second key": _one_of(tuple(PRECISIONS)),
+    "flops_per_second key": _one_of((*PRECISIONS, *_NARROW)),
     "contention": _share,
     "overlap": _overlap,
     **dict.fromkeys(("count", "workers", "cores", "threads", "speed", "memory_bytes", "contention key"), _above_zero),

@@ -18,6 +18,18 @@ class Pending:
     def __init__(self, works: list[dist.Work], finish: Callable[[], object] | None = None) -> None:
         self._works, self._finish = works, finish
 
+    def then(self, finish: Callable[[], object]) -> "Pending":
+        """The same, with something that ``wait`` does once it is done; other collectives, perhaps."""
+        before = self._finish
+
+        def both() -> None:
+            if before is not None:
+                before()
+            finish()
+
+        self._finish = both
+        return self
+
     def wait(self) -> None:
         """Block until it is done. Raises RuntimeError when a peer is gone or the time-out has passed."""
         for work in self._works:
@@ -60,6 +72,20 @@ def start_all_gather(output: Tensor, given: Tensor, group: dist.ProcessGroup | N
     if parts[rank].data_ptr() != given.data_ptr():
         parts[rank].copy_(given.view(-1))
     return Pending(_exchange([given] * ranks, list(parts), rank, group))
+
+
+def start_all_to_all(received: Tensor, given: Tensor, group: dist.ProcessGroup | None = None) -> Pending:
+    """Row i of ``received`` (ranks, k) becomes rank i's row of ``given`` (ranks, k) that is this rank's.
+
+    Raises ValueError when the sizes do not fit.
+    """
+    ranks = dist.get_world_size(group)
+    _require_fit(part=given[0], whole=received, ranks=ranks)
+    if ranks > 1 and not _pairwise(given, group):
+        return Pending([_work(dist.all_to_all_single(received, given, group=group, async_op=True))])
+    rank = dist.get_rank(group)
+    received[rank].copy_(given[rank])
+    return Pending(_exchange(list(given), list(received), rank, group))
 
 
 def start_all_reduce(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Pending:

@@ -1,0 +1,123 @@
+"""What `bench/published.py` found: goals, a table for docs/planning.md, and a picture."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from bench.report import RESULTS, Goal, Table, read
+
+MOST_ERROR, MOST_REGRET, LEAST_CORRELATION = 0.06, 0.03, 0.9  # dense GPT on A100
+MOST_SOURCE, MOST_OTHER, MOST_MEMORY = 0.10, 0.12, 0.05
+FEW = 4  # runs scored twice: a source of fewer says nothing by itself
+
+
+def goals(results: dict[str, Any]) -> list[Goal]:
+    """The goals of predicting runs that were never seen."""
+    dense, memory = results["dense_a100"], results["memory"]
+    groups = dense["groups"]
+    over = _over(dense["sources"], MOST_SOURCE)
+    others = {name: one for name, one in results["seconds"]["sources"].items() if name not in dense["sources"]}
+    far = _over(others, MOST_OTHER)
+    unsafe = results["out_of_memory_called_safe"]
+    error, slower, order = dense["all"]["mean"], groups["regret"], groups["rank_correlation"]
+    off = memory["median"]
+    return [
+        Goal(f"dense GPT on A100: mean error at most {MOST_ERROR:.0%}", f"{error:.1%}", error <= MOST_ERROR),
+        Goal(
+            f"the first choice at most {MOST_REGRET:.0%} slower than the fastest",
+            f"{slower:.1%} in {groups['count']} groups",
+            slower <= MOST_REGRET,
+        ),
+        Goal(f"rank correlation at least {LEAST_CORRELATION:g}", f"{order:.2f}", order >= LEAST_CORRELATION),
+        Goal(f"no source of dense GPT on A100 over {MOST_SOURCE:.0%}", over or "none", not over),
+        Goal(f"other sources at most {MOST_OTHER:.0%}", f"over it: {far}" if far else "all", not far),
+        Goal(
+            f"peak memory: median error at most {MOST_MEMORY:.0%}",
+            f"{off:.1%} of {memory['count']}",
+            off <= MOST_MEMORY,
+        ),
+        Goal("no run out of memory is called safe", ", ".join(unsafe) or "none", not unsafe),
+    ]
+
+
+def table(results: dict[str, Any]) -> Table:
+    """Error of the step's time by source, beside a constant share of the peak."""
+    plain = results["baseline"]["sources"]
+    rows = [_row(name, one, plain[name]["mean"]) for name, one in results["seconds"]["sources"].items() if one["count"]]
+    rows.append(
+        _row("**dense GPT on A100**", results["dense_a100"]["all"], results["baseline_dense_a100"]["all"]["mean"])
+    )
+    rows.append(_row("**all**", results["seconds"]["all"], results["baseline"]["all"]["mean"]))
+    headings = (
+        "source",
+        "predictions",
+        "mean error",
+        "median",
+        "90th percentile",
+        "bias",
+        "constant share of the peak for each software and device, mean error",
+    )
+    return Table(headings, rows)
+
+
+def section(folder: Path = RESULTS) -> str:
+    """The section as markdown, or how to measure it."""
+    results = read("published", folder)
+    if results is None:
+        return "Not measured yet: `make bench-planner` writes `bench/results/published.json`, `make docs` this section."
+    groups, plain = results["dense_a100"]["groups"], results["baseline_dense_a100"]["groups"]
+    beside = (
+        f"A constant share of the peak chooses {plain['regret']:.1%} slower plans than the fastest in the same groups, "
+        f"with a rank correlation of {plain['rank_correlation']:.2f}, where Sheaf's are {groups['regret']:.1%} and "
+        f"{groups['rank_correlation']:.2f}."
+    )
+    lines = "\n".join(f"- {goal}." for goal in goals(results))
+    of = f"{results['workloads']} workloads in {results['parts']} parts"
+    said = f"Written on {results['date']} by `{results['command']}`: {of}."
+    return "\n\n".join([table(results).markdown(), beside, lines, said])
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Predicted against measured, and the error by the term that takes most of the step."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.5), constrained_layout=True)
+    by_source: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    by_term: dict[str, list[float]] = defaultdict(list)
+    for point in results["points"]:
+        by_source[point["source"]].append(point)
+        most = max(point["terms"], key=point["terms"].__getitem__)
+        by_term[most].append(point["predicted"] / point["measured"] - 1)
+    for number, (source, points) in enumerate(sorted(by_source.items(), key=lambda pair: -len(pair[1]))):
+        color, marker = f"C{number % 10}", "os^"[number // 10 % 3]
+        left.scatter(
+            [one["measured"] for one in points], [one["predicted"] for one in points],
+            s=12, alpha=0.6, color=color, marker=marker, label=source, linewidths=0,
+        )  # fmt: skip
+    ends = [min(one["measured"] for one in results["points"]), max(one["measured"] for one in results["points"])]
+    left.plot(ends, ends, color="black", linewidth=0.8)
+    left.set(xscale="log", yscale="log", xlabel="measured, seconds per step", ylabel="predicted from other workloads")
+    left.legend(fontsize=7, ncols=2, frameon=False)
+    terms = sorted(by_term, key=lambda term: -len(by_term[term]))
+    right.boxplot([by_term[term] for term in terms], orientation="horizontal", showfliers=False, whis=(10, 90))
+    right.set_yticks(range(1, len(terms) + 1), [f"{term} ({len(by_term[term])})" for term in terms])
+    right.axvline(0, color="black", linewidth=0.8)
+    right.xaxis.set_major_formatter(lambda value, _: f"{value:+.0%}")
+    right.set(xlabel="error of the step (10th to 90th percentile)", title="by the term that takes most of the step")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _over(sources: dict[str, Any], most: float) -> str:
+    return ", ".join(
+        f"{name} {one['mean']:.1%}" for name, one in sources.items() if one["count"] >= FEW and one["mean"] > most
+    )
+
+
+def _row(name: str, one: dict[str, Any], plain: float) -> tuple[str, ...]:
+    shares = (f"{one['mean']:.1%}", f"{one['median']:.1%}", f"{one['p90']:.1%}", f"{one['bias']:+.1%}", f"{plain:.0%}")
+    return (name, str(one["count"]), *shares)

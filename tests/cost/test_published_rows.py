@@ -1,0 +1,93 @@
+"""Rows of published runs become workloads, or are refused with every reason."""
+
+import math
+
+import pytest
+from published_cases import row
+
+from sheaf.cost.analytic.machine import machine
+from sheaf.cost.analytic.rows import Refused, workload
+
+
+def refused(changed):
+    with pytest.raises(Refused) as found:
+        workload(changed)
+    return found.value.reasons
+
+
+def test_a_row_is_read():
+    work = workload(row())
+    assert (work.shape.layers, work.shape.head_width, work.shape.kv_heads) == (24, 128, 16)
+    assert (work.micro, work.accumulated, work.split.workers) == (4, 4, 4)
+    assert (work.precision, work.mixed, work.split.recompute) == ("fp16", True, "full")
+
+
+def test_what_was_not_published_follows_from_the_rest_or_is_said_to_be_assumed():
+    work = workload(row(batch__micro=None, parallel__dp=None, hardware__gpus_per_node=None, model__vocab=None))
+    assert (work.micro, work.split.dp) == (4, 4)
+    assert [each.split()[0] for each in work.assumed] == ["model.vocab", "hardware.gpus_per_node"]
+
+
+def test_layers_may_follow_from_the_size_in_a_name():
+    work = workload(row(model__layers=None, model__name="GPT-1.3B"))
+    assert work.shape.layers == 24
+    assert any("model.layers 24" in each for each in work.assumed)
+
+
+def test_every_broken_field_is_told_at_once():
+    reasons = refused(
+        row(
+            model__hidden=-5,
+            model__heads="many",
+            model__layers=None,
+            batch__micro=math.nan,
+            parallel__tp=1.5,
+            parallel__zero_stage=7,
+            hardware__gpu=None,
+            precision="int3",
+        )
+    )
+    for place in ("hidden", "heads", "layers", "micro", "parallel.tp", "zero_stage", "hardware.gpu", "precision"):
+        assert sum(place in reason for reason in reasons) == 1, (place, reasons)
+
+
+@pytest.mark.parametrize("value", ["x", [], {}, True, math.nan, math.inf, -1, 0, 10**400, 1e30])
+@pytest.mark.parametrize("place", ["model__layers", "model__hidden", "parallel__tp", "hardware__num_gpus"])
+def test_no_value_of_a_size_crashes(place, value):
+    assert any(place.replace("__", ".") in reason for reason in refused(row(**{place: value})))
+
+
+@pytest.mark.parametrize("given", [None, 3, "text", [], {"model": 4, "batch": [], "parallel": "x", "hardware": 1}])
+def test_what_is_no_row_is_refused(given):
+    assert refused(given)
+
+
+def test_a_microbatch_larger_than_the_batch_contradicts():
+    assert "more than the whole batch" in refused(row(batch__global=4, batch__micro=4))[0]
+
+
+def test_models_that_no_formula_knows_are_refused_by_their_layers():
+    assert refused(row(model__family="hybrid-mamba"))[0].startswith("model.family: state-space layers")
+
+
+def test_an_unknown_device_names_the_nearest():
+    with pytest.raises(Refused, match="did you mean A100-SXM4-80GB"):
+        machine(workload(row(hardware__gpu="A1000-SXM4-80GB")))
+
+
+def test_two_kinds_of_devices_go_at_the_slower_ones_pace():
+    both = machine(workload(row(hardware__gpu="RTX-3090 x2 + Titan-RTX x2")))
+    alone = machine(workload(row(hardware__gpu="RTX-3090")))
+    assert both.flops_per_second("fp32") < alone.flops_per_second("fp32")
+
+
+def test_stages_may_be_counts_or_boundaries_with_embedding_and_head():
+    counts = workload(row(parallel__pp=2, parallel__dp=2, parallel__layer_partition=[12, 14])).split.stages
+    boundaries = workload(row(parallel__pp=2, parallel__dp=2, parallel__layer_partition=[0, 12, 26])).split.stages
+    assert counts == boundaries == (11, 13)
+
+
+def test_the_count_of_workers_wins_over_factors_that_do_not_make_it():
+    work = workload(row(parallel__tp=4, parallel__pp=8, parallel__dp=1, hardware__num_gpus=16))
+    assert work.split.workers == 16
+    assert work.assumed
