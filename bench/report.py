@@ -10,7 +10,7 @@ from typing import Any
 from sheaf.units import pretty_bytes, pretty_seconds
 
 RESULTS = Path(__file__).parent / "results"
-NAMES = ("executors", "planner", "tensor", "pipeline", "parts")
+NAMES = ("executors", "planner", "tensor", "pipeline", "parts", "unequal", "server", "verify")
 
 # (Sheaf's plan, its peer): the least ratio of throughputs that is wanted
 GOALS = {("serial", "hand-written loop"): 0.99, ("dp=2", "DDP"): 0.98, ("dp=2,zero=3", "fully_shard"): 0.98}
@@ -18,6 +18,12 @@ AIM = {("dp=2,zero=3", "fully_shard"): 1.2}  # on gloo
 MOST_ERROR, MOST_REGRET = 0.15, 0.05
 BEST_DTENSOR, AIM_DTENSOR = 1.0, 1.2
 BALANCE = 1.2  # of a pipeline with balanced stages over one with equally many layers in each
+UNEQUAL = {
+    ("one worker at half speed", "dp=2,shares=2:1"): 1.45,  # 1.5 is the most there can be
+    ("one worker at half speed", "dp=2,shares=stolen"): 1.45,
+    ("a worker stalls for a second", "dp=2,shares=stolen"): 1.3,
+}
+PARTS_COLUMN = "by parts"
 PARTS, TRAFFIC = 4.0, 8.0  # times the throughput, and times fewer bytes: "about tenfold"
 
 
@@ -49,19 +55,22 @@ class Table:
 
 def executor_table(results: Sequence[dict[str, Any]]) -> Table:
     """Each plan beside its peer: the ratio of throughputs, round by round, and both step times."""
-    rows = [
-        (
-            f"`{one['sheaf']}`",
-            one["peer"],
-            f"{one['median']:.3f}",
-            f"{one['low']:.3f} to {one['high']:.3f}",
-            pretty_seconds(one["sheaf_seconds"]),
-            pretty_seconds(one["peer_seconds"]),
-        )
-        for one in results
-    ]
-    headings = ("Sheaf", "beside", "throughput ratio", "quartiles", "Sheaf, per step", "peer, per step")
-    return Table(headings, rows, words=2)
+    return Table(("Sheaf", "beside", *RATIO), [_ratio(one) for one in results], words=2)
+
+
+RATIO = ("throughput ratio", "quartiles", "Sheaf, per step", "peer, per step")
+
+
+def _ratio(one: dict[str, Any], digits: int = 3) -> tuple[str, ...]:
+    """A plan, its peer, and the columns of ``RATIO``."""
+    return (
+        f"`{one['sheaf']}`",
+        one["peer"],
+        f"{one['median']:.{digits}f}",
+        f"{one['low']:.{digits}f} to {one['high']:.{digits}f}",
+        pretty_seconds(one["sheaf_seconds"]),
+        pretty_seconds(one["peer_seconds"]),
+    )
 
 
 def executor_goals(results: Sequence[dict[str, Any]]) -> list[Goal]:
@@ -99,20 +108,9 @@ def split_goals(results: Sequence[dict[str, Any]]) -> list[Goal]:
 
 def pipeline_table(results: Sequence[dict[str, Any]]) -> Table:
     """Each pipeline beside torch's with equally many layers per stage, and the shares of time in which workers wait."""
-    rows = [
-        (
-            f"`{one['sheaf']}`",
-            one["peer"],
-            f"{one['median']:.3f}",
-            f"{one['low']:.3f} to {one['high']:.3f}",
-            pretty_seconds(one["sheaf_seconds"]),
-            pretty_seconds(one["peer_seconds"]),
-            *(f"{one['bubble'][kind]:.0%}" for kind in ("measured", "of_these_stages", "of_equal_stages")),
-        )
-        for one in results
-    ]
-    times = ("throughput ratio", "quartiles", "Sheaf, per step", "peer, per step")
-    return Table(("Sheaf", "beside", *times, "bubble", "of these stages", "(p-1)/(m+p-1)"), rows, words=2)
+    kinds = ("measured", "of_these_stages", "of_equal_stages")
+    rows = [(*_ratio(one), *(f"{one['bubble'][kind]:.0%}" for kind in kinds)) for one in results]
+    return Table(("Sheaf", "beside", *RATIO, "bubble", "of these stages", "(p-1)/(m+p-1)"), rows, words=2)
 
 
 def pipeline_goals(results: Sequence[dict[str, Any]]) -> list[Goal]:
@@ -137,22 +135,9 @@ def parts_table(results: Sequence[dict[str, Any]]) -> Table:
     """The plan by parts beside DDP: throughput, and what a host sends in a step."""
     if any("skipped" in one for one in results):
         return _skipped(results)
-    rows = [
-        (
-            f"`{one['sheaf']}`",
-            one["peer"],
-            str(one["samples"]),
-            f"{one['median']:.2f}",
-            f"{one['low']:.2f} to {one['high']:.2f}",
-            pretty_seconds(one["sheaf_seconds"]),
-            pretty_seconds(one["peer_seconds"]),
-            pretty_bytes(one["sheaf_sent_bytes"]),
-            pretty_bytes(one["peer_sent_bytes"]),
-        )
-        for one in results
-    ]
-    times = ("throughput ratio", "quartiles", "Sheaf, per step", "peer, per step")
-    return Table(("Sheaf", "beside", "samples a host", *times, "Sheaf sends", "peer sends"), rows, words=2)
+    sent = ("sheaf_sent_bytes", "peer_sent_bytes")
+    rows = [(*_ratio(one, 2), *(pretty_bytes(one[kind]) for kind in sent), str(one["samples"])) for one in results]
+    return Table(("Sheaf", "beside", *RATIO, "Sheaf sends", "peer sends", "samples a host"), rows, words=2)
 
 
 def parts_goals(results: Sequence[dict[str, Any]]) -> list[Goal]:
@@ -172,6 +157,43 @@ def parts_goals(results: Sequence[dict[str, Any]]) -> list[Goal]:
             Goal(f"it sends at least {TRAFFIC:g} times fewer bytes", f"{fewer:.1f} times", fewer >= TRAFFIC),
         ]
     return goals
+
+
+def unequal_table(results: Sequence[dict[str, Any]]) -> Table:
+    """Shares beside DDP's equal ones, where workers are not alike."""
+    rows = [(one["what"], *_ratio(one, 2), f"{one['losses_apart']:.0e}") for one in results if "skipped" not in one]
+    return Table(("where", "Sheaf", "beside", *RATIO, "losses differ by"), rows, words=3) if rows else _skipped(results)
+
+
+def unequal_goals(results: Sequence[dict[str, Any]]) -> list[Goal]:
+    """The goals of shares for unequal workers."""
+    goals: list[Goal] = []
+    for one in results:
+        least = UNEQUAL.get((one["what"], one.get("sheaf", "")))
+        if least is not None:
+            text = f"{one['what']}, `{one['sheaf']}` at least {least:g} times DDP"
+            goals.append(Goal(text, f"{one['median']:.2f}", one["median"] >= least))
+    return goals
+
+
+def server_table(results: Sequence[dict[str, Any]]) -> Table:
+    """Pushes and pulls per second of all workers together."""
+    rows = [
+        (
+            one["contender"],
+            str(one["workers"]),
+            pretty_bytes(one["size_bytes"]),
+            f"{one['median']:.0f}",
+            f"{one['low']:.0f} to {one['high']:.0f}",
+        )
+        for one in sorted(results, key=lambda one: (one["size_bytes"], one["workers"], -one["median"]))
+    ]
+    return Table(("server", "workers", "gradient", "push and pull per second", "quartiles"), rows)
+
+
+def server_goals(results: Sequence[dict[str, Any]]) -> list[Goal]:  # noqa: ARG001
+    """None is set: the table stands for itself."""
+    return []
 
 
 def planner_table(results: Sequence[dict[str, Any]]) -> Table:
@@ -226,6 +248,42 @@ def planner_goals(results: Sequence[dict[str, Any]]) -> list[Goal]:
     ]
 
 
+def verify_table(results: Sequence[dict[str, Any]]) -> Table:
+    """Each model under each plan: the largest relative departure of a gradient in one step, or why there is none."""
+    plans = list(dict.fromkeys(one["plan"] for one in results if "=tp" not in one["plan"]))
+    found = {(one["model"], one["plan"] if one["plan"] in plans else PARTS_COLUMN): one for one in results}
+    rows = [
+        (model, *(_verdict(found.get((model, plan))) for plan in (*plans, PARTS_COLUMN)))
+        for model in dict.fromkeys(one["model"] for one in results)
+    ]
+    return Table(("model", *(f"`{plan}`" for plan in plans), PARTS_COLUMN), rows)
+
+
+def _verdict(one: dict[str, Any] | None) -> str:
+    if one is None:
+        return ""
+    if one["verdict"] in ("refused", "failed"):
+        return one["verdict"]
+    told = "0" if one["verdict"] == "identical" else f"{one['errors']['gradient']:.0e}"
+    return f"**WRONG** {told}" if one["verdict"] == "wrong" else told
+
+
+def verify_goals(results: Sequence[dict[str, Any]]) -> list[Goal]:
+    """Every verdict is identical or rounding; what was refused or failed is told with its reason."""
+    judged = [one for one in results if "errors" in one]
+    right = [one for one in judged if one["verdict"] in ("identical", "rounding")]
+    same = sum(one["verdict"] == "identical" for one in judged)
+    found = f"{len(right)} of {len(judged)}, {same} of them identical to the last bit"
+    goals = [Goal("every model under every plan computes the serial answer", found, len(right) == len(judged) > 0)]
+    for one in results:
+        if one["verdict"] in ("refused", "failed"):
+            reason = " ".join(one["reason"].split())
+            ends = "is refused before any worker starts" if one["verdict"] == "refused" else "runs"
+            what = f"`{one['plan']}` for {one['model']} {ends}"
+            goals.append(Goal(what, reason, one["verdict"] == "refused"))
+    return goals
+
+
 def measured_on(environment: dict[str, Any]) -> str:
     """Where, when and how, in a sentence."""
     load = ", ".join(f"{value:.2f}" for value in environment["load_average"])
@@ -261,4 +319,7 @@ SHOWN: dict[str, tuple[Callable[[Any], Table], Callable[[Any], list[Goal]]]] = {
     "tensor": (executor_table, split_goals),
     "pipeline": (pipeline_table, pipeline_goals),
     "parts": (parts_table, parts_goals),
+    "verify": (verify_table, verify_goals),
+    "unequal": (unequal_table, unequal_goals),
+    "server": (server_table, server_goals),
 }

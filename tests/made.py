@@ -96,6 +96,20 @@ def profile(facts: ModelFacts, *, concurrency: int = 1, block_seconds: float = 0
     )
 
 
+def sequences(facts: ModelFacts, degree: int) -> SplitFacts:
+    """Sequences split among workers: every block gathers its output, and again backward, where gradients are summed."""
+    blocks = [block for block in facts.blocks if block.name != GLUE]
+    inner = [block for block in blocks if block.name != LOSS]
+    moves = [
+        Move(block.name, operation, block.output_bytes, backward=backward, why="whole for attention")
+        for block in inner
+        for operation, backward in (("all_gather", False), ("all_gather", True), ("reduce_scatter", True))
+    ]
+    trades = [Move(block.name, "trade", block.output_bytes // 4, backward=False, why="queries") for block in inner]
+    shares = {block.name: 1 / degree for block in blocks}
+    return SplitFacts(degree, facts.samples, {}, (*moves, *trades), work=shares, activations=shares)
+
+
 def split(facts: ModelFacts, degree: int, *, kept: float = 0.6) -> SplitFacts:
     """Every block of the facts split: one all-reduce of its output, and one of its input's gradient."""
     blocks = [block for block in facts.blocks if block.name not in (GLUE, LOSS) and block.parameters]

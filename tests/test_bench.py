@@ -45,3 +45,21 @@ def test_contenders_that_train_something_else_are_found():
     assert agreed({"DDP": [[2.0, 1.0], [4.0, 3.0]], "tp=2": [[3.0, 2.0], [3.0, 2.0]]}) == 0.0
     with pytest.raises(ValueError, match="losses of tp=2"):
         agreed({"DDP": [[2.0]], "tp=2": [[2.01]]})
+
+
+def test_verdicts_become_a_table_of_models_and_plans():
+    errors = {"loss": 0.0, "gradient": 3e-7, "weight": 0.0, "buffer": 0.0}
+    rows = [
+        {"model": "gpt", "plan": "tp=2", "verdict": "rounding", "errors": errors},
+        {"model": "gpt", "plan": "pp=4", "verdict": "refused", "reason": "3 blocks\nfor 4 stages"},
+        {"model": "vgg", "plan": "tp=2", "verdict": "identical", "errors": errors | {"gradient": 0.0}},
+        {"model": "vgg", "plan": "pp=4", "verdict": "wrong", "errors": errors},
+        {"model": "vgg", "plan": "dp=2,classifier=tp", "verdict": "failed", "reason": "it died"},
+    ]
+    table = report.verify_table(rows)
+    assert table.headings == ("model", "`tp=2`", "`pp=4`", "by parts")
+    assert table.rows == [("gpt", "3e-07", "refused", ""), ("vgg", "0", "**WRONG** 3e-07", "failed")]
+    every, refused, failed = report.verify_goals(rows)
+    assert (every.met, refused.met, failed.met) == (False, True, False)
+    assert "2 of 3, 1 of them identical" in every.found
+    assert refused.found == "3 blocks for 4 stages"

@@ -13,7 +13,9 @@ class StepReport:
 
     ``loss`` is sum over weight of the whole global batch; ``terms`` splits ``seconds`` into compute, communicate
     (transfers that nothing hid), wait (for workers that computed longer, and for other stages of a pipeline), optimizer
-    and host; ``gradient_norm`` is the true global norm before clipping, when the task clips.
+    and host; ``gradient_norm`` is the true global norm before clipping, when the task clips. ``server`` has staleness
+    (this step's, the largest and the mean so far, in clocks), delay (updates between pull and push), how often a
+    gradient was dropped, steps missed while this worker was given up, bytes sent and time waited.
     """
 
     step: int
@@ -26,6 +28,8 @@ class StepReport:
     learning_rate: float | None = None
     memory_bytes: int = 0
     microbatches: tuple[int, ...] = ()  # how many each worker computed
+    computed: tuple[float, ...] = ()  # and for how many seconds
+    server: dict[str, float] = field(default_factory=dict[str, float])  # beside a parameter server: what was seen
     skipped: bool = False  # fp16: gradients overflowed, the loss scale backed off, no update
     stop: bool = False  # a worker was asked to stop; every worker sees it at the same step
 
@@ -39,7 +43,7 @@ class Record:
 
     def step(self, report: StepReport) -> None:
         """Append one step."""
-        self.event("step", **{**asdict(report), "microbatches": list(report.microbatches)})
+        self.event("step", **asdict(report))
 
     def event(self, kind: str, **values: Any) -> None:
         """Append an event of another kind: start, plan, checkpoint, resume, end."""
@@ -67,6 +71,7 @@ def step_reports(path: Path) -> list[StepReport]:
     for line in read_record(path):
         if line.get("kind") == "step":
             values = {key: value for key, value in line.items() if key in names}
-            values["microbatches"] = tuple(values.get("microbatches", ()))
+            for name in ("microbatches", "computed"):
+                values[name] = tuple(values.get(name, ()))
             steps[line["step"]] = StepReport(**values)
     return [steps[step] for step in sorted(steps)]

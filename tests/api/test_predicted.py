@@ -1,11 +1,14 @@
 """One plan's predicted step, from what its own number of workers measured."""
 
+from dataclasses import replace
+
 import pytest
+import small
 import torch
 from torch import nn
 
 from sheaf.api import plan as module
-from sheaf.api.choice import _heard, _told, checked, choose, promised
+from sheaf.api.choice import _heard, _told, checked, choose, foretold, promised
 from sheaf.cluster import read
 from sheaf.errors import PlanError
 from sheaf.plans import Plan
@@ -90,3 +93,30 @@ def test_a_resumed_run_is_cut_as_before(tmp_path, given):
         task(), given, world=None, workers=2, resumed=tmp_path, allow_relaxed=False, source=None, note=print
     )
     assert chosen == kept
+
+
+def test_a_pipeline_that_was_ranked_behind_others_gets_its_timeline(monkeypatch):
+    monkeypatch.setattr(module, "measure", lambda workers, *, quick: read("cpu-1gbit:4"))
+    monkeypatch.setattr(module, "measured_profiles", lambda *_, **__: [])
+    given = task(model=two_layers, microbatch=2)
+    price, _ = promised(given, checked(given, Plan.parse("pp=2")), world=None, source=None, note=lambda line: None)
+    bare = replace(price, timeline=(), seconds={**price.seconds, "compute": 5.0})
+    found, _ = foretold(given, None, bare, world=None, source=None, note=lambda line: None)
+    assert found.timeline == price.timeline != ()
+    assert found.seconds == bare.seconds, "what was ranked stays"
+    monkeypatch.setattr(module, "measure", lambda workers, *, quick: 1 / 0)
+    assert foretold(given, None, price, world=None, source=None, note=lambda line: None) == (price, "")
+    kept, reason = foretold(given, None, bare, world=None, source=None, note=lambda line: None)
+    assert kept == bare
+    assert "ZeroDivisionError" in reason
+
+
+@pytest.mark.parametrize("plan", ["cp=2", "cp=2,pp=2"])
+def test_split_sequences_are_priced(monkeypatch, plan):
+    monkeypatch.setattr(module, "measure", lambda workers, *, quick: read("cpu-1gbit:4"))
+    monkeypatch.setattr(module, "measured_profiles", lambda *_, **__: [])
+    given = replace(small.SMALL["gpt"](), precision="fp32")
+    price, reason = promised(given, checked(given, Plan.parse(plan)), world=None, source=None, note=lambda line: None)
+    assert reason == ""
+    assert price.seconds["tensor"] > 0
+    assert price.seconds["all_reduce"] > 0

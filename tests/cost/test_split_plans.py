@@ -21,6 +21,7 @@ PLANS = (
     "tp=2", "tp=3", "tp=2,recompute=full", "dp=2,tp=2", "dp=2,tp=2,zero=1", "dp=2,tp=2,zero=3", "tp=2,b1=whole",
     "pp=2", "pp=2:gpipe", "pp=2:interleaved", "pp=2:zero-bubble", "pp=2:zero-bubble,recompute=full", "pp=4",
     "dp=2,pp=2", "dp=2,pp=2,zero=1", "dp=2,pp=2,zero=2", "dp=2,pp=2,zero=3", "dp=2,pp=2,shares=2:1", "tp=2,pp=2",
+    "cp=2", "cp=3,recompute=full", "cp=2,dp=2,zero=1", "cp=2,zero=3", "cp=2,pp=2", "cp=2,dp=2,pp=2,zero=1",
     "dp=2,tp=2,pp=2,zero=1", "pp=2,stages=1:7", "dp=2,b7=tp", "dp=4,b3=tp", "dp=2,b[0-2]=tp,recompute=full",
 )  # fmt: skip
 SIZES = microbatch_sizes(30, 4)
@@ -29,6 +30,8 @@ SIZES = microbatch_sizes(30, 4)
 def priced(text, facts=None, cluster=None, profile=None, sizes=SIZES, split=None):
     plan = Plan.parse(text) if isinstance(text, str) else text
     facts = facts or made.facts(8)
+    if split is None and plan.cp > 1:
+        split = made.sequences(facts, plan.cp)
     if split is None and (plan.tp > 1 or plan.parts):
         split = made.split(facts, plan.tp if plan.tp > 1 else plan.dp)
     return price(plan, facts, cluster or made.cluster(8), profile, microbatches=sizes, split=split)
@@ -45,7 +48,7 @@ def test_terms_are_the_known_ones_never_negative_and_add_up(text, measured):
     assert min(found.memory.values()) >= 0
     assert found.step_seconds == pytest.approx(sum(found.seconds.values()))
     plan = found.plan
-    assert (found.seconds["tensor"] > 0) == (plan.tp > 1 or bool(plan.parts))
+    assert (found.seconds["tensor"] > 0) == (plan.tp * plan.cp > 1 or bool(plan.parts))
     assert (found.seconds["bubble"] > 0) == (plan.pp > 1) == (found.timeline != ()) == (found.stages != ())
     assert sum(found.stages) == (8 if plan.pp > 1 else 0)
 
@@ -76,6 +79,30 @@ def test_splitting_layers_shares_out_work_parameters_and_activations():
     )
     again = priced("tp=2,recompute=full", facts, profile=made.profile(facts))
     assert again.seconds["tensor"] == pytest.approx(1.5 * half.seconds["tensor"]), "forward's messages come twice"
+
+
+def test_splitting_sequences_shares_out_work_and_activations_and_leaves_parameters_whole():
+    facts = made.facts(8)
+    profile = made.profile(facts)
+    whole, half, replicas = (priced(text, facts, profile=profile) for text in ("serial", "cp=2", "dp=2"))
+    assert half.seconds["compute"] == pytest.approx(0.55 * whole.seconds["compute"], rel=0.01), "glue is whole"
+    assert half.memory["activations"] == pytest.approx(whole.memory["activations"] / 2, rel=0.1)
+    for term in ("parameters", "gradients", "optimizer_state"):
+        assert half.memory[term] == whole.memory[term]
+    for term in ("all_reduce", "all_gather"):  # gradients meet as those of replicas do
+        assert half.seconds[term] == pytest.approx(replicas.seconds[term], rel=0.3)
+    moved = 8 * len(SIZES) * 3  # messages, of the latency at least
+    assert half.seconds["tensor"] > moved * 1e-5
+    sharded = priced("cp=2,zero=1", facts, profile=profile)
+    assert sharded.memory["optimizer_state"] == half.memory["optimizer_state"] // 2
+
+
+def test_pipelines_of_split_sequences_pass_on_parts_of_them():
+    facts = made.facts(8)
+    alone, split = priced("pp=2", facts), priced("cp=2,pp=2", facts)
+    seconds = split.seconds["compute"]
+    assert seconds < 0.7 * alone.seconds["compute"]
+    assert split.memory["activations"] < 0.7 * alone.memory["activations"]
 
 
 def test_launching_kernels_is_not_shortened_by_splitting():

@@ -47,6 +47,41 @@ def test_text_and_toml_read_back(description):
         ("zero=1", ["zero=1 shards state among dp workers, and dp=1: raise dp or drop zero"]),
         ("shares=stolen", ["shares=stolen needs someone to steal from, and dp=1: raise dp or drop shares"]),
         ("dp=2,microbatch=0,bucket_bytes=1", ["microbatch=0", "bucket_bytes=1: use at least 1024"]),
+        ("dp=2,server=2:staleness=-1", ["values cannot be newer than the slowest worker's; use 0 for lock-step"]),
+        ("dp=2,server=0", ["server=0: write the number of shards, 1 or more"]),
+        ("dp=2,server=2:soon", ["after the colon write staleness=S in clocks, such as staleness=4, or async"]),
+        ("dp=2,server=3", ["a worker holds at most one shard, and dp=2: use server=2, or raise dp"]),
+        ("server=1", ["server=1 lies between several workers, and dp=1"]),
+        ("dp=2,late=scaled", ["late=scaled is of a server that may be behind: add server=1:async"]),
+        ("dp=2,server=1,late=scaled", ["with staleness=0 no gradient is late: drop it, or write server=1:async"]),
+        ("dp=2,server=1:async,late=scald", ["late=scald: did you mean scaled?"]),
+        ("dp=2,server=1:async,late=scaled:x", ["how many updates late a gradient may be, such as scaled:20"]),
+        ("dp=2,server=1,late=plain:", ["after the colon stands how many updates late"]),
+        (
+            "dp=2,tp=2,zero=1,server=3",
+            ["use server=2", "tp=2, zero=1 cuts them up: use dp=4,server=3 alone"],
+        ),
+        ("dp=2,server=1,shares=stolen", ["shares=stolen has none: use weighted shares"]),
+        ("dp=2,local=soon", ["local=soon: write the steps between meetings first, such as local=16:diloco"]),
+        ("dp=2,local=4:dilocoo", ["local=4:dilocoo: 'dilocoo' is no way to meet; did you mean diloco?"]),
+        ("dp=2,local=4:diloco:lr=x:afer=3", ["lr=x is not a number it takes", "'afer' is no setting"]),
+        ("dp=2,local=4:lr=0.5", ["average has neither lr nor momentum: use slowmo or diloco, or drop them"]),
+        ("dp=2,local=4:slowmo:momentum=1", ["momentum must be below 1, or it grows without end"]),
+        ("dp=2,local=4:fragments=5", ["fragments meet at different steps: use 1 to 4"]),
+        ("dp=2,local=4:overlap=4", ["what travels must arrive before the next meeting: overlap below 4"]),
+        ("dp=2,local=0:diloco", ["with 0 steps between meetings nothing is to be set"]),
+        ("dp=2,local=4,zero=1", ["use it with dp=2 and zero=0, without tp, cp, pp and split parts"]),
+        ("local=4", ["local=4 lets each of several workers step alone"]),
+        ("dp=2,compress=zip", ["compress=zip: known: bf16, fp16"]),
+        ("dp=2,compress=topk:3", ["write the share of numbers to send, such as topk:0.01"]),
+        ("dp=2,compress=powersgd:x", ["write the rank of the factors, such as powersgd:4"]),
+        ("dp=2,compress=int8:4", ["int8 has no setting: write compress=int8"]),
+        ("dp=2,compress=bf16,zero=2", ["compress=bf16 makes smaller what replicas sum in whole"]),
+        ("dp=2,tp=2,*.experts=ep", ["use dp=4,*.experts=ep with zero=0, dealt shares and no other split"]),
+        ("dp=2,zero=1,a.*=ep", ["a.*=ep deals experts out over dp workers that send each other tokens"]),
+        ("dp=2,shares=stolen,a=ep", ["use dp=2,a=ep with zero=0, dealt shares"]),
+        ("a=ep", ["use dp=2,a=ep"]),
+        ("dp=2,a=ep,b=tp", ["a=ep deals experts out"]),
         ("dp2", ["'dp2' is not key=value; a plan reads like dp=4,zero=3"]),
         (
             "dp=2,zero=3,shares=stolen",
@@ -65,3 +100,16 @@ def test_what_is_wrong_is_told_at_once(text, messages):
 def test_a_file_that_is_no_toml():
     with pytest.raises(PlanError, match="the plan is not TOML"):
         Plan.from_toml("dp: 4")
+
+
+def test_a_server_reads_as_it_prints_and_says_whether_it_is_exact():
+    for text, exact in (
+        ("dp=4,server=2:staleness=4", False),
+        ("dp=2,server=2:async,late=scaled:20", False),
+        ("dp=2,server=1", True),
+        ("dp=2,server=2:staleness=0", True),
+    ):
+        plan = Plan.parse(text)
+        assert str(plan) == text
+        assert Plan.from_toml(plan.to_toml()) == plan
+        assert plan.exact is exact

@@ -57,6 +57,24 @@ def test_every_way_to_arrange_the_workers_is_looked_at():
     assert len(list(candidates(question()))) == len({str(plan) for plan in candidates(question())})
 
 
+def test_sequences_are_split_where_a_rehearsal_says_that_they_can_be():
+    facts = made.facts(8)
+    asked = question(degrees=(), splits={(2, 3): made.sequences(facts, 2)})
+    found = {(plan.dp, plan.cp, plan.pp) for plan in candidates(asked) if plan.cp > 1}
+    assert found == {(1, 2, 1), (2, 2, 1), (1, 2, 2)}
+    assert not any(plan.cp > 1 for plan in candidates(question()))
+    one = replace(asked, batch=4)  # one microbatch: replicas and stages have nothing to share
+    assert search(one).best.plan.cp == 2
+    assert "computing" in next(entry.loses_on for entry in search(one).ranked if entry.plan.serial)
+
+
+def test_the_best_pipeline_of_each_number_of_workers_has_a_timeline():
+    ranked = search(replace(question(degrees=()), batch=8)).ranked
+    first = {entry.plan.workers: entry for entry in reversed(ranked)}
+    assert any(entry.plan.pp > 1 for entry in first.values())
+    assert all(bool(entry.price.timeline) == (entry.plan.pp > 1) for entry in first.values())
+
+
 def test_only_what_was_rehearsed_is_split():
     assert all(plan.tp in (1, 2) for plan in candidates(question(degrees=(2,))))
     assert all(plan.sequence == 0 for plan in candidates(question()))

@@ -279,6 +279,11 @@ class ThreadTeam:
         everyone = self._meet("reduce_scatter", why, [piece.clone() for piece in pieces], None)
         return sum(theirs[self.rank] for theirs in everyone)
 
+    def trade(self, own: Tensor, other: int, shape: Sequence[int], why: str) -> Tensor:
+        theirs = self._meet("trade", why, own.clone(), None)[other]
+        assert theirs.shape == tuple(shape), why
+        return theirs
+
     def _meet(self, operation: str, why: str, what: Any, alike: Any) -> list[Any]:
         self.moves.append((operation, why))
         met = self.room.meet(self.rank, ((operation, why, alike), what))

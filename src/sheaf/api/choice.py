@@ -138,6 +138,27 @@ def promised(
     return (None, told["reason"]) if "reason" in told else (_heard(told), "")
 
 
+def foretold(
+    task: Task,
+    found: Checked | None,
+    price: Price | None,
+    *,
+    world: World | None,
+    source: FromFile | None,
+    note: Callable[[str], None],
+) -> tuple[Price | None, str]:
+    """What ``promised`` says of a plan that was checked; else the ``price`` that a ranking gave, with its timeline.
+
+    A search makes timelines for the best plans alone; others are priced again for that, as far as that can be.
+    """
+    if found is not None:
+        return promised(task, found, world=world, source=source, note=note)
+    if price is None or price.plan.pp == 1 or price.timeline:
+        return price, ""
+    again, reason = promised(task, checked(task, price.plan), world=world, source=source, note=note)
+    return (price, reason) if again is None else (replace(price, timeline=again.timeline), "")
+
+
 def _degree(plan: Plan) -> str:
     return next((key for key in ("dp", "pp", "tp", "cp") if getattr(plan, key) > 1), "dp")
 

@@ -29,7 +29,7 @@ def measure(
     messages, in about a third of the time, and takes a full measurement where there is one. ``out`` writes the
     cluster file there as well. Raises ClusterError, and WorkerFailed when a worker cannot be started.
     """
-    workers = _default_workers() if workers is None else workers
+    workers = default_workers() if workers is None else workers
     if workers < 1:
         raise ClusterError(f"workers={workers}: at least one worker is needed")
     cluster = None if fresh else _cached(workers, quick=quick)
@@ -72,6 +72,7 @@ def _measured(workers: int, *, quick: bool) -> Cluster:
     return assemble(results, name=host_name())
 
 
-def _default_workers() -> int:
+def default_workers() -> int:
+    """As many as this machine has accelerators, or else cores."""
     accelerators = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     return accelerators or available_cores()

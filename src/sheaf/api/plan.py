@@ -21,6 +21,7 @@ from sheaf.plans.stages import default_microbatch
 from sheaf.search import Question, Ranking, Refusal, broken, search, unmergeable
 from sheaf.search.measured import facts_for
 from sheaf.search.space import microbatch_choices
+from sheaf.split.sequences import sequences
 from sheaf.task import Task
 from sheaf.task.probe import elementwise
 
@@ -34,7 +35,7 @@ def plan(
     *,
     workers: int | None = None,
     cluster: Cluster | Path | str | None = None,
-    allow_relaxed: bool = False,  # noqa: ARG001 - every plan there is is exact
+    allow_relaxed: bool = False,
     measured: bool = True,
     quick: bool = False,
     fresh: bool = False,
@@ -45,7 +46,7 @@ def plan(
 
     ``workers``  how many may be used; without a cluster, of this machine (default: its accelerators, or its cores)
     ``cluster``  a Cluster, a cluster file, or the name of a known machine; None: this machine, measured
-    ``allow_relaxed``  also plans that do not compute the serial answer; there are none so far
+    ``allow_relaxed``  also plans that do not compute the serial answer
     ``measured``  on this machine, measure the model's blocks; otherwise, and elsewhere, a roofline prices them
     ``quick``    measure this machine's links in a third of the time
     ``fresh``    measure again what an earlier call has measured
@@ -57,6 +58,7 @@ def plan(
     """
     say = note or _nothing
     question = ask(task, workers=workers, cluster=cluster, quick=quick, fresh=fresh, note=note)
+    question = replace(question, allow_relaxed=allow_relaxed)
     question, unsplit = _with_splits(task, question, fresh=fresh, say=say)
     roofline = search(question)
     if not (measured and roofline.ranked and _is_here(question.cluster, given=cluster is not None)):
@@ -233,6 +235,8 @@ def predicted(
     ``plan`` is resolved, ``facts`` are of its microbatch, and ``split`` says how it splits layers, if it does. Raises
     ClusterError, DataError and WorkerFailed when measuring fails.
     """
+    if plan.cp > 1:
+        split = sequences(task, plan.cp, samples=facts.samples)
     (note or _nothing)(f"predicting a step of {plan} from what was measured, measuring what was not")
     cluster = measure(plan.workers, quick=quick)
     profiles = measured_profiles(task, [facts], plan.workers, source=source)

@@ -14,6 +14,8 @@ from sheaf.task import Task
 from sheaf.task.blueprint import Blueprint
 from sheaf.training.directory import MODEL
 
+STRAGGLING = 1.25  # times the median worker's pace
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -41,6 +43,21 @@ class Run:
         """The median over all steps but the first, which warms up."""
         seconds = [report.seconds for report in self.reports]
         return statistics.median(seconds[1:] or seconds) if seconds else 0.0
+
+    @property
+    def stragglers(self) -> dict[int, float]:
+        """By worker, how many times as long it took for a microbatch as the median one, where that is a quarter more.
+
+        Medians over all steps but the first. Of replicas made of several workers, all are looked at.
+        """
+        paces: dict[int, list[float]] = {}
+        for report in self.reports[1:]:
+            for worker, (count, seconds) in enumerate(zip(report.microbatches, report.computed, strict=False)):
+                if count and seconds:
+                    paces.setdefault(worker, []).append(seconds / count)
+        typical = {worker: statistics.median(found) for worker, found in paces.items()}
+        middle = statistics.median_low(typical.values()) if typical else 0.0
+        return {worker: pace / middle for worker, pace in sorted(typical.items()) if pace > STRAGGLING * middle}
 
     def model(self) -> nn.Module:
         """The trained model on the CPU, under its original parameter names.

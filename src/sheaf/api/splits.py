@@ -15,8 +15,10 @@ from sheaf.graph import ModelFacts
 from sheaf.graph import cache as profiles
 from sheaf.plans.split import SplitFacts
 from sheaf.search import Refusal
-from sheaf.search.space import degrees, heavy_part
+from sheaf.search.space import degrees, heavy_part, stacked
+from sheaf.split.experts import experts
 from sheaf.split.rehearsal import rehearse
+from sheaf.split.sequences import sequences
 from sheaf.task import Task
 from sheaf.units import pretty_bytes
 
@@ -24,8 +26,12 @@ EACH_UP_TO = 4  # workers that may split a layer: each number is tried; beyond, 
 MOST_WORKERS = 16  # that split a layer: slices get too thin for more
 BUDGET_SECONDS = 40.0  # of rehearsing; what is known from earlier takes none
 GATHER = "whole for "
+SUMS = ("all_reduce", "reduce_scatter")
 
-Splits = dict[tuple[int, int], SplitFacts]  # by (workers that split a layer, sequence 0 or 1)
+EXPERTS = 2  # in place of the sequence: replicas send each other tokens
+SEQUENCES = 3  # in its place: sequences are split, and layers are not
+
+Splits = dict[tuple[int, int], SplitFacts]  # by (workers that split a layer, sequence 0 or 1, or EXPERTS)
 
 
 def splits(
@@ -45,14 +51,17 @@ def splits(
     """
     inside = worth_trying(workers if per_machine == 1 else min(workers, per_machine))
     among = [number for number in degrees(workers, batch) if number in worth_trying(workers)]
-    wanted = [(number, sequence) for number in inside for sequence in (0, 1)]
+    wanted = [(number, SEQUENCES) for number in inside]  # first: it takes two runs, where layers take many
+    wanted += [(number, sequence) for number in inside for sequence in (0, 1)]
     if heavy_part(facts) is not None:
         wanted += [(number, 0) for number in among if number not in inside]
+    if stacked(facts):
+        wanted += [(number, EXPERTS) for number in among]
     found: Splits = {}
     refused: list[Refusal] = []
-    began, plain = time.monotonic(), False
+    began, shut = time.monotonic(), set[int]()  # ways that came to nothing, for smaller numbers
     for number, sequence in wanted:
-        if sequence and (plain or (number, 0) not in found):
+        if sequence in shut or (sequence == 1 and (number, 0) not in found):
             continue
         path = _path(task, facts, number, sequence)
         known = None if fresh else _read(path)
@@ -63,9 +72,9 @@ def splits(
             refused.append(Refusal(_text(number, sequence), reason, "to name it yourself: it may be run, and verified"))
             continue
         if known is None:
-            say(f"rehearsing layers split among {number}{' and along the sequence' * sequence}")
+            say(f"rehearsing {_words(number, sequence)}")
             try:
-                known = rehearse(task, number, samples=facts.samples, sequence=bool(sequence))
+                known = _rehearsed(task, facts, number, sequence)
             except Exception as error:  # noqa: BLE001 - whatever it is, other plans may still do
                 first = (str(error).splitlines() or [""])[0]
                 reason = first if isinstance(error, SheafError) else f"{type(error).__name__}: {first}"
@@ -73,12 +82,11 @@ def splits(
                 continue
             with suppress(OSError):  # a folder that cannot be written to is done without
                 _write(path, known)
-        if sequence and known.moves == found[number, 0].moves:
-            plain = True  # nothing runs along a sequence here
-            continue
-        if known.slices:
+        if not _is_idle(known, sequence, found.get((number, 0)), facts):
             found[number, sequence] = known
-        elif not sequence:
+        elif sequence:
+            shut.add(sequence)
+        else:
             refused.append(Refusal(_text(number, 0), "no layer can be split", "dp or pp in place of tp"))
     return found, tuple(refused)
 
@@ -93,15 +101,47 @@ def worth_trying(most: int) -> tuple[int, ...]:
     return tuple(sorted(number for number in found if 1 < number <= min(most, MOST_WORKERS)))
 
 
+def _is_idle(known: SplitFacts, sequence: int, plain: SplitFacts | None, facts: ModelFacts) -> bool:
+    """Whether nothing comes of splitting so; ``plain`` is what it is without the sequence."""
+    if sequence == 1:
+        return plain is not None and known.moves == plain.moves
+    return not worth_splitting(known, facts) if sequence == SEQUENCES else not known.slices
+
+
+def worth_splitting(split: SplitFacts, facts: ModelFacts) -> bool:
+    """Whether each worker is spared at least half of what splitting sequences could spare it."""
+    flops = {block.name: block.forward_flops + block.backward_flops for block in facts.blocks}
+    total = sum(flops.values())
+    left = sum(split.work.get(name, 1.0) * count for name, count in flops.items())
+    return total > 0 and left <= total * (1 + 1 / split.degree) / 2
+
+
+def _rehearsed(task: Task, facts: ModelFacts, number: int, sequence: int) -> SplitFacts:
+    if sequence == EXPERTS:
+        return experts(task, number, samples=facts.samples)
+    if sequence == SEQUENCES:
+        return sequences(task, number, samples=facts.samples)
+    return rehearse(task, number, samples=facts.samples, sequence=bool(sequence))
+
+
+def _words(number: int, sequence: int) -> str:
+    if sequence == EXPERTS:
+        return f"tokens sent to experts of {number} replicas"
+    if sequence == SEQUENCES:
+        return f"sequences split among {number}"
+    return f"layers split among {number}{' and along the sequence' * sequence}"
+
+
 def described(split: SplitFacts, facts: ModelFacts) -> dict[str, Any]:
     """What is split, what is gathered and what is kept whole, for JSON; bytes are of one microbatch."""
     matrices = {one.name for one in facts.parameters if len(one.shape) > 1}
     cut = {name: held for name, held in split.slices.items() if name in matrices}
+    sent = [move.size_bytes for move in split.moves if move.operation == "all_to_all" and not move.backward]
     together: dict[tuple[str, str], list[int]] = {}
     for move in split.moves:
-        if move.operation == "all_gather" and not move.backward:
+        if move.operation == "all_gather" and not move.backward and not sent:
             together.setdefault((move.block, move.why.removeprefix(GATHER)), []).append(move.size_bytes)
-    sums = [move.size_bytes for move in split.moves if move.operation != "all_gather" and not move.backward]
+    sums = [move.size_bytes for move in split.moves if move.operation in SUMS and not move.backward]
     return {
         "workers": split.degree,
         "samples": split.samples,
@@ -113,6 +153,9 @@ def described(split: SplitFacts, facts: ModelFacts) -> dict[str, Any]:
             name: {"dim": held.dim, "sizes": list(held.cut.sizes), "outer": held.cut.outer}
             for name, held in split.slices.items()
         },
+        "sequences": not split.slices,
+        "sent": len(sent),
+        "sent_bytes": sum(sent),
         "sums": len(sums),
         "sums_bytes": sum(sums),
         "gathered": [
@@ -125,6 +168,10 @@ def described(split: SplitFacts, facts: ModelFacts) -> dict[str, Any]:
 
 def told(values: dict[str, Any], *, most: int = 3) -> list[str]:
     """``described`` in lines of text; of what is gathered, the ``most`` largest."""
+    if values["sent"]:
+        return _told_experts(values)
+    if values["sequences"]:
+        return _told_sequences(values, most)
     count = f"{values['split']} of {values['matrices']} weight matrices split among {values['workers']}"
     pairs = f"{values['by_output']} by outputs, {values['by_input']} by inputs"
     several = "s" * (values["sums"] != 1)
@@ -141,13 +188,44 @@ def told(values: dict[str, Any], *, most: int = 3) -> list[str]:
     return lines
 
 
+def _told_experts(values: dict[str, Any]) -> list[str]:
+    sizes = sorted({tuple(one["sizes"]) for one in values["slices"].values()})
+    dealt = " and ".join(":".join(str(size) for size in one) for one in sizes)
+    often = f"{values['sent']} times, {pretty_bytes(values['sent_bytes'])} in all"
+    stacks = f"{values['split']} stacks of experts dealt out over {values['workers']} replicas, {dealt}"
+    return [
+        f"{stacks}; tokens travel {often} per microbatch forward, and as much backward",
+        "the experts' gradients do not travel",
+    ]
+
+
+def _told_sequences(values: dict[str, Any], most: int) -> list[str]:
+    """Of attention, what is gathered as it must be; of all else, what could not be split."""
+    near = [one for one in values["gathered"] if one["for"] == "attention"]
+    often = sum(one["times"] for one in near)
+    lines = [
+        (
+            f"every weight whole, sequences split among {values['workers']}; keys and values gathered {often} times, "
+            f"{pretty_bytes(sum(one['bytes'] for one in near))} per microbatch forward, and twice as much backward"
+        )
+    ]
+    others = sorted((one for one in values["gathered"] if one not in near), key=lambda one: -one["bytes"])
+    if others:
+        shown = [f"{_gathered(one)} ({pretty_bytes(one['bytes'])})" for one in others[:most]]
+        more = f" and {len(others) - most} more" if len(others) > most else ""
+        lines.append(f"gathered, to be computed whole: {', '.join(shown)}{more}")
+    return lines
+
+
 def _gathered(one: dict[str, Any]) -> str:
     block = one["block"].strip("<>") or "the model"
     return f"input of {one['for']} in {block}"
 
 
 def _text(number: int, sequence: int) -> str:
-    return f"tp={number}" + (",sequence=1" if sequence else "")
+    if sequence == SEQUENCES:
+        return f"cp={number}"
+    return f"dp={number} with experts" if sequence == EXPERTS else f"tp={number}" + (",sequence=1" if sequence else "")
 
 
 def _path(task: Task, facts: ModelFacts, number: int, sequence: int) -> Path:

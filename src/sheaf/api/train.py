@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sheaf import launch, training
-from sheaf.api.choice import AUTO, checked, choose, promised
+from sheaf.api.choice import AUTO, checked, choose, foretold
 from sheaf.api.run import Run
 from sheaf.checkpoint import from_first, latest
 from sheaf.cost.price import Price
@@ -83,12 +83,12 @@ def train(
         found = checked(task, chosen)
         chosen = found.plan
     values = training.describe(task, chosen)
-    directory = Path(from_first(lambda: str(_directory(task, out))))
+    directory = Path(from_first(lambda: str(run_directory(task, out))))
     if world is None:
         training.check(directory, values, resume=resume)
     events: dict[str, dict[str, Any]] = {}
-    if predict and found is not None:
-        price, reason = promised(task, found, world=world, source=source, note=note)
+    if predict:
+        price, reason = foretold(task, found, price, world=world, source=source, note=note)
         if reason:
             events["warning"] = {"message": reason}
     events["plan"] = {"plan": str(chosen), **({"predicted": price.seconds} if price is not None else {})}
@@ -163,7 +163,8 @@ def _loaded(source: FromFile) -> Task:
     return task
 
 
-def _directory(task: Task, out: str | Path | None) -> Path:
+def run_directory(task: Task, out: str | Path | None) -> Path:
+    """Where a run goes: ``out``, or the first ``runs/NAME-N`` that is not there yet."""
     if out is not None:
         return Path(out)
     name = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in task.name)

@@ -27,7 +27,8 @@ def verify(
 ) -> Verdict:
     """Train the same task ``steps`` steps by plain PyTorch in this process and under the plan, and compare them.
 
-    Losses, every gradient, every weight and every persistent buffer are compared. A plan of several workers runs on
+    Losses, every gradient, every weight and every persistent buffer are compared; a plan that is not exact may come out
+    as ``relaxed``. A plan of several workers runs on
     new processes of this machine; ``workers`` is how many there may be at most. With ``keep`` the observations stay
     in that directory (about three times weights and gradients per step), else they go.
 
@@ -59,7 +60,8 @@ def verify(
 
         with undisturbed():
             torch.set_num_threads(threads)
-            return try_plan(task, str(plan), steps, observe, directory, microbatch=microbatch, device=device)
+            verdict = try_plan(task, str(plan), steps, observe, directory, microbatch=microbatch, device=device)
+            return verdict.of(exact=plan.exact)
 
 
 def _refused(task: Task, plan: Plan, microbatch: int, steps: int, workers: int | None) -> tuple[Blueprint, Plan]:

@@ -69,6 +69,7 @@ def show(ranking: "Ranking", cluster: "Cluster | None", console: Console, *, row
         best = ranking.ranked[0]
         console.print(Text.assemble("\n", (str(best.plan), "bold green"), f" leads: {best.reason}"))
         _say_split(ranking, console)
+        _say_cautions(ranking, rows, console)
     # The plans that would use most of what there is come first: those are the ones people ask about.
     refusals = sorted(ranking.refusals(), key=lambda refusal: -max(_workers(text) for text in refusal[2]))
     if refusals:
@@ -96,6 +97,20 @@ def _say_split(ranking: "Ranking", console: Console) -> None:
             for line in lines[1:]:
                 console.print(Text(f"  {line}"))
             return
+
+
+def _say_cautions(ranking: "Ranking", rows: int | None, console: Console) -> None:
+    """What is known of the relaxed plans that are shown."""
+    found: dict[str, str] = {}
+    for entry in ranking.ranked[:rows]:
+        if entry.caution:
+            found.setdefault(entry.caution, str(entry.plan))
+    if found:
+        console.print("\nrelaxed: these do not compute the serial answer", style="bold")
+    for caution, plan_text in found.items():
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(Text("-"), Text.assemble((plan_text, "bold"), f": {caution}"))
+        console.print(grid)
 
 
 def _workers(text: str) -> int:

@@ -5,13 +5,19 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
+from rich.table import Table
 
 from sheaf.cli.answer import Answer, leads
 from sheaf.cli.options import AUTO, INTERRUPTED, file_argument, json_option, read_plan, workers_option
+from sheaf.errors import RunError
+from sheaf.plans import Plan
 from sheaf.units import pretty_seconds
 
 if TYPE_CHECKING:
+    from sheaf.api.compare import Comparison
     from sheaf.api.train import Run
+    from sheaf.launch import FromFile
+    from sheaf.task import Task
 
 
 @click.command(short_help="Train a task under a plan.")
@@ -26,6 +32,9 @@ if TYPE_CHECKING:
     "--save-every", type=click.IntRange(min=0), metavar="N", help="Steps between checkpoints (0: at the end)."
 )
 @click.option("--no-predict", is_flag=True, help="Do not measure what a step of a given plan should take.")
+@click.option("--compare", "ways", metavar="WAYS",
+              help="Train once for each of several ways for gradients to meet, such as 'all-reduce; server=2:async; "
+                   "local=16:diloco', and draw their losses by steps and by seconds.")  # fmt: skip
 @json_option
 @click.pass_context
 def train(
@@ -38,6 +47,7 @@ def train(
     resume: bool,
     save_every: int | None,
     no_predict: bool,
+    ways: str | None,
     as_json: bool,
 ) -> None:
     """Train a task; the run's directory keeps the plan, the record, checkpoints and a picture.
@@ -50,6 +60,10 @@ def train(
 
         plan = AUTO if plan_text == AUTO else read_plan(plan_text)
         task = load(file)
+        if ways is not None:
+            _refuse_with_compare(resume=resume, save_every=save_every)
+            _compare(answer, task, ways, plan, steps, out, workers, own_source(task, file))
+            return
         done = run(
             task,
             plan,
@@ -75,6 +89,7 @@ def _values(run: "Run") -> dict[str, object]:
         "directory": str(run.directory),
         "pipeline": None if run.pipeline is None else str(run.pipeline),
         "stopped": run.stopped,
+        "stragglers": {str(worker): times for worker, times in run.stragglers.items()},
     }
 
 
@@ -85,8 +100,57 @@ def _show(run: "Run", console: Console) -> None:
         said = run.predicted_seconds_per_step
         predicted = f", predicted {pretty_seconds(said)}" if said else ""
         console.print(f"{pretty_seconds(run.seconds_per_step)} per step{predicted}")
+    for worker, times in run.stragglers.items() if run.plan.dp > 1 and run.plan.pp == 1 else ():
+        remedy = (
+            "" if run.plan.stolen or run.plan.balanced else ": shares=balanced, or stolen, would give it less to do"
+        )
+        console.print(f"worker {worker} took {times:.1f} times as long for a microbatch as the others{remedy}")
     console.print(f"the run is in {run.directory}", markup=False, soft_wrap=True)
     if run.pipeline is not None:
         console.print(f"a step of its pipeline is drawn in {run.pipeline}", markup=False, soft_wrap=True)
     if run.stopped:
         console.print(f"it was stopped; the same command with --out {run.directory} --resume goes on", markup=False)
+
+
+def _refuse_with_compare(*, resume: bool, save_every: int | None) -> None:
+    given = [name for name, there in (("--resume", resume), ("--save-every", save_every is not None)) if there]
+    if given:
+        raise RunError(f"{' and '.join(given)}: with --compare several runs start anew; drop one or the other")
+
+
+def _compare(
+    answer: Answer,
+    task: "Task",
+    ways: str,
+    plan: Plan | str,
+    steps: int,
+    out: Path | None,
+    workers: int | None,
+    source: "FromFile | None",
+) -> None:
+    from sheaf.api.compare import compare
+    from sheaf.api.measure import default_workers
+    from sheaf.api.train import run_directory
+
+    if not isinstance(plan, Plan):
+        plan = Plan(dp=workers or default_workers())
+    place = out or run_directory(task, None)
+    done = compare(task, ways, plan, steps=steps, out=place, quiet=not leads(), source=source)
+    answer.give({"rows": done.rows, "picture": str(done.picture)}, lambda console: _show_rows(done, console))
+
+
+def _show_rows(done: "Comparison", console: Console) -> None:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("way")
+    for heading in ("last loss", "per step", "to the first's last loss"):
+        table.add_column(heading, justify="right")
+    for row in done.rows:
+        reached = row["seconds_to_loss"]
+        table.add_row(
+            f"{row['mode']}{'' if row['exact'] else ' (relaxed)'}",
+            f"{row['loss']:.4f}",
+            pretty_seconds(float(str(row["seconds_per_step"]))),
+            "not reached" if reached is None else pretty_seconds(float(str(reached))),
+        )
+    console.print(table)
+    console.print(f"losses by steps and by seconds: {done.picture}", markup=False, soft_wrap=True)

@@ -23,7 +23,7 @@ T = TypeVar("T")
 class Basis:
     """One model on one cluster, split in one way, with everything that was worked out for it once.
 
-    Good for all plans with the ``tp`` and ``parts`` it was made for (``Basis.of``).
+    Good for all plans with the ``tp``, ``cp`` and ``parts`` it was made for (``Basis.of``).
     """
 
     facts: ModelFacts
@@ -52,11 +52,15 @@ class Basis:
         return self.once(("seats", workers), lambda: seats(self.cluster, workers, self.precision))
 
     def fabric(self, plan: Plan, kind: str) -> Fabric:
-        """The links among the plan's workers of one ``kind`` of group: ``dp``, ``tp`` or ``pp``."""
+        """The links among the plan's workers of one ``kind`` of group: ``dp``, ``tp`` or ``pp``.
+
+        Those that split sequences are in the place of ``tp``; their gradients meet among all of ``dp`` and ``cp``.
+        """
         mesh = Mesh.of(plan)
 
         def made() -> Fabric:
-            groups = {"dp": mesh.dp_groups, "tp": mesh.tp_groups, "pp": mesh.pp_groups}[kind]
+            alike = mesh.stage_groups if plan.cp > 1 else mesh.dp_groups
+            groups = {"dp": alike, "tp": mesh.tp_groups, "pp": mesh.pp_groups}[kind]
             return fabric_of_groups(self.cluster, self.seats(plan.workers), groups, self.factor)
 
         return self.once((kind, mesh), made)

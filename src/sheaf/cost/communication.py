@@ -7,10 +7,11 @@ from sheaf.cluster.cluster import Cluster, Link
 from sheaf.cluster.links import collective_seconds
 from sheaf.cost.placement import Seat, machines
 from sheaf.graph.facts import GLUE, LOSS, ModelFacts
-from sheaf.plans import layout
+from sheaf.plans import Plan, layout
 from sheaf.plans.layout import Held
 
 ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, BROADCAST = "all_reduce", "reduce_scatter", "all_gather", "broadcast"
+ALL_TO_ALL, TRADE = "all_to_all", "trade"
 COUNTER_SECONDS = 100e-6  # one round trip to the counter from which microbatches are stolen
 
 
@@ -24,7 +25,13 @@ class Fabric:
     _known: dict[tuple[str, int], float] = field(default_factory=dict[tuple[str, int], float], compare=False)
 
     def seconds(self, operation: str, size_bytes: int) -> float:
-        """One collective over all workers; no time for nothing or for one worker."""
+        """One collective over all workers; no time for nothing or for one worker.
+
+        An all-to-all sends what an all-gather of the same size does, and is not measured by itself.
+        """
+        operation = ALL_GATHER if operation == ALL_TO_ALL else operation
+        if operation == TRADE:  # of pairs, each with one message each way
+            return self.passing_seconds(size_bytes)
         if self.workers < 2 or size_bytes <= 0:
             return 0.0
         if (operation, size_bytes) not in self._known:
@@ -38,6 +45,8 @@ class Fabric:
 
         Reduce-scatter and all-gather send (n - 1)/n of the size, an all-reduce both.
         """
+        if operation == TRADE:
+            return float(size_bytes)
         once = size_bytes * (self.workers - 1) / self.workers
         return 2 * once if operation == ALL_REDUCE else once
 
@@ -86,9 +95,29 @@ def exposed(pieces: Sequence[float], window_seconds: float, overlap: float) -> f
 def buckets(facts: ModelFacts, bucket_bytes: int) -> tuple[int, ...]:
     """Sizes of the gradient buckets that the executors fill, in the order they fill."""
     itemsizes = {parameter.dtype: parameter.itemsize_bytes for parameter in facts.parameters}
-    held = [Held(one.name, one.num_elements, one.dtype, one.requires_grad) for one in facts.parameters]
-    grouped = layout.buckets(held, itemsizes, bucket_bytes)
+    grouped = _grouped(facts, bucket_bytes)
     return tuple(sum(one.num_elements * itemsizes[one.dtype] for one in bucket) for bucket in grouped)
+
+
+def meetings(facts: ModelFacts, plan: Plan, workers: int) -> list[tuple[tuple[str, int], ...]]:
+    """For each bucket of gradients, or fragment of weights that met after local steps: the collectives, with bytes."""
+    known = {one.name: one for one in facts.parameters}
+    local = plan.meets_locally
+    if local.every:
+        trained = [one for one in facts.parameters if one.requires_grad]
+        groups = layout.fragments([(one.name, one.num_elements, one.dtype) for one in trained], local.fragments)
+    else:
+        groups = [[one.name for one in bucket] for bucket in _grouped(facts, plan.bucket_bytes)]
+    return [
+        plan.compression.messages([known[name].shape for name in names], known[names[0]].itemsize_bytes, workers)
+        for names in groups
+    ]
+
+
+def _grouped(facts: ModelFacts, bucket_bytes: int) -> tuple[tuple[Held, ...], ...]:
+    itemsizes = {parameter.dtype: parameter.itemsize_bytes for parameter in facts.parameters}
+    held = [Held(one.name, one.num_elements, one.dtype, one.requires_grad) for one in facts.parameters]
+    return layout.buckets(held, itemsizes, bucket_bytes)
 
 
 @dataclass(frozen=True)

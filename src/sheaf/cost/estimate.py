@@ -6,6 +6,7 @@ from dataclasses import replace
 from sheaf.cluster.cluster import Cluster
 from sheaf.cost.basis import Basis
 from sheaf.cost.compute import Pace
+from sheaf.cost.experts import expert_times, replicated
 from sheaf.cost.memory import memory
 from sheaf.cost.parts import held, part_times
 from sheaf.cost.pipeline import Pipeline, kept_stages, pipeline_times, slowest_clock
@@ -57,6 +58,9 @@ def priced(plan: Plan, basis: Basis, sizes: Sequence[int], *, drawn: bool = Fals
     if plan.split_parts:
         times = part_times(plan, basis, sizes)
         holds = memory(plan, held(plan, basis), basis.profile, sizes, shared=basis.parts(plan)[0])
+    elif plan.expert_parts:
+        times = expert_times(plan, basis, _paces(plan, basis), sizes)
+        holds = memory(plan, basis.whole, basis.profile, sizes, shared=replicated(basis))
     else:
         fabric = basis.fabric(plan, "dp")
         times = step_times(plan, basis.whole, _paces(plan, basis), fabric, basis.cluster.overlap, sizes)
@@ -80,10 +84,10 @@ def worker_seconds(plan: Plan, basis: Basis, size: int) -> tuple[float, ...]:
 def _paces(plan: Plan, basis: Basis) -> list[Pace]:
     """By replica, the pace of the slowest of the workers that split its layers."""
     seats, mesh = basis.seats(plan.workers), Mesh.of(plan)
-    crossing = basis.crossing(basis.whole, basis.fabric(plan, "tp"))
+    crossing = basis.crossing(basis.whole, basis.fabric(plan, "dp" if plan.expert_parts else "tp"))
     paces: list[Pace] = []
     for replica in range(plan.dp):
-        ranks = [mesh.rank(pp=0, dp=replica, tp=part) for part in range(plan.tp)]
+        ranks = [mesh.rank(pp=0, dp=replica, tp=part) for part in range(mesh.tp)]
         there = [basis.pace(basis.whole, seat) for seat in dict.fromkeys(seats[rank] for rank in ranks)]
         pace = max(there, key=lambda one: own_seconds(plan, one, basis.facts.samples)) if len(there) > 1 else there[0]
         paces.append(replace(pace, crossing=crossing) if crossing.moves else pace)

@@ -37,12 +37,14 @@ def memory(
     facts, replicated = portion.facts, shared or portion
     scale = max(sizes, default=facts.samples) / facts.samples
     state = profile.optimizer_state_bytes_per_byte if profile else STATE_BYTES_PER_BYTE
-    sharded = plan.dp if plan.zero >= 1 else 1
+    sharded = plan.alike if plan.zero >= 1 else 1
     own = portion.trainable_bytes - replicated.trainable_bytes
     return {
         "parameters": _parameters(plan, portion),
         "gradients": own + _gradients(plan, replicated),
-        "optimizer_state": round(replicated.trainable_bytes * state / sharded + own * state),
+        "optimizer_state": _served(plan, replicated.trainable_bytes, state)
+        if plan.server
+        else round(replicated.trainable_bytes * state / sharded + own * state),
         "activations": round(activation_bytes(plan, facts, kept) * scale),
         "buffers": sum(buffer.size_bytes for buffer in facts.buffers),
         "workspace": _workspace(plan, portion, replicated, scale),
@@ -73,12 +75,12 @@ def _parameters(plan: Plan, portion: Portion) -> int:
     held = portion.units(plan.bucket_bytes)
     gathered = sum(sorted(held.block_bytes, reverse=True)[:GATHERED_BLOCKS])
     # The glue's own shard is counted beside its gathered copy: the optimizer steps on the shard.
-    return -(-portion.parameter_bytes // plan.dp) + held.glue_bytes + gathered
+    return -(-portion.parameter_bytes // plan.alike) + held.glue_bytes + gathered
 
 
 def _gradients(plan: Plan, portion: Portion) -> int:
     trainable_bytes = portion.trainable_bytes
-    shard = -(-trainable_bytes // plan.dp) if plan.zero else 0
+    shard = -(-trainable_bytes // plan.alike) if plan.zero else 0
     if plan.zero < 2:
         return trainable_bytes + shard
     if plan.zero == 2:
@@ -87,17 +89,36 @@ def _gradients(plan: Plan, portion: Portion) -> int:
     return shard + max(held.block_trainable_bytes, default=0) + held.glue_trainable_bytes
 
 
+def _served(plan: Plan, trainable_bytes: int, state: float) -> int:
+    """What the worker with most seats of shards holds: values, optimizer state, room for everyone's gradient."""
+    served = plan.serves
+    seats = min(2, served.shards)  # a shard, and the backup of another
+    copies = 1 + state + plan.dp + 1 + (plan.dp if served.late == "compensated" else 0)
+    return round(seats * trainable_bytes / served.shards * copies)
+
+
 def _workspace(plan: Plan, portion: Portion, replicated: Portion, scale: float) -> int:
     travelling = 0
-    if plan.dp > 1 and plan.zero == 0:
+    if plan.alike > 1 and plan.zero == 0:
         travelling = replicated.trainable_bytes  # all-reduced buckets are kept from step to step
+        travelling *= 1 + _relaxed_copies(plan)
+    if plan.server:  # what is pushed, and what was pulled
+        travelling = 2 * replicated.trainable_bytes
     elif plan.zero:
         held = replicated.units(plan.bucket_bytes)
         sent = (*held.block_trainable_bytes, held.glue_trainable_bytes)
         largest = sorted(sent if plan.zero == 3 else replicated.buckets(plan.bucket_bytes), reverse=True)[
             :BUCKETS_IN_FLIGHT
         ]
-        travelling = sum(largest) + -(-sum(largest) // plan.dp)
+        travelling = sum(largest) + -(-sum(largest) // plan.alike)
     # A block's backward holds the gradients of its output and of its input at once.
     passing = max((block.output_bytes + block.input_bytes for block in portion.facts.blocks), default=0)
     return travelling + round((passing + BATCHES_HELD * portion.facts.batch_bytes) * scale)
+
+
+def _relaxed_copies(plan: Plan) -> int:
+    """How many more copies of trained parameters relaxed plans keep: what was lost; what travels, anchor, velocity."""
+    local, compressed = plan.meets_locally, plan.compress != "none"
+    anchored = local.kind != "average" or compressed or local.overlap > 0
+    meeting = 1 + anchored + (local.kind != "average") if local.every else 0
+    return compressed + meeting

@@ -22,7 +22,7 @@ from sheaf.cost.step import (
 )
 from sheaf.plans import Plan
 from sheaf.plans.mesh import Mesh
-from sheaf.plans.stages import balanced, default_costs, placed, slowest, stages_of
+from sheaf.plans.stages import balanced, default_costs, slowest, stages_of
 from sheaf.plans.timeline import Timeline
 
 WEIGHTS_SHARE = 0.5  # of a backward: the gradients of weights take as many operations as those of inputs
@@ -49,7 +49,7 @@ class Pipeline:
         crossings = [basis.crossing(portion, fabric) for portion in portions]
 
         def pace(replica: int, stage: int) -> Pace:
-            ranks = (mesh.rank(pp=stage % plan.pp, dp=replica, tp=part) for part in range(plan.tp))
+            ranks = (mesh.rank(pp=stage % plan.pp, dp=replica, tp=part) for part in range(mesh.tp))
             there = {seats[rank]: basis.pace(portions[stage], seats[rank]) for rank in ranks}
             size = basis.facts.samples
             paced = max(there.values(), key=lambda one: one.forward.seconds(size) + one.backward.seconds(size))
@@ -138,7 +138,7 @@ def _measured_cut(plan: Plan, basis: Basis) -> tuple[int, ...]:
     costs, count = basis.block_seconds(plan), plan.num_stages
 
     def speed(worker: int) -> float:
-        ranks = (mesh.rank(pp=worker, dp=replica, tp=part) for replica in range(plan.dp) for part in range(plan.tp))
+        ranks = (mesh.rank(pp=worker, dp=replica, tp=part) for replica in range(plan.dp) for part in range(mesh.tp))
         there = [seats[rank] for rank in ranks]
         return min(seat.flops_per_second if basis.profile is None else seat.speed for seat in there)
 
@@ -187,7 +187,7 @@ def _passing_seconds(pipeline: Pipeline, basis: Basis, replica: int, size: float
     plan = pipeline.plan
     longest = 0.0
     mesh = Mesh.of(plan)
-    for stage, sent_bytes in enumerate(_outputs(pipeline, basis)):
+    for stage, sent_bytes in enumerate(_outputs(pipeline)):
         here, there = stage % plan.pp, (stage + 1) % plan.pp
         if here != there:
             ranks = [mesh.rank(pp=worker, dp=replica, tp=0) for worker in (here, there)]
@@ -196,15 +196,18 @@ def _passing_seconds(pipeline: Pipeline, basis: Basis, replica: int, size: float
     return longest
 
 
-def _outputs(pipeline: Pipeline, basis: Basis) -> list[int]:
+def _outputs(pipeline: Pipeline) -> list[int]:
     """Bytes that each stage but the last passes on for one microbatch of the facts."""
-    output_bytes = {block.name: block.output_bytes for block in placed(basis.facts)}
-    return [output_bytes[names[-1]] for names in pipeline.names[:-1]]
+    portions = zip(pipeline.names[:-1], pipeline.portions, strict=False)
+    return [
+        next(block.output_bytes for block in portion.facts.blocks if block.name == names[-1])
+        for names, portion in portions
+    ]
 
 
 def _passed_bytes(pipeline: Pipeline, basis: Basis, worker: int, share: Sequence[int]) -> float:
     """What a worker sends its neighbours in a step: outputs forward, gradients of inputs backward."""
-    outputs = _outputs(pipeline, basis)
+    outputs = _outputs(pipeline)
     sent = 0
     for stage in pipeline.stages_on(worker):
         sent += outputs[stage] if stage < len(outputs) else 0
@@ -238,7 +241,7 @@ def _replicated(
         max(replica[worker].optimizer_seconds_per_byte for replica in pipeline.paces) for worker in range(plan.pp)
     ]
     stepped = (one.trainable_bytes * rate for one, rate in zip(portions, seconds_per_byte, strict=True))
-    times.seconds["optimizer"] = max(stepped) / (plan.dp if plan.zero else 1)
+    times.seconds["optimizer"] = max(stepped) / (plan.alike if plan.zero else 1)
     times.seconds["host"] += max(pace.host_seconds for pace in every)
     told(times, portion, fabric, sum(len(one) for one in shares))
 

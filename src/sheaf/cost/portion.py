@@ -62,11 +62,11 @@ def in_part(plan: Plan, block: BlockFact) -> str | None:
 
 
 def scoped(plan: Plan, facts: ModelFacts, split: SplitFacts | None) -> SplitFacts | None:
-    """The split as far as the plan asks for it: without the parts kept whole under tp; under dp, only the split ones.
+    """The split as far as the plan asks for it: without the parts kept whole under tp; under dp, its own parts only.
 
     Raises ValueError when the plan splits layers and no facts say how, or they are of another number of workers.
     """
-    parts, degree = plan.split_parts, plan.split_degree
+    parts, degree = plan.split_parts, plan.cp if plan.cp > 1 else plan.split_degree
     if degree == 1:
         return None
     if split is None or split.degree != degree:
@@ -75,6 +75,18 @@ def scoped(plan: Plan, facts: ModelFacts, split: SplitFacts | None) -> SplitFact
             f"{plan} splits layers among {degree} workers; pricing it needs their split facts, and {there}"
         )
     moves = [replace(move, block=_owner(facts, move.block)) for move in split.moves]
+    if plan.cp > 1:
+        return replace(split, moves=tuple(moves))
+    if plan.expert_parts:
+        slices = {name: cut for name, cut in split.slices.items() if plan.part(name) == "ep"}
+        dealt = {block.name for block in facts.blocks if not slices.keys().isdisjoint(block.parameters)}
+        return replace(
+            split,
+            slices=slices,
+            moves=tuple(move for move in moves if move.block in dealt),
+            work={name: share for name, share in split.work.items() if name in dealt},
+            activations={name: share for name, share in split.activations.items() if name in dealt},
+        )
     inside = {block.name for block in facts.blocks if (in_part(plan, block) == "tp") == parts}
     if not parts:
         inside -= {block.name for block in facts.blocks if in_part(plan, block) == "whole"}
@@ -109,6 +121,7 @@ def portion(
     """
     work = split.work if split else {}
     kept = split.activations if split else {}
+    along = split is not None and not split.slices  # sequences are split: so is what crosses between blocks
     chosen: list[BlockFact] = []
     for block in facts.blocks:
         if block.name == GLUE:
@@ -116,9 +129,9 @@ def portion(
                 chosen.append(_glue(block, glue_share, holding=first))
         elif block.name == LOSS:
             if last:
-                chosen.append(_scaled(block, work.get(LOSS, 1.0), kept.get(LOSS, 1.0)))
+                chosen.append(_scaled(block, work.get(LOSS, 1.0), kept.get(LOSS, 1.0), along=along))
         elif block.name in names or (first and not block.calls):
-            chosen.append(_scaled(block, work.get(block.name, 1.0), kept.get(block.name, 1.0)))
+            chosen.append(_scaled(block, work.get(block.name, 1.0), kept.get(block.name, 1.0), along=along))
     present = {block.name for block in chosen}
     blocks = {block.name: block for block in facts.blocks}
     return Portion(
@@ -188,9 +201,16 @@ def _owner(facts: ModelFacts, module: str) -> str:
     return next((name for name in inner if name in names), GLUE)
 
 
-def _scaled(block: BlockFact, work: float, kept: float) -> BlockFact:
+def _scaled(block: BlockFact, work: float, kept: float, *, along: bool = False) -> BlockFact:
     if work == 1.0 and kept == 1.0:
         return block
+    if along:
+        block = replace(
+            block,
+            input_bytes=round(block.input_bytes * kept),
+            output_bytes=round(block.output_bytes * kept),
+            fresh_input_bytes=round(block.fresh_input_bytes * kept),
+        )
     return replace(
         block,
         forward_flops=block.forward_flops * work,

@@ -8,11 +8,13 @@ SECONDS_TERMS = (
     "compute",
     "recompute",
     "tensor",
+    "all_to_all",
     "transfer",
     "bubble",
     "all_reduce",
     "reduce_scatter",
     "all_gather",
+    "server",
     "wait",
     "optimizer",
     "host",
@@ -27,9 +29,11 @@ class Price:
     """Predicted seconds per step and peak bytes of the fullest worker, term by term.
 
     Communication terms hold the exposed part only; ``hidden_seconds`` is what computation covers. ``tensor`` is what
-    the workers that split a layer send each other, ``transfer`` what passing microbatches from stage to stage adds,
-    and ``bubble`` what the busiest worker of a pipeline idles for the others. ``wait`` is the time the fastest replica
-    idles for the slowest. ``stages`` counts the blocks of a pipeline's stages; ``timeline`` is its slowest replica's.
+    the workers that split a layer send each other, ``all_to_all`` what replicas send to experts and back, ``transfer``
+    what passing microbatches from stage to stage adds, ``server`` what pushing gradients to shards and pulling values
+    takes, and ``bubble`` what the busiest worker of a pipeline idles for the others. ``wait`` is the time the fastest
+    replica idles for the slowest. ``stages`` counts the blocks of a pipeline's stages; ``timeline`` is its slowest
+    replica's.
     """
 
     plan: Plan

@@ -16,12 +16,13 @@ from sheaf.cost.communication import (
     REDUCE_SCATTER,
     Fabric,
     exposed,
+    meetings,
 )
 from sheaf.cost.compute import Pace
 from sheaf.cost.portion import Portion
 from sheaf.cost.price import SECONDS_TERMS
 from sheaf.plans import Plan
-from sheaf.plans.layout import apportion
+from sheaf.plans.layout import apportion, soonest
 
 
 @dataclass
@@ -49,12 +50,12 @@ def step_times(
     worker; ``fabric`` is between the replicas; ``sizes`` are the samples of each microbatch in order.
     """
     times = StepTimes()
-    shares = _stolen(plan, paces, sizes) if plan.stolen else dealt(plan, sizes)
+    shares = _stolen(plan, paces, sizes) if plan.stolen else dealt(plan, sizes, paces)
     if plan.zero >= 2:
         _in_rounds(times, plan, portion, paces, fabric, overlap, shares)
     else:
         _accumulated(times, plan, portion, paces, fabric, overlap, shares)
-    stepped = portion.trainable_bytes / (plan.dp if plan.zero else 1)
+    stepped = portion.trainable_bytes / (plan.alike if plan.zero else 1)
     times.seconds["optimizer"] = stepped * max(pace.optimizer_seconds_per_byte for pace in paces)
     times.seconds["host"] += max(pace.host_seconds for pace in paces)
     told(times, portion, fabric, len(sizes))
@@ -85,11 +86,15 @@ def total_seconds(plan: Plan, pace: Pace, sizes: Sequence[int]) -> float:
     return sum(count * own_seconds(plan, pace, size) for size, count in Counter(sizes).items())
 
 
-def dealt(plan: Plan, sizes: Sequence[int]) -> list[list[int]]:
-    """Contiguous runs in proportion to the plan's weights."""
+def dealt(plan: Plan, sizes: Sequence[int], paces: Sequence[Pace] = ()) -> list[list[int]]:
+    """Contiguous runs in proportion to the plan's weights, or to how fast the replicas' ``paces`` are."""
     rest = list(sizes)
     shares: list[list[int]] = []
-    for count in apportion(len(sizes), plan.weights):
+    if plan.balanced and paces:
+        counts = soonest(len(sizes), [own_seconds(plan, pace, sizes[0]) for pace in paces])
+    else:
+        counts = apportion(len(sizes), plan.weights)
+    for count in counts:
         shares.append(rest[:count])
         rest = rest[count:]
     return shares
@@ -139,13 +144,51 @@ def reduced(
     times: StepTimes, plan: Plan, portion: Portion, fabric: Fabric, window_seconds: float, overlap: float
 ) -> None:
     """ZeRO 0 and 1: replicas sum their gradients beside the last backward; sharded weights are gathered again."""
-    if plan.dp == 1:
+    if plan.alike == 1:
+        return
+    if plan.server:
+        served(times, plan, portion, fabric)
+        return
+    if not plan.exact:
+        met(times, plan, portion, fabric, window_seconds, overlap)
         return
     gathered = portion.buckets(plan.bucket_bytes)
     operation = REDUCE_SCATTER if plan.zero else ALL_REDUCE
     _beside(times, fabric, [(operation, size) for size in gathered], window_seconds, overlap)
     if plan.zero:
         alone(times, fabric, ALL_GATHER, gathered)
+
+
+def served(times: StepTimes, plan: Plan, portion: Portion, fabric: Fabric) -> None:
+    """Gradients go to shards, from there to backups, and values come back, with nothing to hide behind.
+
+    The busiest is a worker that sends and receives everything, or one that holds a shard to which all of them talk.
+    """
+    whole, shards = portion.trainable_bytes, plan.serves.shards
+    shard = -(-whole * plan.dp // shards)
+    busiest = max(whole, shard)
+    times.seconds["server"] += 2 * fabric.passing_seconds(busiest) + fabric.passing_seconds(shard)
+    times.traffic_bytes += whole + 2 * shard  # its push; what its shard tells the backup, and gives to all
+
+
+def met(times: StepTimes, plan: Plan, portion: Portion, fabric: Fabric, window_seconds: float, overlap: float) -> None:
+    """Gradients that meet compressed, or weights that meet every few steps: a step's share of it.
+
+    Compressed gradients travel twice, and the second time there is nothing to hide behind.
+    """
+    local = plan.meets_locally
+    travels = meetings(portion.facts, plan, fabric.workers)
+    if not local.every:
+        _beside(times, fabric, [messages[0] for messages in travels], window_seconds, overlap)
+        for operation, size in (message for messages in travels for message in messages[1:]):
+            alone(times, fabric, operation, (size,))
+        return
+    for operation, size in (message for messages in travels for message in messages):
+        seconds = fabric.seconds(operation, size)
+        hidden = min(seconds, local.overlap * times.seconds["compute"])
+        times.seconds[operation] += (seconds - hidden) / local.every
+        times.hidden_seconds += hidden / local.every
+        times.traffic_bytes += fabric.sent_bytes(operation, size) / local.every
 
 
 def _in_rounds(

@@ -13,9 +13,11 @@ from torch import nn
 from sheaf.errors import PlanError
 from sheaf.graph import cut, is_composite
 from sheaf.parallel.exchange import Exchange
+from sheaf.parallel.experts import ExpertsRunner, come_home, expert_facts, shared
 from sheaf.parallel.gathered import Gathered
 from sheaf.parallel.holding import AbstractHolding, Factor
 from sheaf.parallel.ledger import Ledger
+from sheaf.parallel.local import LocalSteps
 from sheaf.parallel.parts import PartsPost, PartsRunner, segments, whole_outside
 from sheaf.parallel.passing import Passing
 from sheaf.parallel.pipeline import Pipeline
@@ -25,6 +27,7 @@ from sheaf.parallel.precision import LossScale
 from sheaf.parallel.recompute import recompute
 from sheaf.parallel.replicated import Replicated
 from sheaf.parallel.runner import Expectation, Parts, WholeModel
+from sheaf.parallel.server.assemble import refuse_served, serve
 from sheaf.parallel.sharded import Sharded
 from sheaf.parallel.shares import dealer
 from sheaf.parallel.spread import Spread
@@ -33,6 +36,7 @@ from sheaf.parallel.stand_ins import StandIns, originals
 from sheaf.parallel.statistics import BatchStatistics
 from sheaf.parallel.step import Step
 from sheaf.parallel.ties import Ties
+from sheaf.parallel.together import is_by_rows
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
 from sheaf.plans.split import SplitFacts
@@ -41,7 +45,8 @@ from sheaf.split.closing import close
 from sheaf.split.lengthwise import Lengthwise
 from sheaf.split.mode import Splitting
 from sheaf.split.rehearsal import rehearse
-from sheaf.task import Blueprint, Streams, Task
+from sheaf.split.sending import Sending
+from sheaf.task import Blueprint, Streams, Task, keras
 from sheaf.task.probe import elementwise
 
 
@@ -75,6 +80,7 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
     found = segments(plan, blueprint, blocks) if plan.split_parts else None
     _refuse_slices(task, plan, blueprint, splits)
     _refuse_sparse(blueprint.model, plan)
+    _refuse_scaled(task, plan)
     expectation, scale, exchange = Expectation(float(task.batch)), LossScale(task), Exchange(world)
 
     def factor() -> float:
@@ -83,14 +89,20 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
 
     stages = placed(task, plan, blueprint, blocks, world) if plan.pp > 1 else None
     portion = _portion(blueprint, plan, spread, splits, stages)
+    if plan.server:
+        return serve(task, plan, spread, portion)
     untouched = originals(blocks, blueprint.dtype_of, blueprint.mode) if stages or found else {}
-    holding = _hold(
-        portion, plan, spread.replicas, factor, blocks, found.apart if found else (), stages, spread.place.pp
-    )
+    if plan.meets_locally.every:
+        holding = LocalSteps(portion, spread.replicas, factor, plan, exchange, expectation)
+    else:
+        apart = found.apart if found else tuple(splits.slices) if splits and plan.expert_parts else ()
+        holding = _hold(portion, plan, spread.replicas, factor, blocks, apart, stages, spread.place.pp)
     splitting = _splitting(plan, holding.model, portion, spread, splits)
+    sending = _sending(holding.model, portion, spread, splits, blocks)
     streams = Streams(holding.model, task.seed, world.device)
     if plan.recompute == "full":
-        around = nullcontext if splitting is None else lambda: splitting
+        mode = sending or splitting
+        around = nullcontext if mode is None else lambda: mode
         recompute([block for block in blocks.values() if is_composite(block)], streams, around)
     number = world.number("sheaf/builds") if plan.stolen else 0
     merged = world.workers > 1 or plan.recompute != "none"
@@ -105,10 +117,12 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
         streams=streams,
         statistics=BatchStatistics(holding.model, world, tells=spread.leads) if merged else None,
         splitting=splitting,
+        sending=sending,
     )
     placing = stages or found
+    ties = _ties(plan, splits, stages, spread, portion, holding)
     if placing is None:
-        return Step(plan, portion, WholeModel(parts))
+        return Step(plan, portion, ExpertsRunner(parts) if sending is not None else WholeModel(parts), ties)
     post = PartsPost(world, found.split) if found else Post(spread.stages, plan.num_stages)
     homes = {
         id(parameter): (name, placing.homes[name])
@@ -124,9 +138,9 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
         parts.statistics.follow(passing.runs)
     if found:
         assert isinstance(post, PartsPost)
-        return Step(plan, portion, PartsRunner(parts, plan, passing, post, found))
+        by_rows = [name for name, original in untouched.items() if is_by_rows(original)]
+        return Step(plan, portion, PartsRunner(parts, plan, passing, post, found, by_rows))
     assert stages is not None
-    ties = Ties(stages.tied, spread, portion, holding) if stages.tied else None
     return Step(plan, portion, Pipeline(parts, plan, passing, post), ties)
 
 
@@ -139,6 +153,9 @@ def refuse(task: Task, plan: Plan) -> SplitFacts | None:
     task = blueprint.task = with_microbatch(task, plan, blueprint.model)
     blocks = cut(blueprint.model)
     _refuse_sparse(blueprint.model, plan)
+    _refuse_scaled(task, plan)
+    if plan.server:
+        refuse_served(task, plan, blueprint)
     splits = split_facts(task, plan, world)
     _refuse_slices(task, plan, blueprint, splits)
     if plan.split_parts:
@@ -172,6 +189,8 @@ def split_facts(task: Task, plan: Plan, world: World) -> SplitFacts | None:
     samples = min(task.microbatch, task.num_samples)
 
     def found() -> dict[str, Any]:
+        if plan.expert_parts:
+            return expert_facts(task, plan, samples).to_dict()
         return rehearse(
             task,
             plan.split_degree,
@@ -187,7 +206,9 @@ def _splitting(
     plan: Plan, model: nn.Module, portion: Portion, spread: Spread, splits: SplitFacts | None
 ) -> Splitting | None:
     if plan.cp > 1 and spread.layers is not None:
-        return Lengthwise(spread.layers, model.parameters())
+        lengthwise = Lengthwise(spread.layers, model.parameters())
+        lengthwise.lends = plan.recompute == "none"  # what runs again gathers again
+        return lengthwise
     if splits is None or spread.layers is None:
         return None
     held = {
@@ -195,9 +216,47 @@ def _splitting(
         for name, parameter in portion.own(model).items()
         if name in splits.slices
     }
-    mode = Splitting(spread.layers, held, sequence=bool(plan.sequence))
+    names = _partial(plan, splits)
+    partial = [parameter for name, parameter in portion.own(model).items() if name in names]
+    mode = Splitting(spread.layers, held, sequence=bool(plan.sequence), partial=partial)
     close(model, splits.closed, mode)
     return mode
+
+
+def _sending(
+    model: nn.Module, portion: Portion, spread: Spread, splits: SplitFacts | None, blocks: dict[str, nn.Module]
+) -> Sending | None:
+    if splits is None or spread.experts is None:
+        return None
+    slices = splits.slices
+    held = {id(value): (name, slices[name]) for name, value in portion.own(model).items() if name in slices}
+    mode = Sending(spread.experts, held, shared(model, slices.__contains__))
+    come_home(blocks.values(), mode)
+    return mode
+
+
+def _ties(
+    plan: Plan,
+    splits: SplitFacts | None,
+    stages: Stages | None,
+    spread: Spread,
+    portion: Portion,
+    holding: AbstractHolding,
+) -> list[Ties]:
+    """Whose gradients several workers find parts of: those that split layers, then the stages of a pipeline."""
+    ties: list[Ties] = []
+    partial = [name for name in _partial(plan, splits) if portion.holds(name)]
+    if partial:
+        ties.append(Ties(partial, spread.parted, portion, holding, gives=True))
+    if stages and stages.tied:
+        gives = spread.speaks(sliced=not spread.lengthwise)
+        ties.append(Ties(stages.tied, spread.copies, portion, holding, gives=gives))
+    return ties
+
+
+def _partial(plan: Plan, splits: SplitFacts | None) -> tuple[str, ...]:
+    """Whole parameters of which each worker that splits layers finds a part of the gradient."""
+    return splits.partial if splits is not None and plan.tp > 1 else ()
 
 
 def _refuse_slices(task: Task, plan: Plan, blueprint: Blueprint, splits: SplitFacts | None) -> None:
@@ -207,6 +266,8 @@ def _refuse_slices(task: Task, plan: Plan, blueprint: Blueprint, splits: SplitFa
     if not (plan.zero or sliced) or elementwise(task.optimizer, shapes):
         return
     key, what = ("zero", f"zero={plan.zero}") if plan.zero else ("tp", f"tp={plan.tp}")
+    if plan.expert_parts:
+        key, what = "ep", "ep"
     raise PlanError(
         f"{what} gives each worker slices of parameters, and this optimizer's update of a slice depends "
         f"on the rest of the parameter: use dp={plan.workers} without {key}, or an elementwise optimizer such as AdamW"
@@ -263,12 +324,16 @@ def _depends_on_microbatch(model: nn.Module) -> str | None:
 
 
 def _mixes(module: nn.Module) -> bool:
+    if keras.is_batch_norm(module):
+        return True
     if isinstance(module, nn.modules.instancenorm._InstanceNorm):
         return module.track_running_stats
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def _draws(module: nn.Module) -> bool:
+    if keras.is_layer(module):
+        return keras.may_draw(module)
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p > 0
     if isinstance(module, nn.MultiheadAttention):
@@ -291,7 +356,7 @@ def _hold(
     first: int,
 ) -> AbstractHolding:
     if plan.zero == 0:
-        return Replicated(portion, replicas, factor, plan.bucket_bytes, apart)
+        return Replicated(portion, replicas, factor, plan.bucket_bytes, apart, plan.compression)
     if plan.zero == 3:
         calls, mine = (stages.blocks, range(first, plan.num_stages, plan.pp)) if stages else (None, (0,))
         return Gathered(portion, replicas, factor, blocks, plan, calls, mine)
@@ -306,3 +371,11 @@ def _refuse_sparse(model: nn.Module, plan: Plan) -> None:
     ]
     if sparse and not plan.serial:
         raise PlanError(f"{sparse[0]} makes sparse gradients, which {plan} cannot add up: build it with sparse=False")
+
+
+def _refuse_scaled(task: Task, plan: Plan) -> None:
+    if task.precision == "fp16" and not plan.exact:
+        raise PlanError(
+            f"{plan} does not go with precision='fp16', whose loss scale all workers must change together by gradients "
+            "that met whole: use bf16 or fp32"
+        )

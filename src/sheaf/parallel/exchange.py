@@ -69,6 +69,11 @@ class Exchange:
         """What was added since the step began: (microbatch, sum, weight)."""
         return [(index, float(total), float(weight)) for index, total, weight in self._losses]
 
+    @property
+    def own_weight(self) -> float:
+        """The weight of the losses that were added since the step began."""
+        return math.fsum(weight for _, _, weight in self.mine)
+
     def send(self) -> None:
         """This worker has no more to add: start the sum over all workers."""
         count = self._microbatches

@@ -125,6 +125,24 @@ class AbstractHolding(ABC):
     def optimizer_names(self) -> dict[int, str]:
         """The parameter name of each tensor that the optimizer steps, by its id."""
 
+    def extra(self) -> dict[str, Tensor]:
+        """What a checkpoint must keep besides parameters and optimizer state, live (collective)."""
+        return {}
+
+    def loaded(self) -> None:
+        """A checkpoint's tensors have been put in: make every worker's parameters current."""
+        self.after_update()
+
+    @property
+    def distinct(self) -> bool:
+        """Whether each worker keeps something in ``extra`` or in ``kept`` that no other has."""
+        return False
+
+    @property
+    def meets_weights(self) -> bool:
+        """Whether the gradients of the step under way stay with each worker, and weights meet in their place."""
+        return False
+
     @property
     @abstractmethod
     def sharded(self) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map
 
 from sheaf.errors import PlanError
 from sheaf.parallel.post import FORWARD, Post
@@ -13,6 +14,7 @@ from sheaf.parallel.remote import Entry, Remote, no_leaf, version_of
 from sheaf.parallel.stand_ins import Outline, StandIns, cut_off
 from sheaf.parallel.trees import line_of_model, mapped, tensors
 from sheaf.split.mode import Splitting
+from sheaf.split.moves import laid_out
 from sheaf.split.tensor import Split
 
 
@@ -43,10 +45,12 @@ class Ledger:
         self._come: dict[tuple[str, int], Tensor] = {}
         self._gone: set[tuple[tuple[str, int], int]] = set()
         self._stale: set[int] = set()
+        self._arrived: list[tuple[int, tuple[int, ...], torch.dtype, torch.device]] = []
 
     def begin(self, stage: int) -> None:
         """A microbatch's forward begins."""
         self.forget()
+        self._arrived = []
         self.stage = stage
         self.kept = Kept()
 
@@ -91,6 +95,17 @@ class Ledger:
         """Those of all tensors in it."""
         return [entry for leaf in tensors(value) if (entry := self.entry(leaf)) is not None]
 
+    def are_computed(self, value: Any) -> bool:
+        """Whether all tensors in it were computed, and none of them from the batch alone."""
+        return all(
+            id(leaf) not in self.homes and (isinstance(leaf, Remote) or id(leaf) in self._entries)
+            for leaf in tensors(value)
+        )
+
+    def arrivals(self) -> tuple[tuple[int, tuple[int, ...], torch.dtype, torch.device], ...]:
+        """What this stage received of others in the forward that has run: from which stage, shape, dtype and device."""
+        return tuple(self._arrived)
+
     def located(
         self, given: Sequence[Tensor], real: Sequence[Tensor], before: Sequence[int], result: Any, name: str
     ) -> Any:
@@ -125,17 +140,20 @@ class Ledger:
             fake = cut_off(self._stand_ins.like(given[place]).detach(), requires_grad=grad)
             self._move(given[place], Entry(stage, f"{name}!{place}", fake=fake, version=fake._version))
         changed = {place for place, _ in outline.changed}
-        count = -1
+        count, like = -1, self._stand_ins.like
 
         def remote(leaf: Tensor) -> Tensor:
             nonlocal count
             count += 1
             if outline.passed[count] in changed:
                 return given[outline.passed[count]]
+            if outline.common:
+                return Remote(Entry(stage, f"{name}.{count}", looks=leaf, copied=like))
             fake = cut_off(leaf)
             return Remote(Entry(stage, f"{name}.{count}", fake=fake, version=fake._version))
 
-        return mapped(remote, outline.output)
+        output = mapped(remote, outline.output)
+        return tree_map(lambda leaf: leaf, output) if output is outline.output else output  # containers of its own
 
     def all_real(self, value: Any) -> Any:
         """The same with real tensors, received where need be."""
@@ -160,16 +178,18 @@ class Ledger:
         """A tensor's value: this stage's own, or received, once."""
         if entry.real is not None:
             return entry.real
-        fake = entry.fake
-        assert fake is not None
+        fake = entry.shown
         if entry.key not in self._come:
-            out = torch.empty(tuple(fake.shape), dtype=fake.dtype, device=fake.device)
+            shown = fake if self._splitting is None else self._splitting.arriving(fake)
+            out = torch.empty(tuple(shown.shape), dtype=fake.dtype, device=fake.device)
+            self._arrived.append((entry.stage, tuple(out.shape), out.dtype, out.device))
             self._compare(entry, entry.stage, self.stage)
-            found = self.post.receive(out, entry.stage, self.stage, FORWARD)
+            found = laid_out(self.post.receive(out, entry.stage, self.stage, FORWARD), shown)
             if fake.requires_grad:
                 leaf = found.detach().requires_grad_()
                 self.kept.received.setdefault(entry.stage, []).append(leaf)
                 found = no_leaf(leaf)
+            found = found if self._splitting is None else self._splitting.arrived(found, fake)
             self._come[entry.key] = found
         return self._come[entry.key]
 
@@ -189,10 +209,9 @@ class Ledger:
         with torch.enable_grad():
             if id(tensor) in self.homes:
                 tensor = tensor.clone()  # in split layers a slice of a parameter becomes one that says so
-            if isinstance(tensor, Split):
-                assert self._splitting is not None
-                tensor = self._splitting.gather(tensor, f"stage {stage}")
-        self._compare(entry, self.stage, stage, tuple(tensor.shape))
+            self._compare(entry, self.stage, stage, tuple(tensor.shape))
+            if self._splitting is not None:
+                tensor = self._splitting.leaving(tensor, f"stage {stage}")
         # a copy, since the model may change its own in place while this is under way
         copied = tensor.detach().clone(memory_format=torch.contiguous_format)
         self.post.send(copied, self.stage, stage, FORWARD)
@@ -213,8 +232,7 @@ class Ledger:
         """Both ends must mean the same tensor, or the model took another path somewhere."""
         if not self.checking:
             return
-        known = entry.fake if entry.real is None else entry.real
-        assert known is not None
+        known = entry.shown
         mine = f"{entry.key} {shape or tuple(known.shape)} {known.dtype} {known.requires_grad}"
         if self.stage == origin:
             self.post.tell(mine, origin, target)

@@ -11,26 +11,24 @@ shapes depend on values, is described to the other stages by the one that ran it
 same for the same inputs all through the first step is taken to go on so, and nobody waits for it any more.
 """
 
-import random
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode, resolve_name
 
 from sheaf.errors import PlanError
+from sheaf.parallel.course import Course
 from sheaf.parallel.functions import ABOUT, ARRAYS, FACTORIES, PICKS, READS, has_mask
 from sheaf.parallel.ledger import Kept, Ledger
 from sheaf.parallel.outlines import described, pictured
+from sheaf.parallel.post import FORWARD
 from sheaf.parallel.remote import Entry, Remote, version_of
 from sheaf.parallel.stand_ins import Outline, StandIns, blanks, kinds, signature
 from sheaf.parallel.trees import detached, line_of_model, tensors
-
-
-class Finished(BaseException):
-    """This stage has nothing more to do in the forward under way."""
 
 
 class Passing(TorchFunctionMode):
@@ -53,14 +51,13 @@ class Passing(TorchFunctionMode):
         self._free = {name for name in self.where if holds_nothing(blocks[name])}
         self._calls: dict[str, list[int]] = {}  # by block, the stages of the calls that were made
         self._ledger, self._post, self._stand_ins = ledger, ledger.post, stand_ins
-        self._tails: dict[Any, tuple[str, ...] | None] = {}
+        self._course = Course()
         self._wrapped: list[tuple[nn.Module, Any]] = []
-        self.stage, self._inside, self._last = -1, 0, 0
-        self._path: list[str] = []
-        self._signature: Any = None
-        self._reads = False
-        self._drawn = random.getstate(), np.random.get_state()
+        self.stage, self._inside = -1, 0
         self._complete = complete
+        self.rows: Collection[str] = ()  # blocks that compute row by row
+        self.by_rows = True  # whether this stage has computed nothing else in the forward under way
+        self.notes_hooks = False  # whether ``kept`` must say that forward put a gradient hook on a tensor
         self._shown: dict[Any, bool] = {}  # what was met, and whether it runs on fakes
         self._described: dict[Any, Any] = {}
         self._unsteady: set[str] = set()
@@ -83,20 +80,33 @@ class Passing(TorchFunctionMode):
 
     def begin(self, stage: int, batch: Any) -> None:
         """A microbatch's forward as this stage begins."""
-        self.stage, self._inside, self._last, self._reads = stage, 0, 0, False
-        self._path = []
+        self.stage, self._inside = stage, 0
         self._calls = {}
-        self._signature = (stage, signature(batch))
-        self._drawn = random.getstate(), np.random.get_state()
+        self._course.begin(stage, batch)
+        self.by_rows = self._complete
         self._ledger.begin(stage)
 
     def end(self, loss: Tensor | None) -> None:
         """Forward and loss have run, or as much of them as concerns this stage; the last stage keeps the loss."""
-        if not (self._reads or self._ledger.checking or self._signature in self._tails or self._has_drawn()):
-            self._tails[self._signature] = tuple(self._path[: self._last]) if loss is None else None
+        if not self._ledger.checking:
+            self._course.end(self._ledger.arrivals(), whole=loss is not None)
         self.kept.loss = loss
         self._ledger.forget()
         self.stage = -1
+
+    def expect(self, stage: int, batch: Any) -> None:
+        """A microbatch's forward as this stage comes soon: be ready for what it received for such a batch before."""
+        for origin, shape, dtype, device in self._course.arrivals(stage, batch):
+            self._post.expect(torch.empty(shape, dtype=dtype, device=device), origin, stage, FORWARD)
+
+    def computed_here(self, tensor: Tensor) -> bool:
+        """Whether this stage made a tensor in the forward under way."""
+        self._inside += 1
+        try:
+            entry = self._ledger.entry(tensor)
+            return entry is not None and entry.stage == self.stage
+        finally:
+            self._inside -= 1
 
     def ran(self, block: str) -> bool:
         """Whether a block's last call was of the stage under way."""
@@ -128,7 +138,7 @@ class Passing(TorchFunctionMode):
             entry, last = self._ledger.entry(tensor), self.num_stages - 1
             if entry is None:
                 return tensor if self.stage == last else None
-            self._event("loss", self.stage in (entry.stage, last))
+            self._course.event("loss", self.stage in (entry.stage, last))
             if entry.stage == self.stage and self.stage != last:
                 self._ledger.send(entry, last)
             return self._ledger.real(entry) if self.stage == last else None
@@ -139,13 +149,14 @@ class Passing(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self.kept.hooked = self.kept.hooked or func is Tensor.register_hook
+        if func is Tensor.register_hook:
+            self.kept.hooked = True
         if self._inside or self.stage < 0:
             return func(*args, **kwargs)
         entries = self._ledger.entries((args, kwargs))
         if not entries:
             if func in READS or getattr(func, "__name__", "") in FACTORIES:
-                self._reads = True  # the next microbatch may take another path
+                self._course.steady = self.by_rows = False  # the next microbatch may take another path
             return func(*args, **kwargs)
         if func in ABOUT:
             return func(*(_shown(value) for value in args), **kwargs)
@@ -166,17 +177,18 @@ class Passing(TorchFunctionMode):
         if self._complete:
             self._shown[key] = True
         elif not picks and key not in self._shown and stage == self.stage:
-            fakes = ledger.all_fake((args, kwargs))
-            self._shown[key] = self._stand_ins.function(func, *fakes) is not None
+            given = (args, kwargs)
+            self._shown[key] = self._stand_ins.function(func, given, partial(ledger.all_fake, given)) is not None
 
         def run() -> Any:
             return self._own(func, args, kwargs, name)
 
+        self.by_rows = self.by_rows and stage != self.stage
         if stage == self.stage and (picks or self._shown[key]):
-            self._event(name, concerns=True)
+            self._course.event(name, concerns=True)
             return run()
         if picks or self._shown.get(key, True):
-            self._event(name, any(entry.stage == self.stage for entry in entries))
+            self._course.event(name, any(entry.stage == self.stage for entry in entries))
             if stage > self.stage:
                 ledger.send_all(entries, stage)
             given = list(tensors((args, kwargs)))
@@ -184,27 +196,27 @@ class Passing(TorchFunctionMode):
             if not picks and key not in self._shown:
                 self._shown[key] = outline is not None
             if outline is not None:
-                return ledger.elsewhere(given, outline, stage, self._label(name))
+                return ledger.elsewhere(given, outline, stage, self._course.label(name))
             if self._shown.get(key, True):
                 raise PlanError(
                     f"{line_of_model()} calls {name} on a tensor of stage {stage}, and what it returns depends on "
                     f"values here and did not before ({self._stand_ins.why}): put it into a module of its own"
                 )
-            self._reads = True
-            return self._hear(args, kwargs, stage, self._label(name))
-        self._event(name, concerns=True)
-        self._reads = True
+            self._course.steady = False
+            return self._hear(args, kwargs, stage, self._course.label(name))
+        self._course.event(name, concerns=True)
+        self._course.steady = False
         if stage > self.stage:
             ledger.send_all(entries, stage)
         if stage != self.stage:
-            return self._hear(args, kwargs, stage, self._label(name))
+            return self._hear(args, kwargs, stage, self._course.label(name))
         result = run()
         self._tell(described(result, (), name))
         return result
 
     def _function_outline(self, func: Any, args: Any, kwargs: Any) -> Outline | None:
-        fakes = self._ledger.all_fake((args, kwargs), fresh=False)
-        outline = self._stand_ins.function(func, *fakes)
+        both = (args, kwargs)
+        outline = self._stand_ins.function(func, both, partial(self._ledger.all_fake, both, fresh=False))
         if outline is not None and outline.draws:  # the generator must move as in the stage that draws
             given = blanks((args, kwargs))
             func(*given[0], **given[1])
@@ -226,14 +238,14 @@ class Passing(TorchFunctionMode):
         real = list(tensors((real_args, real_kwargs)))
         before = [version_of(tensor) for tensor in real]
         result = run(*real_args, **real_kwargs)
-        return ledger.located(given, real, before, result, self._label(name))
+        return ledger.located(given, real, before, result, self._course.label(name))
 
     # Values ---------------------------------------------------------------------------------------------------------
 
     def _value(self, func: Any, args: Any, kwargs: Any, stage: int) -> Any:
         """A value that Python asks for: the stage that has it tells all others."""
-        self._event(getattr(func, "__name__", "value"), concerns=True)
-        self._reads = True
+        self._course.event(getattr(func, "__name__", "value"), concerns=True)
+        self._course.steady = self.by_rows = False
         ledger = self._ledger
         for entry in ledger.entries((args, kwargs)) if stage > self.stage else ():
             if entry.stage == self.stage:
@@ -263,34 +275,6 @@ class Passing(TorchFunctionMode):
         outline = pictured(self._heard(stage), self._stand_ins, next(tensors((args, kwargs))).device)
         return self._ledger.elsewhere(list(tensors((args, kwargs))), outline, stage, name)
 
-    # Events ---------------------------------------------------------------------------------------------------------
-
-    def _event(self, name: str, concerns: bool) -> None:
-        """Something that every stage comes by; ends the run when nothing more concerns this one."""
-        tail = self._tails.get(self._signature)
-        count = len(self._path)
-        if tail is not None:
-            if count >= len(tail):
-                raise Finished
-            if tail[count] != name:
-                raise PlanError(
-                    f"{line_of_model()}: the forward comes to {name}, and for batches of the same shapes it came to "
-                    f"{tail[count]} before, though it reads no value and draws no number: keep what it depends on (a "
-                    "counter, a list that grows) out of forward, or train without pp"
-                )
-        self._path.append(name)
-        if concerns:
-            self._last = len(self._path)
-
-    def _label(self, name: str) -> str:
-        return f"{len(self._path)} {name}"
-
-    def _has_drawn(self) -> bool:
-        before, here = self._drawn, (random.getstate(), np.random.get_state())
-        return before[0] != here[0] or any(
-            not np.array_equal(one, other) for one, other in zip(before[1], here[1], strict=True)
-        )
-
     # Blocks ---------------------------------------------------------------------------------------------------------
 
     def _wrap(self, name: str, block: nn.Module) -> None:
@@ -301,9 +285,15 @@ class Passing(TorchFunctionMode):
             if self._inside or self.stage < 0:
                 return forward(*args, **kwargs)
             self._inside += 1  # what is done here is no event
+            # off the stack, where it would be asked about each function only to let it through
+            off = not self.notes_hooks and _get_current_function_mode() is self
+            if off:
+                _pop_mode()
             try:
                 return self._block(name, forward, args, kwargs)
             finally:
+                if off:
+                    _push_mode(self)
                 self._inside -= 1
 
         block.forward = staged
@@ -323,13 +313,15 @@ class Passing(TorchFunctionMode):
             )
         known = self._complete or self._shown.get(name)
         if known is None:
-            fakes = detached(ledger.all_fake((args, kwargs)))
-            known = self._shown[name] = self._stand_ins.block(name, *fakes) is not None
+            both = (args, kwargs)
+            faked = partial(_apart, ledger, both)
+            known = self._shown[name] = self._stand_ins.block(name, both, faked) is not None
         asked = (name, signature((args, kwargs)))
         told = not known and (ledger.checking or name in self._unsteady or asked not in self._described)
-        self._event(name, told or stage == self.stage or any(entry.stage == self.stage for entry in entries))
-        self._reads = self._reads or told
+        self._course.event(name, told or stage == self.stage or any(entry.stage == self.stage for entry in entries))
+        self._course.steady = self._course.steady and not told
         if stage == self.stage:
+            self.by_rows = self.by_rows and name in self.rows and self._ledger.are_computed((args, kwargs))
             return self._own_block(name, forward, args, kwargs, None if known else asked, told=told)
         if stage > self.stage:
             ledger.send_all(entries, stage)
@@ -338,7 +330,8 @@ class Passing(TorchFunctionMode):
                 self._note(asked, self._heard(stage))
             outline = pictured(self._described[asked], self._stand_ins, next(tensors((args, kwargs))).device)
         else:
-            found = self._stand_ins.block(name, *ledger.all_fake((args, kwargs)))
+            both = (args, kwargs)
+            found = self._stand_ins.block(name, both, partial(ledger.all_fake, both))
             if found is None:
                 raise PlanError(
                     f"{name} of stage {stage} computes by the values of its inputs for some of their shapes, and not "
@@ -346,7 +339,7 @@ class Passing(TorchFunctionMode):
                     "returns: make it do so always, or name stages= that put it into the first stage's worker alone"
                 )
             outline = found
-        return ledger.elsewhere(list(tensors((args, kwargs))), outline, stage, self._label(name))
+        return ledger.elsewhere(list(tensors((args, kwargs))), outline, stage, self._course.label(name))
 
     def _next(self, name: str) -> int:
         calls = self.where[name]
@@ -392,4 +385,9 @@ def holds_nothing(block: nn.Module) -> bool:
 def _shown(value: Any) -> Any:
     if not isinstance(value, Remote):
         return value
-    return value.entry.real if value.entry.real is not None else value.entry.fake
+    return value.entry.shown
+
+
+def _apart(ledger: Ledger, given: Any) -> Any:
+    """Fakes in copies of all else."""
+    return detached(ledger.all_fake(given))

@@ -24,6 +24,7 @@ class Pipeline(AbstractStaged):
         self._plan = plan
         self._later: dict[tuple[int, int], Later] = {}
         self._apart = plan.schedule == "zero-bubble" and plan.recompute == "none" and not parts.holding.lockstep
+        passing.notes_hooks = self._apart
         self._mine: tuple[Microbatch, ...] = ()
 
     def runs(self, block: str) -> bool:
@@ -47,7 +48,10 @@ class Pipeline(AbstractStaged):
             parts.exchange.send()
         last_forward = max((place for place, action in enumerate(mine) if self._ends(action)), default=-1)
         final = max((place for place, action in enumerate(mine) if action.kind in "BW"), default=-1)
+        ready = [False] * len(mine)
         for place, action in enumerate(mine):
+            for soon in range(place, min(place + 2, len(mine))):
+                ready[soon] = ready[soon] or self._expect(mine[soon])
             start, waited = time.perf_counter(), parts.spread.waited_seconds
             parts.holding.enter_stage(action.stage, forward=action.kind == "F")
             if action.microbatch >= len(self._mine):
@@ -70,6 +74,21 @@ class Pipeline(AbstractStaged):
     def _ends(self, action: Action) -> bool:
         last = self._plan.num_stages - 1
         return action.kind == "F" and action.stage == last and action.microbatch < len(self._mine)
+
+    def _expect(self, action: Action) -> bool:
+        """Be ready for what an action will receive, as far as that is known; False where its forward has not run."""
+        if action.microbatch >= len(self._mine) or action.kind == "W":
+            return True
+        microbatch = self._mine[action.microbatch]
+        if action.kind == "F":
+            self._passing.expect(action.stage, self.batch_of(microbatch))
+            return True
+        kept = self._kept.get((microbatch.index, action.stage))
+        if kept is None:
+            return False
+        for later in sorted(kept.sent):
+            self._post.expect_gradients(kept.sent[later], later, action.stage)
+        return True
 
     def _idle(self, action: Action) -> None:
         """Another replica has one microbatch more."""

@@ -3,6 +3,7 @@
 import json
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor
 
 from sheaf.parallel.world import World
 
-FORWARD, BACKWARD, FLAGS, READ, SIZES = range(5)  # kinds of messages, which never overtake their own
+FORWARD, BACKWARD, READ, SIZES = range(4)  # kinds of messages, which never overtake their own
+
+
+ALIGNED = 16  # bytes: where a tensor of any dtype may begin in a message
 
 
 class Post:
@@ -23,6 +27,10 @@ class Post:
         self._world, self._num_stages = world, num_stages
         self._under_way: deque[tuple[dist.Work, Tensor]] = deque()
         self._own: dict[int, deque[Tensor]] = {}
+        self._own_gradients: dict[int, deque[list[Tensor | None]]] = {}
+        self._expected: dict[int, deque[tuple[dist.Work, Tensor]]] = {}
+        # what is received ahead of its turn must not stand in the way of what comes before, as in a queue of NCCL
+        self._ahead = world.device.type == "cpu"
 
     def send(self, tensor: Tensor, origin: int, target: int, kind: int) -> None:
         """Start sending from one stage to another; the tensor must not change until it has arrived."""
@@ -50,17 +58,55 @@ class Post:
             return self._own[tag].popleft()
         return self.finish(out, self._rank(origin), tag)
 
+    def expect(self, out: Tensor, origin: int, target: int, kind: int) -> None:
+        """Be ready for a message before its turn, so that it can arrive while this worker computes.
+
+        Of one kind between two stages, ``receive`` takes the messages in the order in which they were expected.
+        """
+        tag = self._tag(origin, target, kind)
+        if self._ahead and out.numel() and self._rank(origin) != self._world.rank:
+            self._expected.setdefault(tag, deque()).append((self._coming(out, self._rank(origin), tag), out))
+
     def finish(self, out: Tensor, rank: int, tag: int) -> Tensor:
         """Wait for a worker's message."""
         if not out.numel():
             return out
         start = time.perf_counter()
-        with self._world.explained("receive", f"message {tag} from {rank}", out):
-            work = dist.irecv(out, group=self._world.group, group_src=rank, tag=tag)
-            assert work is not None
+        if self._expected.get(tag):
+            work, ready = self._expected[tag].popleft()
+            assert (ready.shape, ready.dtype) == (out.shape, out.dtype), f"message {tag} is not what was expected"
+            out = ready
+        else:
+            work = self._coming(out, rank, tag)
+        with self._world.explained():
             work.wait()
         self._world.waited_seconds += time.perf_counter() - start
         return out
+
+    def _coming(self, out: Tensor, rank: int, tag: int) -> dist.Work:
+        with self._world.explained("receive", f"message {tag} from {rank}", out):
+            work = dist.irecv(out, group=self._world.group, group_src=rank, tag=tag)
+        assert work is not None
+        return work
+
+    def send_gradients(self, leaves: Sequence[Tensor], origin: int, target: int) -> None:
+        """Send the gradients of what came from an earlier stage, and which of them have none, as one message."""
+        tag = self._tag(origin, target, BACKWARD)
+        if self._rank(target) == self._world.rank:
+            self._own_gradients.setdefault(tag, deque()).append([leaf.grad for leaf in leaves])
+        else:
+            self.start(packed(leaves), self._rank(target), tag)
+
+    def expect_gradients(self, tensors: Sequence[Tensor], origin: int, target: int) -> None:
+        """Be ready for the gradients of what was sent."""
+        self.expect(unpacked_room(tensors), origin, target, BACKWARD)
+
+    def receive_gradients(self, tensors: Sequence[Tensor], origin: int, target: int) -> list[Tensor | None]:
+        """Wait for the gradients of what was sent; None for what has none."""
+        tag = self._tag(origin, target, BACKWARD)
+        if self._rank(origin) == self._world.rank:
+            return self._own_gradients[tag].popleft()
+        return unpacked(self.finish(unpacked_room(tensors), self._rank(origin), tag), tensors)
 
     def tell(self, value: Any, origin: int, target: int) -> None:
         """Send a value of what JSON knows."""
@@ -92,3 +138,48 @@ class Post:
 
     def _tag(self, origin: int, target: int, kind: int) -> int:
         return (kind * self._num_stages + origin) * self._num_stages + target
+
+
+def _places(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
+    """Where each tensor's bytes begin in a message, and where all end: there a byte for each says whether it came."""
+    starts, stop = list[int](), 0
+    for tensor in tensors:
+        starts.append(stop)
+        stop += -(-tensor.numel() * tensor.dtype.itemsize // ALIGNED) * ALIGNED
+    return starts, stop
+
+
+def unpacked_room(tensors: Sequence[Tensor]) -> Tensor:
+    """Memory for a message with a gradient of each tensor."""
+    device = tensors[0].device
+    return torch.empty(_places(tensors)[1] + len(tensors), dtype=torch.uint8, device=device)
+
+
+def packed(leaves: Sequence[Tensor]) -> Tensor:
+    """A message of the gradients that leaves have.
+
+    >>> leaves = [torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)]
+    >>> leaves[1].grad = torch.tensor([5.0, 6.0])
+    >>> unpacked(packed(leaves), leaves)
+    [None, tensor([5., 6.])]
+    """
+    message = unpacked_room(leaves)
+    for leaf, room in zip(leaves, _views(message, leaves), strict=True):
+        if leaf.grad is not None:
+            room.copy_(leaf.grad)
+    message[-len(leaves) :] = torch.tensor([leaf.grad is not None for leaf in leaves], dtype=torch.uint8)
+    return message
+
+
+def unpacked(message: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients in a message, in its memory."""
+    come = message[-len(tensors) :].tolist()
+    return [view if there else None for view, there in zip(_views(message, tensors), come, strict=True)]
+
+
+def _views(message: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    starts, _ = _places(tensors)
+    return [
+        message[start : start + tensor.numel() * tensor.dtype.itemsize].view(tensor.dtype).view(tensor.shape)
+        for start, tensor in zip(starts, tensors, strict=True)
+    ]

@@ -1,6 +1,6 @@
 """A tensor that another stage computes: it has a shape and a type here, and no values."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,26 +10,52 @@ from sheaf.errors import PlanError
 from sheaf.split.tensor import Split
 
 
-@dataclass(eq=False)
 class Entry:
     """Where a tensor of the model's own forward is computed, and under which name all stages know it.
 
-    ``real`` is its value, where it is here; ``fake`` stands for it elsewhere. ``version`` is what the counter of
-    changes stood at when it got its name.
+    ``real`` is its value, where it is here; ``fake`` stands for it elsewhere, and is made when it is first asked for
+    where only ``looks`` are given: a fake that nobody changes, and ``copied``, which makes another like it.
+    ``version`` is what the counter of changes stood at when it got its name.
     """
 
-    stage: int
-    name: str
-    real: Tensor | None = None
-    fake: Tensor | None = None
-    version: int = 0
+    __slots__ = ("_copied", "_fake", "_looks", "name", "real", "stage", "version")
+
+    def __init__(
+        self,
+        stage: int,
+        name: str,
+        real: Tensor | None = None,
+        fake: Tensor | None = None,
+        version: int = 0,
+        *,
+        looks: Tensor | None = None,
+        copied: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.stage, self.name, self.real, self._fake, self.version = stage, name, real, fake, version
+        self._looks, self._copied = looks, copied
+
+    @property
+    def fake(self) -> Tensor | None:
+        """What stands for it, and may be changed in place."""
+        if self._fake is None and self._looks is not None:
+            assert self._copied is not None
+            self._fake = self._copied(self._looks)
+            self.version = self._fake._version
+        return self._fake
+
+    @property
+    def shown(self) -> Tensor:
+        """Something with its shape, dtype, device and strides, only to be looked at."""
+        for tensor in (self.real, self._fake, self._looks):
+            if tensor is not None:
+                return tensor
+        raise AssertionError(self.name)
 
     @property
     def key(self) -> tuple[str, int]:
         """Name and number of changes since, the same in every stage."""
-        tensor = self.real if self.real is not None else self.fake
-        assert tensor is not None
-        return self.name, version_of(tensor) - self.version
+        tensor = self.real if self.real is not None else self._fake
+        return self.name, 0 if tensor is None else version_of(tensor) - self.version
 
 
 def version_of(tensor: Tensor) -> int:
@@ -63,8 +89,7 @@ class Remote(Tensor):
     @staticmethod
     def __new__(cls: "type[Remote]", entry: Entry) -> "Remote":  # noqa: PYI034 - Self is no runtime type
         """Look like the entry's fake."""
-        fake = entry.fake
-        assert fake is not None
+        fake = entry.shown
         made: Remote = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
             cls, fake.shape, strides=fake.stride(), dtype=fake.dtype, device=fake.device, requires_grad=False
         )

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from sheaf.cluster.primitives import Pending
+from sheaf.parallel.compression import compressor
 from sheaf.parallel.holding import AbstractHolding, Factor, Touched, refuse_sparse
 from sheaf.parallel.optimizers import sliced_optimizer
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.turnstile import Turnstile
 from sheaf.parallel.world import World
+from sheaf.plans.compression import Compression
 from sheaf.plans.layout import Held, buckets
 
 
@@ -30,6 +32,7 @@ class Replicated(AbstractHolding):
         factor: Factor,
         bucket_bytes: int,
         apart: Collection[str] = (),
+        compression: Compression | None = None,
     ) -> None:
         self._world, self._factor = world, factor
         self.model = portion.fill(world.device)
@@ -53,6 +56,11 @@ class Replicated(AbstractHolding):
             for names, flat in zip(self._buckets, self._flats, strict=True)
             for name, view in zip(names, self._split(flat, names), strict=True)
         }
+        self._compressors = [
+            compressor(compression, world, flat, [self.parameters[name].shape for name in names])
+            for names, flat in zip(self._buckets, self._flats, strict=True)
+            if compression is not None and compression.kind != "none"
+        ]
         self._pending: list[Pending] = []
         self._turnstile = Turnstile(self._buckets, self._launch)
         self._touched = Touched(self.parameters.items(), self._ready)
@@ -116,6 +124,17 @@ class Replicated(AbstractHolding):
     def optimizer_names(self) -> dict[int, str]:
         return {id(value): name for name, value in self.parameters.items()}
 
+    def extra(self) -> dict[str, Tensor]:
+        return {
+            f"bucket{index}/{name}": value
+            for index, each in enumerate(self._compressors)
+            for name, value in each.kept().items()
+        }
+
+    @property
+    def distinct(self) -> bool:
+        return bool(self._compressors)
+
     def _ready(self, name: str) -> None:
         if self._buckets and name in self._views:
             self._turnstile.ready(name)
@@ -130,7 +149,11 @@ class Replicated(AbstractHolding):
                 refuse_sparse(name, gradient)
                 torch.mul(gradient, factor, out=view)
                 self.parameters[name].grad = None
-        self._pending.append(self._world.all_reduce(self._flats[bucket], f"gradients of {self._buckets[bucket][-1]}"))
+        if self._compressors:
+            self._pending.append(self._compressors[bucket].start(self._flats[bucket]))
+        else:
+            what = f"gradients of {self._buckets[bucket][-1]}"
+            self._pending.append(self._world.all_reduce(self._flats[bucket], what))
 
     def _flat(self, names: list[str]) -> Tensor:
         first = self.parameters[names[0]]

@@ -18,6 +18,7 @@ from sheaf.parallel.spread import Spread
 from sheaf.parallel.statistics import BatchStatistics
 from sheaf.split.lengthwise import Lengthwise
 from sheaf.split.mode import Splitting
+from sheaf.split.sending import Sending
 from sheaf.task import Loss, Microbatch, Streams, Task, arguments, as_loss, fetch, key, moved
 
 
@@ -45,15 +46,25 @@ class Parts:
     streams: Streams
     statistics: BatchStatistics | None
     splitting: Splitting | None
+    sending: Sending | None = None
 
     def fetched(self, step: int, microbatch: Microbatch) -> Any:
         """A microbatch's batch, on this worker's device."""
         batch = fetch(self.task, microbatch.samples, key(self.task.seed, "data", step, microbatch.index))
         return moved(batch, self.spread.world.device, torch.float64 if self.task.precision == "fp64" else None)
 
+    def arguments(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model is called with: where sequences are split, this worker's part of them."""
+        given = arguments(self.task, batch)
+        return self.splitting.inputs(given) if isinstance(self.splitting, Lengthwise) else given
+
     def forward_context(self) -> AbstractContextManager[object]:
         """What model and loss run in when layers are split."""
-        return self.splitting if self.splitting is not None else nullcontext()
+        return self.sending or self.splitting or nullcontext()
+
+    def statistics_of_microbatch(self) -> AbstractContextManager[object]:
+        """What a microbatch's forward and backward run in where statistics are merged."""
+        return self.statistics.microbatch() if self.statistics is not None else nullcontext()
 
     def autocast(self) -> AbstractContextManager[object]:
         """The task's precision."""
@@ -70,7 +81,8 @@ class Parts:
 
 
 class AbstractRunner(ABC):
-    """``position`` is the (step, microbatch) whose forward or loss runs; ``compute_seconds`` counts own work.
+    """``position`` is the (step, microbatch) whose forward or loss runs, None where that counts for nothing;
+    ``compute_seconds`` counts own work.
 
     ``spans`` holds (kind, microbatch, stage, start, stop) of the last step's actions, where it is made of such, by
     ``time.perf_counter``.
@@ -79,7 +91,7 @@ class AbstractRunner(ABC):
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self.spans: list[tuple[str, int, int, float, float]] = []
-        self.position = (0, 0)
+        self.position: tuple[int, int] | None = (0, 0)
         self.compute_seconds = 0.0
 
     @abstractmethod
@@ -123,20 +135,10 @@ class WholeModel(AbstractRunner):
             parts.exchange.send()
 
     def _run(self, step: int, microbatch: Microbatch, batch: Any, is_last: Any) -> None:
-        parts = self.parts
-        self.position = (step, microbatch.index)
-        parts.streams.enter(step, microbatch.index)
-        statistics, holding = parts.statistics, parts.holding
-        with statistics.microbatch() if statistics is not None else nullcontext():
-            with parts.autocast(), holding.forward_context(), parts.forward_context():
-                positional, named = arguments(parts.task, batch)
-                if isinstance(parts.splitting, Lengthwise):
-                    positional, named = parts.splitting.inputs((positional, named))
-                output = holding.model(*positional, **named)
-                loss = as_loss(parts.task.loss(output, batch), len(microbatch.samples))
-            if statistics is not None:
-                statistics.collect(microbatch.index)
-            parts.tell(microbatch, loss)
+        parts, holding = self.parts, self.parts.holding
+        with parts.statistics_of_microbatch():
+            loss = self.forward(step, microbatch, batch)
+            self.collect(microbatch, loss)
             last = bool(is_last())
             if last and not holding.lockstep:
                 parts.exchange.send()
@@ -144,3 +146,19 @@ class WholeModel(AbstractRunner):
             if loss.sum.requires_grad:
                 torch.autograd.backward([loss.sum], [parts.seed(loss.sum)])
             holding.end_backward()
+
+    def forward(self, step: int, microbatch: Microbatch, batch: Any, *, counts: bool = True) -> Loss:
+        """A microbatch's loss; who looks on is told of one that ``counts``."""
+        parts = self.parts
+        self.position = (step, microbatch.index) if counts else None
+        parts.streams.enter(step, microbatch.index)
+        with parts.autocast(), parts.holding.forward_context(), parts.forward_context():
+            positional, named = parts.arguments(batch)
+            output = parts.holding.model(*positional, **named)
+            return as_loss(parts.task.loss(output, batch), len(microbatch.samples))
+
+    def collect(self, microbatch: Microbatch, loss: Loss) -> None:
+        """Forward has run: keep the statistics it left, and tell its loss."""
+        if self.parts.statistics is not None:
+            self.parts.statistics.collect(microbatch.index)
+        self.parts.tell(microbatch, loss)

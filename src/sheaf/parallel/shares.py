@@ -1,14 +1,18 @@
 """Who computes which microbatch of a step. A sum does not care who added what, so every deal is exact."""
 
 import operator
+import statistics
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Protocol, runtime_checkable
 
 from sheaf.plans import Plan
-from sheaf.plans.layout import apportion
+from sheaf.plans.layout import apportion, soonest
 from sheaf.task import Microbatch
+
+REMEMBERED = 5  # steps
 
 
 @runtime_checkable
@@ -35,6 +39,9 @@ class AbstractDealer(ABC):
     def finished(self) -> None:
         """Every worker has had all of the deal under way."""
 
+    def learn(self, seconds: Sequence[float], counts: Sequence[int]) -> None:  # noqa: B027 - most know all they need
+        """How long each replica computed in the step, and how many microbatches; the same on every worker."""
+
 
 class Dealt(AbstractDealer):
     """Contiguous shares in proportion to weights, fixed before the step."""
@@ -42,9 +49,13 @@ class Dealt(AbstractDealer):
     def __init__(self, weights: Sequence[int], worker: int) -> None:
         self._weights, self._worker = tuple(weights), worker
 
+    def counts(self, microbatches: int) -> tuple[int, ...]:
+        """How many of a step's microbatches each worker has."""
+        return apportion(microbatches, self._weights)
+
     def rounds(self, microbatches: Sequence[Microbatch]) -> int:
         """The most microbatches any worker has: how many rounds workers in lockstep take."""
-        return max(apportion(len(microbatches), self._weights))
+        return max(self.counts(len(microbatches)))
 
     def deal(
         self,
@@ -52,7 +63,7 @@ class Dealt(AbstractDealer):
         microbatches: Sequence[Microbatch],
     ) -> Iterator[tuple[Microbatch, Callable[[], bool]]]:
         """This worker's contiguous run."""
-        shares = apportion(len(microbatches), self._weights)
+        shares = self.counts(len(microbatches))
         start = sum(shares[: self._worker])
         mine = microbatches[start : start + shares[self._worker]]
         for microbatch in mine:
@@ -60,6 +71,44 @@ class Dealt(AbstractDealer):
 
     def finished(self) -> None:
         """Nothing: nothing is shared."""
+
+
+class Balanced(Dealt):
+    """Contiguous shares by the speed of each replica: the median of its last steps. Equal in the first step.
+
+    Nobody goes without while there are enough, or it would never be seen to have become faster.
+    """
+
+    def __init__(self, replicas: int, worker: int) -> None:
+        super().__init__((1,) * replicas, worker)
+        self._seen = [deque[float](maxlen=REMEMBERED) for _ in range(replicas)]
+
+    def counts(self, microbatches: int) -> tuple[int, ...]:
+        if not all(self._seen):
+            return super().counts(microbatches)
+        replicas = len(self._seen)
+        least = 1 if microbatches >= replicas else 0
+        seconds = [statistics.median(seen) for seen in self._seen]
+        return lifted(soonest(microbatches, seconds), least)
+
+    def learn(self, seconds: Sequence[float], counts: Sequence[int]) -> None:
+        for seen, spent, count in zip(self._seen, seconds, counts, strict=True):
+            if count and spent > 0:
+                seen.append(spent / count)
+
+
+def lifted(counts: Sequence[int], least: int) -> tuple[int, ...]:
+    """The same sum, with at least so many for each: taken from those who have most.
+
+    >>> lifted((7, 1, 0), 1)
+    (6, 1, 1)
+    """
+    found = list(counts)
+    for place, count in enumerate(found):
+        for _ in range(least - count):
+            found[found.index(max(found))] -= 1
+            found[place] += 1
+    return tuple(found)
 
 
 class Stolen(AbstractDealer):
@@ -105,4 +154,6 @@ def dealer(plan: Plan, worker: int, counter: Counter | None, name: str = "stolen
     if plan.stolen:
         assert counter is not None
         return Stolen(counter, name, sweeps=worker == 0)
+    if plan.balanced:
+        return Balanced(plan.dp, worker)
     return Dealt(plan.weights, worker)

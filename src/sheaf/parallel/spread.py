@@ -1,6 +1,6 @@
 """Where this worker stands among stages, replicas and split layers, and the groups in which it talks to the others."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,20 +23,26 @@ class Spread:
         known = self.world.workers == self.mesh.workers
         self.place = self.mesh.place(self.world.rank) if known else Mesh(1, 1, 1).place(0)
         groups = self.mesh if known else Mesh(1, self.world.workers, 1)
-        self._lengthwise = plan.cp > 1
+        self.lengthwise = plan.cp > 1
         # gradients found on parts of a sequence add up as those of parts of a batch do
-        alike = [list(range(groups.workers))] if self._lengthwise else groups.dp_groups
+        alike = groups.stage_groups if self.lengthwise else groups.dp_groups
         self.replicas = World(device, gathers_apart=plan.zero == 3, among=alike)
         self._layers = World(device, among=groups.tp_groups)
         self.stages = World(device, among=groups.pp_groups)
+        # among whom parts of the gradients of whole parameters are summed: where state is sharded, with replicas
+        self.parted = World(device, among=groups.stage_groups) if plan.tp > 1 and plan.zero else self._layers
         # all that hold the same slice of a parameter in any stage
         self.copies = World(
-            device, among=_columns(groups) if groups.pp > 1 else [[rank] for rank in range(groups.workers)]
+            device,
+            among=_columns(groups, self.lengthwise) if groups.pp > 1 else [[rank] for rank in range(groups.workers)],
         )
         self.layers = GroupTeam(self._layers.group, self._layers.explained) if known and self.mesh.tp > 1 else None
-        self.by_parts = plan.split_parts
-        if known and self.by_parts:
+        self.by_parts = plan.by_parts
+        if known and plan.split_parts:
             self.layers = GroupTeam(self.world.group, self.world.explained)
+        # tokens travel while gradients are summed, in no order that all keep: over a group of their own
+        self._tokens = World(device, gathers_apart=plan.expert_parts)
+        self.experts = GroupTeam(self._tokens.apart, self._tokens.explained) if known and plan.expert_parts else None
 
     @property
     def leads(self) -> bool:
@@ -46,7 +52,7 @@ class Spread:
     @property
     def alone(self) -> bool:
         """Whether each worker holds the whole model, or shards of it among replicas only."""
-        return self._lengthwise or (self.mesh.tp == 1 and self.mesh.pp == 1 and not self.by_parts)
+        return self.mesh.pp == 1 and (self.lengthwise or self.mesh.tp == 1) and not self.by_parts
 
     @property
     def part(self) -> int:
@@ -57,17 +63,22 @@ class Spread:
         """Whether this worker gives the whole its part of a parameter: of those that hold it alike, one does."""
         if self.by_parts:
             return sliced or sharded or self.world.rank == 0
+        if sharded and self.lengthwise:
+            return True
         return (sharded or self.place.dp == 0) and (sliced or self.leads)
 
     @property
     def waited_seconds(self) -> float:
         """How long this worker stood still for others."""
-        worlds = (self.world, self.replicas, self._layers, self.stages, self.copies)
-        return sum(one.waited_seconds for one in worlds) + (self.layers.waited_seconds if self.layers else 0.0)
+        worlds = {self.world, self.replicas, self._layers, self.stages, self.copies, self.parted}
+        teams = (self.layers, self.experts)
+        return sum(one.waited_seconds for one in worlds) + sum(team.waited_seconds for team in teams if team)
 
     def close(self) -> None:
         """Give the groups back (collective)."""
-        for one in (self.replicas, self._layers, self.stages, self.copies, self.world):
+        for one in dict.fromkeys(
+            (self.replicas, self._layers, self.stages, self.copies, self.parted, self._tokens, self.world)
+        ):
             one.close()
 
     def assembled(self, local: Mapping[str, Tensor], portion: Portion, names: list[str]) -> dict[str, Tensor]:
@@ -93,6 +104,15 @@ class Spread:
             whole[name] = made
         return whole
 
+    def by_replica(self, seconds: Sequence[float], counts: tuple[int, ...]) -> tuple[list[float], list[int]]:
+        """How long the busiest worker of each replica computed, and how many microbatches the replica had."""
+        slowest, dealt = [0.0] * self.mesh.dp, [0] * self.mesh.dp
+        for rank, (spent, count) in enumerate(zip(seconds, counts, strict=True)):
+            replica = self.mesh.place(rank).dp
+            slowest[replica] = max(slowest[replica], spent)
+            dealt[replica] += count
+        return slowest, dealt
+
     def shared(self, counts: tuple[int, ...]) -> tuple[int, ...]:
         """By worker, the microbatches of its replica, from those that each worker has told."""
         if self.mesh.tp == 1 and self.mesh.pp == 1:
@@ -103,7 +123,10 @@ class Spread:
         return tuple(by_replica[self.mesh.place(rank).dp] for rank in range(len(counts)))
 
 
-def _columns(mesh: Mesh) -> list[list[int]]:
+def _columns(mesh: Mesh, whole: bool) -> list[list[int]]:
+    """All workers that hold the same slice of a parameter; of ``whole`` layers, all workers."""
+    if whole:
+        return [list(range(mesh.workers))]
     return [[rank for rank in range(mesh.workers) if mesh.place(rank).tp == part] for part in range(mesh.tp)]
 
 

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sheaf.parallel.course import Finished
 from sheaf.parallel.ledger import Kept
-from sheaf.parallel.passing import Finished, Passing
-from sheaf.parallel.post import BACKWARD, FLAGS, Post
+from sheaf.parallel.passing import Passing
+from sheaf.parallel.post import Post
 from sheaf.parallel.runner import AbstractRunner, Parts
-from sheaf.task import Microbatch, arguments, as_loss
+from sheaf.task import Microbatch, as_loss
 
 
 class AbstractStaged(AbstractRunner):
@@ -48,32 +49,57 @@ class AbstractStaged(AbstractRunner):
         self._post.settle()
         self._passing.checking = False
 
+    def batch_of(self, microbatch: Microbatch) -> Any:
+        """A microbatch's batch, fetched once."""
+        if microbatch.index not in self._batches:
+            self._batches[microbatch.index] = self.parts.fetched(self._step, microbatch)
+        return self._batches[microbatch.index]
+
     def forward(self, microbatch: Microbatch, stage: int) -> None:
         """A microbatch's forward as this stage, and its loss in the last; what backward needs is kept."""
+        batch = self.batch_of(microbatch)
+        self.through([(microbatch, batch)], batch, stage)
+
+    def through(self, members: Sequence[tuple[Microbatch, Any]], batch: Any, stage: int) -> None:
+        """The forward of a ``batch``: of a microbatch, or of several put together, whose losses are their own."""
         parts, passing, statistics = self.parts, self._passing, self.parts.statistics
-        if microbatch.index not in self._batches:
-            self._batches[microbatch.index] = parts.fetched(self._step, microbatch)
-        batch, total = self._batches[microbatch.index], None
-        self.position = (self._step, microbatch.index)
-        parts.streams.enter(self._step, microbatch.index)
+        first, losses = members[0][0], list[tuple[Microbatch, Tensor | None, Tensor | float]]()
+        self.position = (self._step, first.index)
+        parts.streams.enter(self._step, first.index)
         passing.begin(stage, batch)
-        with statistics.microbatch() if statistics is not None else nullcontext():
+        with parts.statistics_of_microbatch():
             try:
                 with parts.autocast(), parts.holding.forward_context(), parts.forward_context(), passing:
-                    positional, named = arguments(parts.task, batch)
+                    positional, named = parts.arguments(batch)
                     output = parts.holding.model(*positional, **named)
-                    loss = as_loss(parts.task.loss(output, batch), len(microbatch.samples))
-                    total = passing.bring(loss.sum)
-                    weight = passing.bring(loss.weight) if isinstance(loss.weight, Tensor) else loss.weight
-                if total is not None and self.leads:
-                    parts.exchange.add(microbatch.index, total, weight)
+                    self.returned(output, members)
+                    start = 0
+                    for microbatch, own in members:
+                        count = len(microbatch.samples)
+                        mine = output if len(members) == 1 else output.narrow(0, start, count)
+                        start += count
+                        loss = as_loss(parts.task.loss(mine, own), count)
+                        total = passing.bring(loss.sum)
+                        weight = passing.bring(loss.weight) if isinstance(loss.weight, Tensor) else loss.weight
+                        losses.append((microbatch, total, weight))
             except Finished:
                 pass
+            for microbatch, total, weight in losses:
+                if total is not None and self.answers(microbatch):
+                    parts.exchange.add(microbatch.index, total, weight)
             if statistics is not None and self.collects:
-                statistics.collect(microbatch.index)
-        passing.end(total)
+                statistics.collect(first.index)
+        totals = [total for _, total, _ in losses if total is not None]
+        passing.end(torch.stack(totals).sum() if len(totals) > 1 else (totals[0] if totals else None))
         parts.holding.leave_forward()
-        self._kept[microbatch.index, stage] = passing.kept
+        self._kept[first.index, stage] = passing.kept
+
+    def answers(self, microbatch: Microbatch) -> bool:  # noqa: ARG002 - parts tell owners apart
+        """Whether this worker tells the microbatch's loss."""
+        return self.leads
+
+    def returned(self, output: Any, members: Sequence[tuple[Microbatch, Any]]) -> None:
+        """The model's own forward has run, and the loss has not."""
 
     def roots(self, kept: Kept, stage: int) -> tuple[list[Tensor], list[Tensor]]:
         """Where the stage's backward starts, and with which gradients: received, and the loss's own."""
@@ -81,12 +107,10 @@ class AbstractStaged(AbstractRunner):
         gradients: list[Tensor] = []
         for later in sorted(kept.sent):
             sent = kept.sent[later]
-            flags = self._post.receive(torch.zeros(len(sent), dtype=torch.uint8), later, stage, FLAGS)
-            for tensor, come in zip(sent, flags.tolist(), strict=True):
-                if come:
-                    out = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-                    gradients.append(self._post.receive(out, later, stage, BACKWARD))
+            for tensor, come in zip(sent, self._post.receive_gradients(sent, later, stage), strict=True):
+                if come is not None:
                     roots.append(tensor)
+                    gradients.append(come)
         if kept.loss is not None and kept.loss.requires_grad:
             roots.append(kept.loss)
             gradients.append(self.parts.seed(kept.loss))
@@ -95,12 +119,7 @@ class AbstractStaged(AbstractRunner):
     def send_back(self, kept: Kept, stage: int) -> None:
         """Send earlier stages the gradients of what came from them, where there are any."""
         for earlier in sorted(kept.received):
-            leaves: Sequence[Tensor] = kept.received[earlier]
-            flags = torch.tensor([leaf.grad is not None for leaf in leaves], dtype=torch.uint8)
-            self._post.send(flags, stage, earlier, FLAGS)
-            for leaf in leaves:
-                if leaf.grad is not None:
-                    self._post.send(leaf.grad.contiguous(), stage, earlier, BACKWARD)
+            self._post.send_gradients(kept.received[earlier], stage, earlier)
 
     def backward_context(self) -> AbstractContextManager[object]:
         """What a backward runs in."""

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_iter
 
 from sheaf.errors import SheafError
 from sheaf.parallel.remote import Remote, no_leaf
-from sheaf.parallel.trees import mapped, tensors
+from sheaf.parallel.trees import PLAIN, mapped, tensors
+from sheaf.split.moves import unset
 from sheaf.split.tensor import Split
 
+MOST_CALLS = 10_000  # of functions that are kept: a number that is another in each step makes each call a new one
+_SAID = PLAIN | {torch.dtype, torch.device, torch.layout, torch.memory_format}  # what a value says all about
 _OWN = ("_parameters", "_forward_pre_hooks", "_forward_hooks")  # what is put back
 
 
@@ -70,13 +73,14 @@ def originals(
 class Outline:
     """What something returned on fakes. ``changed`` are the places, among the tensors it was given, of those it changed
     in place, and whether they have a gradient now; ``passed``, by tensor returned, the place of the given one that it
-    is, or -1.
+    is, or -1. ``common``: the output is kept for the next time, and nobody may change it.
     """
 
     output: Any
     changed: tuple[tuple[int, bool], ...] = ()
     passed: tuple[int, ...] = ()
     draws: bool = False
+    common: bool = False
 
 
 class StandIns:
@@ -89,27 +93,39 @@ class StandIns:
         mode.allow_non_fake_inputs = True  # what is computed from the batch alone is real in every stage
         self.mode, self._blocks = mode, blocks
         self._known: dict[Any, Outline] = {}
+        self._called: dict[Any, Outline] = {}
         self.why = ""
 
-    def block(self, name: str, args: Any, kwargs: Any) -> Outline | None:
-        """A block's, kept by the shapes of what it is given."""
-        key = (name, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), signature((args, kwargs)))
+    def block(self, name: str, given: Any, faked: Callable[[], Any]) -> Outline | None:
+        """A block's, kept by what its arguments ``given`` look like; ``faked`` gives them as fakes of their own."""
+        key = (name, *_modes(), signature(given, strides=True))
         known = self._known.get(key)
-        if known is None:
-            original = self._blocks[name]
-            with original.there(self.like):
-                made = self._run(original.forward, args, kwargs)
-            if made is None:
-                return None
-            known = replace(made, output=mapped(cut_off, made.output))
-            leaves, _ = tree_flatten(known.output)
-            if all(isinstance(leaf, Tensor | int | float | str | bool | None) for leaf in leaves):
-                self._known[key] = known
-        return replace(known, output=mapped(self.like, known.output))
+        if known is not None:
+            return known
+        original = self._blocks[name]
+        args, kwargs = faked()
+        with original.there(self.like):
+            made = self._run(original.forward, args, kwargs)
+        if made is None:
+            return None
+        made = replace(made, output=mapped(cut_off, made.output))
+        if all(type(leaf) in PLAIN or isinstance(leaf, Tensor) for leaf in tree_iter(made.output)):
+            made = self._known[key] = replace(made, common=True)
+        return made
 
-    def function(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Outline | None:
-        """A function's."""
-        return self._run(function, args, kwargs)
+    def function(self, function: Callable[..., Any], given: Any, faked: Callable[[], Any]) -> Outline | None:
+        """A function's: as ``block``, where it only makes new tensors of tensors and plain values."""
+        plain = all(type(leaf) in _SAID or isinstance(leaf, Tensor) for leaf in tree_iter(given))
+        key = (function, *_modes(), signature(given, strides=True)) if plain else None
+        known = self._called.get(key) if plain else None
+        if known is not None:
+            return known
+        args, kwargs = faked()
+        made = self._run(function, args, kwargs)
+        if made is not None and plain and not made.changed and not made.draws and _is_new(made.output, (args, kwargs)):
+            self._called = self._called if len(self._called) < MOST_CALLS else {}
+            self._called[key] = replace(made, output=mapped(self.like, made.output), common=True)
+        return made
 
     def like(self, tensor: Tensor) -> Tensor:
         """A fake of the same shape, type and device."""
@@ -118,7 +134,7 @@ class StandIns:
             if isinstance(tensor, FakeTensor) and tensor.layout is torch.strided:
                 made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
             else:
-                made = torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=shown.device)
+                made = unset(tuple(tensor.shape), shown)
             return cut_off(made, requires_grad=shown.requires_grad)
 
     def of(self, shape: list[int], dtype: str, *, requires_grad: bool, device: torch.device) -> Tensor:
@@ -167,10 +183,26 @@ def blanks(value: Any) -> Any:
     return mapped(lambda leaf: torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device), value)
 
 
-def signature(value: Any) -> Any:
-    """What output shapes depend on: the shapes of tensors, and plain values."""
+def signature(value: Any, *, strides: bool = False) -> Any:
+    """What output shapes depend on: the shapes of tensors, and plain values; with ``strides`` how they lie in memory,
+    too, which may differ between stages.
+    """
+    if isinstance(value, Tensor):
+        shown = value.entry.shown if isinstance(value, Remote) else value
+        shown = shown.local if isinstance(shown, Split) else shown
+        laid = shown.stride() if strides and shown.layout is torch.strided else ()
+        return tuple(value.shape), value.dtype, shown.requires_grad, laid
+    kind = type(value)
+    if kind in _SAID:
+        return kind, value
+    if kind is tuple or kind is list:
+        return kind, *(signature(inner, strides=strides) for inner in value)
+    if kind is dict:
+        return kind, *((key, signature(inner, strides=strides)) for key, inner in value.items())
     leaves, spec = tree_flatten(value)
-    return str(spec), tuple(_leaf(leaf) for leaf in leaves)
+    if len(leaves) == 1 and leaves[0] is value:
+        return kind.__qualname__, *(signature(tensor, strides=strides) for tensor in tensors(value))
+    return str(spec), *(signature(leaf, strides=strides) for leaf in leaves)
 
 
 def kinds(value: Any) -> Any:
@@ -179,12 +211,14 @@ def kinds(value: Any) -> Any:
     return str(spec), tuple(leaf.dtype if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves)
 
 
-def _leaf(leaf: Any) -> Any:
-    if isinstance(leaf, Remote) and leaf.entry.fake is not None:
-        return tuple(leaf.shape), leaf.dtype, leaf.entry.fake.requires_grad
-    if isinstance(leaf, Tensor):
-        return tuple(leaf.shape), leaf.dtype, leaf.requires_grad
-    if isinstance(leaf, int | float | str | bool | None):
-        return type(leaf), leaf
-    inner = tuple(_leaf(tensor) for tensor in tensors(leaf))
-    return type(leaf).__qualname__, inner
+def _modes() -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+
+
+def _is_new(output: Any, given: Any) -> bool:
+    """Whether the output is tensors that share no memory, with what was given or each other, and plain values."""
+    if not all(type(leaf) in PLAIN or isinstance(leaf, Tensor) for leaf in tree_iter(output)):
+        return False
+    old = {tensor.untyped_storage()._cdata for tensor in tensors(given)}
+    new = [tensor.untyped_storage()._cdata for tensor in tensors(output)]
+    return len(set(new)) == len(new) and not old & set(new)

@@ -1,15 +1,16 @@
 """BatchNorm's running statistics, updated in microbatch order whoever computed which microbatch.
 
-The unit of BatchNorm is the microbatch everywhere. While a layer runs in training mode it writes its batch statistics
-to a scratch buffer; at the end of the step all of them are applied to the running statistics in order, on every
-worker. A layer in eval mode is left alone: it reads its running statistics, as it does in plain PyTorch. Whatever else
-forward leaves behind cannot be merged or computed twice, and is refused by name.
+The unit of BatchNorm, torch's or Keras's, is the microbatch everywhere. While a layer runs in training mode it writes
+its batch statistics to a scratch buffer; at the end of the step all of them are applied to the running statistics in
+order, on every worker. A layer in eval mode is left alone: it reads its running statistics, as it does in plain
+PyTorch. Whatever else forward leaves behind cannot be merged or computed twice, and is refused by name.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeGuard
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,26 @@ from torch import Tensor, nn
 from sheaf.errors import PlanError
 from sheaf.parallel.recompute import running_again
 from sheaf.parallel.world import World
+from sheaf.task.keras import is_batch_norm, is_layer
 
-_KEPT = ("running_mean", "running_var", "num_batches_tracked")
+
+@dataclass(frozen=True)
+class _Kind:
+    """Where a kind of BatchNorm keeps its statistics, and the momentum with which only a batch's own are left there."""
+
+    mean: str
+    variance: str
+    count: str | None
+    own: float
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The names of all its buffers that a batch moves."""
+        return (self.mean, self.variance, *([self.count] if self.count else []))
+
+
+_TORCH = _Kind("running_mean", "running_var", "num_batches_tracked", own=1.0)
+_KERAS = _Kind("moving_mean", "moving_variance", None, own=0.0)
 _OWN_FORWARD = nn.modules.batchnorm._BatchNorm.forward
 
 
@@ -34,15 +53,14 @@ class _Phase:
 class _Layer:
     """One BatchNorm layer: the scratch buffers that stand in while it trains, and its calls in a microbatch."""
 
-    def __init__(self, name: str, module: nn.modules.batchnorm._BatchNorm, phase: _Phase) -> None:
-        assert module.running_mean is not None
-        self.name, self.module, self._phase = name, module, phase
-        self.size = module.running_mean.numel()
+    def __init__(self, name: str, module: Any, kind: _Kind, phase: _Phase) -> None:
+        self.name, self.module, self.kind, self._phase = name, module, kind, phase
+        self.size = module._buffers[kind.mean].numel()
         self.trained = self.read = 0
-        self.scratch = {key: torch.zeros_like(buffer) for key in _KEPT if (buffer := module._buffers[key]) is not None}
+        self.scratch = {key: torch.zeros_like(module._buffers[key]) for key in kind.kept}
         self._running: dict[str, Any] | None = None
         self._momentum: float | None = None
-        module.register_forward_pre_hook(self._set_aside)
+        module.register_forward_pre_hook(self._set_aside, with_kwargs=True)
         module.register_forward_hook(self._put_back, prepend=True, always_call=True)
 
     def begin(self) -> None:
@@ -70,25 +88,37 @@ class _Layer:
         seen = [row for row, count in enumerate(trained) if count]
         if not seen:
             return
-        tracked, momentum = self.module._buffers["num_batches_tracked"], self.module.momentum
-        assert tracked is not None
-        factors = [
-            momentum if momentum is not None else 1.0 / (int(tracked) + number) for number in range(1, len(seen) + 1)
-        ]
-        tracked += len(seen)
-        kept, weights = _moving_average(factors)
+        kept, weights = _moving_average(self._factors(len(seen)))
         means, variances = statistics[seen, : self.size], statistics[seen, self.size : 2 * self.size]
-        for key, rows in (("running_mean", means), ("running_var", variances)):
+        for key, rows in ((self.kind.mean, means), (self.kind.variance, variances)):
             running = self.module._buffers[key]
-            assert running is not None
             running.copy_(kept * running.double().cpu() + weights @ rows)
 
-    def _set_aside(self, module: nn.Module, _arguments: Any) -> None:
-        """The layer is called: momentum 1 makes the scratch buffers hold the batch's own statistics."""
+    def moments(self) -> Tensor:
+        """Mean and variance that the last call left."""
+        return torch.cat([self.scratch[key].reshape(-1) for key in (self.kind.mean, self.kind.variance)])
+
+    def _factors(self, count: int) -> list[float]:
+        """How much of each new batch's statistics goes into the running ones; the batches are counted."""
+        momentum = self.module.momentum
+        if self.kind.count is None:
+            return [1.0 - momentum] * count
+        tracked = self.module._buffers[self.kind.count]
+        factors = [1.0 / (int(tracked) + number) if momentum is None else momentum for number in range(1, count + 1)]
+        tracked += count
+        return factors
+
+    def _trains(self, keywords: dict[str, Any]) -> bool:
+        if self.kind is _KERAS:
+            return bool(keywords.get("training")) and self.module.trainable
+        return self.module.training and self.module.track_running_stats
+
+    def _set_aside(self, module: nn.Module, _arguments: Any, keywords: dict[str, Any]) -> None:
+        """The layer is called: the kind's own momentum makes the scratch buffers hold the batch's statistics alone."""
         if not self._phase.active or (self._phase.runs is not None and not self._phase.runs(self.name)):
             return
         again = running_again()
-        if not (module.training and self.module.track_running_stats):
+        if not self._trains(keywords):
             self.read += not again
             return
         if not again and torch._C._current_graph_task_id() != -1:
@@ -97,10 +127,10 @@ class _Layer:
                 "checkpointing off and use recompute=full, or use the serial plan without recomputation"
             )
         self.trained += not again
-        self._running = {key: module._buffers[key] for key in _KEPT}
+        self._running = {key: module._buffers[key] for key in self.kind.kept}
         self._momentum = self.module.momentum
         module._buffers.update(self.scratch)
-        module.__dict__["momentum"] = 1.0
+        module.__dict__["momentum"] = self.kind.own
 
     def _put_back(self, module: nn.Module, _arguments: Any, _output: Any) -> None:
         if self._running is not None:
@@ -126,7 +156,9 @@ class BatchStatistics:
     def __init__(self, model: nn.Module, world: World, *, tells: bool = True) -> None:
         self._world, self._phase, self._tells = world, _Phase(), tells
         self._layers = [
-            _Layer(name, module, self._phase) for name, module in model.named_modules() if _is_merged(module)
+            _Layer(name, module, kind, self._phase)
+            for name, module in model.named_modules()
+            if (kind := _kind(module)) is not None
         ]
         for module in model.modules():
             if world.workers > 1 and isinstance(module, nn.SyncBatchNorm):
@@ -179,7 +211,7 @@ class BatchStatistics:
         """
         self._traces.check("forward")
         if self._layers:
-            moments = [layer.scratch[key].reshape(-1) for layer in self._layers for key in _KEPT[:2]]
+            moments = [layer.moments() for layer in self._layers]
             found = torch.cat(moments).to("cpu", torch.float64).split([2 * layer.size for layer in self._layers])
             calls = [torch.tensor([layer.trained, layer.read], dtype=torch.float64) for layer in self._layers]
             row = torch.cat([part for pair in zip(found, calls, strict=True) for part in pair])
@@ -280,13 +312,13 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
     return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-def _is_merged(module: nn.Module) -> TypeGuard[nn.modules.batchnorm._BatchNorm]:
-    """Whether a module is a BatchNorm whose forward is torch's own, with running statistics."""
-    return (
-        isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
-        and type(module).forward is _OWN_FORWARD
-        and all(module._buffers.get(key) is not None for key in _KEPT)
-    )
+def _kind(module: nn.Module) -> _Kind | None:
+    """The kind of BatchNorm that a module is, when its forward is torch's or Keras's own and it has statistics."""
+    if is_layer(module):
+        return _KERAS if is_batch_norm(module) else None
+    is_norm = isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
+    own = is_norm and type(module).forward is _OWN_FORWARD
+    return _TORCH if own and all(module._buffers.get(key) is not None for key in _TORCH.kept) else None
 
 
 def _moving_average(factors: Sequence[float]) -> tuple[float, Tensor]:

@@ -2,6 +2,7 @@
 
 import resource
 import time
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -36,7 +37,7 @@ class Step:
     when other parameters are trained than when it was built.
     """
 
-    def __init__(self, plan: Plan, portion: Portion, runner: AbstractRunner, ties: Ties | None = None) -> None:
+    def __init__(self, plan: Plan, portion: Portion, runner: AbstractRunner, ties: Sequence[Ties] = ()) -> None:
         parts = runner.parts
         assert parts.task.microbatch is not None
         self.task, self.plan = parts.task, plan
@@ -58,8 +59,8 @@ class Step:
         return self._holding.model
 
     @property
-    def position(self) -> tuple[int, int]:
-        """The (step, microbatch) that is running."""
+    def position(self) -> tuple[int, int] | None:
+        """The (step, microbatch) that is running; None where what runs counts for nothing."""
         return self._runner.position
 
     def runs(self, block: str) -> bool:
@@ -121,8 +122,8 @@ class Step:
         self._runner.parts.dealer.finished()
         used, computed = self._agree()
         self._holding.finish(used)
-        if self._ties is not None:
-            self._ties.meet(used)
+        for ties in self._ties:
+            ties.meet(used)
         told.check(self.index)
         self._check_trained()
         if not used:
@@ -142,6 +143,7 @@ class Step:
         if self._statistics is not None:
             self._statistics.apply(len(microbatches))
         self._expectation.weight = told.weight
+        self._runner.parts.dealer.learn(*self._spread.by_replica(computed, told.counts))
         report = self._report(
             microbatches,
             told,
@@ -163,11 +165,14 @@ class Step:
     def observe(self, observer: Observer | None) -> None:
         """Set who looks at gradients; call on every worker alike."""
         self._observer = observer
+        if self._runner.parts.sending is not None:
+            self._runner.parts.sending.is_observed = observer is not None
 
     @property
     def state_owner(self) -> int:
         """The worker whose ``state`` this worker loads: itself, or the first of those that hold the same."""
-        return self.rank if self._holding.sharded or self.plan.split_parts else self._spread.replicas.ranks[0]
+        own = self._holding.sharded or self._holding.distinct or self.plan.by_parts
+        return self.rank if own else self._spread.replicas.ranks[0]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that a later run needs to go on: tensors (none where another worker owns them), and JSON-able values.
@@ -179,6 +184,7 @@ class Step:
         named = {f"parameter/{name}": value for name, value in self._holding.kept().items()}
         named |= {f"buffer/{name}": value for name, value in self.model.named_buffers()}
         named |= {f"optimizer/{name}": value for name, value in tensors.items()}
+        named |= {f"meeting/{name}": value for name, value in self._holding.extra().items()}
         values = {
             "index": self.index,
             "expected_weight": self._expectation.weight,
@@ -201,6 +207,8 @@ class Step:
                 value.copy_(tensors[f"parameter/{name}"])
             for name, value in self.model.named_buffers():
                 value.copy_(tensors[f"buffer/{name}"])
+            for name, value in self._holding.extra().items():
+                value.copy_(tensors[f"meeting/{name}"])
         saved = {
             name.removeprefix("optimizer/"): value for name, value in tensors.items() if name.startswith("optimizer/")
         }
@@ -210,7 +218,7 @@ class Step:
         self.index = values["index"]
         self._expectation.weight = values["expected_weight"]
         self._scale.value, self._scale.good_steps = values["loss_scale"], values["good_steps"]
-        self._holding.after_update()
+        self._holding.loaded()
 
     def full_state(self) -> dict[str, Tensor]:
         """Whole weights and persistent buffers on worker 0, for ``load_state_dict`` (collective; {} elsewhere).
@@ -273,7 +281,8 @@ class Step:
         norm: float | None = None
         if self.task.clip is not None or self._scale.dynamic:
             total = self._norm()
-            norm, overflowed = float(total), not bool(total.isfinite())
+            told = self._mean(total) if self._holding.meets_weights else total
+            norm, overflowed = float(told), not bool(told.isfinite())
             if overflowed and not self._scale.dynamic:
                 advice = "The loss is a number but its gradient is not: look for sqrt or log at zero, or 0/0."
                 raise NonFiniteLoss(self.index, 0, norm, advice)
@@ -301,6 +310,10 @@ class Step:
             return norm
         square = self._world.summed(norm.to("cpu", torch.float64).reshape(1) ** 2, "gradient norm")
         return square.sqrt()[0].to(norm.dtype)
+
+    def _mean(self, norm: Tensor) -> Tensor:
+        """Of norms of which each worker has its own: so that all find alike whether one is no number."""
+        return self._world.summed(norm.to("cpu", torch.float64).reshape(1), "gradient norms")[0] / self.workers
 
     def _counts(self, name: str) -> bool:
         """Whether this worker's part of a gradient adds to the norm: of those that hold it alike, one does."""
@@ -339,6 +352,7 @@ class Step:
             learning_rate=float(self._holding.optimizer.param_groups[0]["lr"]),
             memory_bytes=_memory_bytes(self._world.device),
             microbatches=self._spread.shared(told.counts),
+            computed=tuple(computed),
             skipped=skipped,
             stop=told.stop,
         )

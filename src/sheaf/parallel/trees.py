@@ -4,6 +4,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
+from operator import is_
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,17 +13,37 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
 
+PLAIN = frozenset((int, float, bool, str, type(None)))  # types of what holds no tensor
 _NOT_THE_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
     """Every tensor, in one order."""
-    for leaf in tree_iter(value):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif _is_opened(leaf):
-            for inner in _attributes(leaf).values():
-                yield from tensors(inner)
+    found: list[Tensor] = []
+    _find(value, found)
+    return iter(found)
+
+
+def _find(value: Any, found: list[Tensor]) -> None:
+    if isinstance(value, Tensor):
+        found.append(value)
+        return
+    kind = type(value)
+    if kind in PLAIN:
+        return
+    if kind is tuple or kind is list:
+        for inner in value:
+            _find(inner, found)
+    elif kind is dict:
+        for inner in value.values():
+            _find(inner, found)
+    else:
+        for leaf in tree_iter(value):
+            if isinstance(leaf, Tensor):
+                found.append(leaf)
+            elif _is_opened(leaf):
+                for inner in _attributes(leaf).values():
+                    _find(inner, found)
 
 
 def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
@@ -33,6 +54,17 @@ def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
     >>> mapped(lambda tensor: tensor, given) is given
     True
     """
+    if isinstance(value, Tensor):
+        return function(value)
+    kind = type(value)
+    if kind in PLAIN:
+        return value
+    if kind is tuple or kind is list:
+        items = [mapped(function, inner) for inner in value]
+        return value if all(map(is_, items, value)) else kind(items)
+    if kind is dict:
+        named = {key: mapped(function, inner) for key, inner in value.items()}
+        return value if all(named[key] is value[key] for key in value) else named
     leaves, spec = tree_flatten(value)
     made = [_mapped(function, leaf) for leaf in leaves]
     if all(new is old for new, old in zip(made, leaves, strict=True)):

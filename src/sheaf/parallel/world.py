@@ -68,6 +68,11 @@ class World:
         return mine
 
     @property
+    def apart(self) -> dist.ProcessGroup | None:
+        """The group that gathers have, where they have one of their own."""
+        return self._gathers or self.group
+
+    @property
     def counter(self) -> dist.Store | None:
         """The store that all workers share; None when alone."""
         return dist.distributed_c10d._get_default_store() if self.workers > 1 else None
@@ -86,6 +91,11 @@ class World:
         """Start gathering every worker's ``given`` into ``output``, in rank order."""
         with self.explained("all_gather", what, output):
             return primitives.start_all_gather(output, given, self._gathers or self.group)
+
+    def all_to_all(self, received: Tensor, given: Tensor, what: str) -> Pending:
+        """Start sending row i of ``given`` to worker i; its row for this worker becomes row i of ``received``."""
+        with self.explained("all_to_all", what, given):
+            return primitives.start_all_to_all(received, given, self.group)
 
     def wait(self, pending: Pending) -> None:
         """Finish a collective, and count the time."""

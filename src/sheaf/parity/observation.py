@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from sheaf.errors import RunError
 from sheaf.graph import cut
 from sheaf.split.moves import sliced
+from sheaf.split.sent import Sent
 from sheaf.split.tensor import Split
 
 START = -1  # the step number of what was there before the first step: weights and buffers only
@@ -164,6 +165,7 @@ def fingerprint(output: Any, part: int = 0, *, leads: bool = True) -> Print:
             if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
                 continue
             held = leaf.local if isinstance(leaf, Split) else leaf
+            held = leaf.home if isinstance(leaf, Sent) and leaf.home is not None else held
             if not held.numel() or not (leads or isinstance(leaf, Split)):
                 continue
             values = held.detach().to("cpu", torch.float64).flatten()

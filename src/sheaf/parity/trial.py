@@ -37,15 +37,43 @@ def try_plan(
     Raises NonFiniteLoss naming the step and microbatch, and whatever ``observe`` raises.
     """
     with undisturbed():
-        alone = _serial(task, steps, directory / "serial", microbatch, device)
-        planned = observe()
-        wandering = noise.measure(task, steps, alone, microbatch=microbatch, device=device)
-        trainings = _steps(task, steps, planned, alone, wandering)
+        trial = Trial(task, steps, directory, microbatch=microbatch, device=device)
+        return trial.judged(plan, observe())
+
+
+class Trial:
+    """A task trained serially, once, to judge any number of plans by. Observations go to ``directory``."""
+
+    def __init__(self, task: Task, steps: int, directory: Path, *, microbatch: int, device: torch.device) -> None:
+        self._task, self._steps, self._directory = task, steps, directory
+        self._microbatch, self._device = microbatch, device
+        self._alone = self._serial("serial")
+        self._wandering: dict[int, dict[Key, float]] | None = None
+
+    def judged(self, plan: str, planned: Read) -> Verdict:
+        """The verdict on the run of a plan, read step by step."""
+        if self._wandering is None:
+            self._wandering = self._noise(self._alone)
+        trainings = self._compared(planned, self._alone, self._wandering)
         if all(step.identical for step in trainings):
             return judge(trainings, [], plan)
-        following = _serial(task, steps, directory / "following", microbatch, device, follow=planned)
-        rounding = noise.measure(task, steps, following, microbatch=microbatch, device=device, follow=planned)
-        return judge(trainings, _steps(task, steps, planned, following, rounding), plan)
+        following = self._serial("following", planned)
+        return judge(trainings, self._compared(planned, following, self._noise(following, planned)), plan)
+
+    def _serial(self, name: str, follow: Read | None = None) -> Read:
+        store = Store(self._directory / name)
+        run = serial.train(self._task, self._steps, microbatch=self._microbatch, device=self._device, follow=follow)
+        for observation in run:
+            store.write(observation)
+        return store.read
+
+    def _noise(self, base: Read, follow: Read | None = None) -> dict[int, dict[Key, float]]:
+        return noise.measure(
+            self._task, self._steps, base, microbatch=self._microbatch, device=self._device, follow=follow
+        )
+
+    def _compared(self, planned: Read, alone: Read, noises: dict[int, dict[Key, float]]) -> list[Step]:
+        return _steps(self._task, self._steps, planned, alone, noises)
 
 
 @contextmanager
@@ -59,15 +87,6 @@ def undisturbed() -> Iterator[None]:
         np.random.set_state(states[1])
         torch.random.set_rng_state(states[2])
         torch.set_num_threads(states[3])
-
-
-def _serial(
-    task: Task, steps: int, directory: Path, microbatch: int, device: torch.device, follow: Read | None = None
-) -> Read:
-    store = Store(directory)
-    for observation in serial.train(task, steps, microbatch=microbatch, device=device, follow=follow):
-        store.write(observation)
-    return store.read
 
 
 def _steps(task: Task, steps: int, planned: Read, alone: Read, noises: dict[int, dict[Key, float]]) -> list[Step]:

@@ -3,13 +3,13 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sheaf.parity.compare import BUFFER, GRADIENT, JUDGED, LOSS, MISSING, OUTPUT, WEIGHT, Key
 from sheaf.parity.observation import START
 
-IDENTICAL, ROUNDING, WRONG = "identical", "rounding", "wrong"
+IDENTICAL, ROUNDING, WRONG, RELAXED = "identical", "rounding", "wrong", "relaxed"
 
 # A plan may come this many times as far from the serial run as the reordered serial runs did. Of four runs whose
 # departures are as large as the plan's, even for a tensor of one number, the farthest is nearer than a tenth of the
@@ -101,7 +101,8 @@ class Verdict:
     """Whether a plan computes the serial answer.
 
     ``verdict`` is ``identical`` (to the last bit), ``rounding`` (no further off than re-ordering one process's own sums
-    explains) or ``wrong``; then ``first_departure`` names step, kind, module, microbatch, error and noise.
+    explains) or ``wrong``; then ``first_departure`` names step, kind, module, microbatch, error and noise. What would
+    be wrong of an exact plan is ``relaxed`` of one that is not.
 
     ``max_*_error`` compare two whole trainings: the largest relative L2 departure of a loss, gradient, weight or buffer
     over all steps; ``noise`` is the same of the reordered serial trainings. Both grow with the steps, since an
@@ -124,7 +125,11 @@ class Verdict:
     @property
     def exact(self) -> bool:
         """Whether the plan computes the serial answer, bit for bit or up to rounding."""
-        return self.verdict != WRONG
+        return self.verdict in (IDENTICAL, ROUNDING)
+
+    def of(self, *, exact: bool) -> "Verdict":
+        """The verdict on a plan that claims to be exact, or does not."""
+        return self if exact or self.verdict != WRONG else replace(self, verdict=RELAXED)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
@@ -135,6 +140,7 @@ class Verdict:
             IDENTICAL: "the same as one process, to the last bit",
             ROUNDING: "the same as one process, up to rounding",
             WRONG: "not what one process computes",
+            RELAXED: "not what one process computes, and a relaxed plan does not claim it",
         }
         errors = {LOSS: self.max_loss_error, GRADIENT: self.max_gradient_error, WEIGHT: self.max_weight_error}
         lines = [

@@ -3,6 +3,7 @@
 The executors move these slices, the memory estimate counts them, and checkpoints name them: one definition.
 """
 
+import heapq
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -144,3 +145,37 @@ def apportion(count: int, weights: Sequence[int | float]) -> tuple[int, ...]:
     for worker in by_remainder[: count - sum(shares)]:
         shares[worker] += 1
     return tuple(shares)
+
+
+def soonest(count: int, seconds: Sequence[float]) -> tuple[int, ...]:
+    """``count`` microbatches among workers that need ``seconds`` for one, so that the last is done soonest.
+
+    Each goes to the worker that would be done with it first, which is best for microbatches of one size.
+
+    >>> soonest(16, (1.0, 2.2)), soonest(4, (1.0, 9.0))
+    ((11, 5), (4, 0))
+    """
+    counts = [0] * len(seconds)
+    done = [(each, rank) for rank, each in enumerate(seconds)]
+    heapq.heapify(done)
+    for _ in range(count):
+        when, rank = heapq.heappop(done)
+        counts[rank] += 1
+        heapq.heappush(done, (when + seconds[rank], rank))
+    return tuple(counts)
+
+
+def fragments(parameters: Sequence[tuple[str, int, str]], count: int) -> tuple[tuple[str, ...], ...]:
+    """Parameters (name, numbers, dtype) in order, cut into about ``count`` runs of one dtype and much the same size.
+
+    >>> fragments([("a", 4, "f"), ("b", 4, "f"), ("c", 8, "f")], 2)
+    (('a', 'b'), ('c',))
+    """
+    total = sum(size for _, size, _ in parameters)
+    made: dict[tuple[str, int], list[str]] = {}
+    before = 0
+    for name, size, dtype in parameters:
+        place = min(count - 1, (before + size // 2) * count // max(1, total))
+        made.setdefault((dtype, place), []).append(name)
+        before += size
+    return tuple(tuple(names) for names in made.values())

@@ -68,6 +68,12 @@ class Mesh:
         )
 
     @property
+    def stage_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Ranks that hold the same blocks, or slices of them."""
+        each = self.dp * self.tp
+        return tuple(tuple(range(stage * each, (stage + 1) * each)) for stage in range(self.pp))
+
+    @property
     def pp_groups(self) -> tuple[tuple[int, ...], ...]:
         """Ranks that pass a microbatch on from stage to stage."""
         return tuple(

@@ -8,13 +8,17 @@ from fnmatch import fnmatchcase
 import tomli_w
 
 from sheaf.errors import PlanError, nearest
+from sheaf.plans import text
+from sheaf.plans.compression import Compression
+from sheaf.plans.local import Local
+from sheaf.plans.server import Server, unservable
+from sheaf.plans.text import DEFAULT_SCHEDULE
 
 EQUAL = "equal"
 STOLEN = "stolen"
+BALANCED = "balanced"
 RECOMPUTE = ("none", "full")
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
-PARTS = ("tp", "whole")
-DEFAULT_SCHEDULE = "1f1b"
 DEFAULT_BUCKET_BYTES = 8 * 2**20
 
 
@@ -30,14 +34,22 @@ class Plan:
     ``virtual``     stages per worker of an interleaved pipeline
     ``stages``      blocks per stage, such as ``3:4:5``; open: balanced by what blocks cost
     ``sequence``    1: between split layers, norms and what adds up are split along the sequence
-    ``shares``      how the batch is split: ``equal``, weights such as ``11:5`` (one per replica), or ``stolen`` from a
-                    common queue
+    ``shares``      how the batch is split: ``equal``, weights such as ``11:5`` (one per replica), ``stolen`` from a
+                    common queue, or ``balanced``: dealt by how fast each replica was in the last steps
     ``zero``        0: all state on every worker; 1: optimizer state sharded; 2: gradients too; 3: parameters too
     ``recompute``   ``none``, or ``full``: each block keeps only its input and runs forward again in backward
+    ``local``       steps between meetings of weights, and how they meet: ``16``, ``16:slowmo``, ``16:diloco``; settings
+                    of ``plans.local.Local`` follow, such as ``16:diloco:after=100``. Relaxed: not the serial answer
+    ``compress``    gradients travel as ``bf16``, ``fp16``, ``int8``, ``topk:0.01`` or ``powersgd:4``. Relaxed too
+    ``server``      parameters lie on shards beside the first of the ``dp`` workers, who push gradients and pull values:
+                    ``2`` in lock-step, ``2:staleness=4`` at most four clocks behind, ``2:async``. The last two: relaxed
+    ``late``        gradients on old values are taken ``plain``, ``scaled``, ``compensated`` or ``buffered``;
+                    ``scaled:20`` drops those more than 20 updates late
     ``microbatch``  samples per microbatch where the task leaves it open
     ``bucket_bytes``  gradients travel in buckets of about this size
     ``parts``       other answers for modules named by globs: ``classifier.*=tp`` splits them inside the layer over the
-                    ``dp`` workers that else hold replicas, ``head=whole`` keeps them whole under ``tp``
+                    ``dp`` workers that else hold replicas, ``head=whole`` keeps them whole under ``tp``,
+                    ``*.experts=ep`` deals their stacked experts out over the replicas, who send each other tokens
 
     >>> Plan.parse("dp=4,zero=3")
     Plan(dp=4,zero=3)
@@ -62,6 +74,10 @@ class Plan:
     shares: str = EQUAL
     zero: int = 0
     recompute: str = "none"
+    local: str = ""
+    compress: str = "none"
+    server: str = ""
+    late: str = "plain"
     microbatch: int | None = None
     bucket_bytes: int = DEFAULT_BUCKET_BYTES
     parts: tuple[tuple[str, str], ...] = ()
@@ -92,12 +108,41 @@ class Plan:
         return any(answer == "tp" for _, answer in self.parts)
 
     @property
+    def expert_parts(self) -> bool:
+        """Whether replicas hold experts for each other, and send each other tokens."""
+        return any(answer == "ep" for _, answer in self.parts)
+
+    @property
+    def by_parts(self) -> bool:
+        """Whether replicas hold different slices of some parts."""
+        return self.split_parts or self.expert_parts
+
+    @property
     def split_degree(self) -> int:
         """Over how many workers layers are split, all of them (``tp``) or those of parts (``dp``); 1 where none is."""
-        return self.dp if self.split_parts else self.tp
+        return self.dp if self.by_parts else self.tp
+
+    @property
+    def alike(self) -> int:
+        """How many workers hold the same parameters, or shards of them: replicas, and those that split a sequence."""
+        return self.dp * self.cp
+
+    @property
+    def split_kind(self) -> tuple[int, int]:
+        """What decides how layers are split: over how many workers, and 0, 1 (along the sequence too), 2 (experts) or 3
+        (sequences alone, with ``cp``).
+
+        >>> Plan.parse("dp=4,*.experts=ep").split_kind, Plan.parse("tp=2,sequence=1").split_kind
+        ((4, 2), (2, 1))
+        >>> Plan.parse("cp=2").split_kind
+        (2, 3)
+        """
+        if self.cp > 1:
+            return self.cp, 3
+        return self.split_degree, 2 if self.expert_parts else self.sequence
 
     def part(self, module: str) -> str | None:
-        """What the plan says of a module by name: ``tp``, ``whole``, or nothing. The first glob that matches counts.
+        """What the plan says of a module by name: ``tp``, ``whole``, ``ep``, or nothing. The first that matches counts.
 
         >>> Plan.parse("dp=4,classifier=tp").part("classifier.0")
         'tp'
@@ -118,6 +163,31 @@ class Plan:
         return self.shares == STOLEN
 
     @property
+    def balanced(self) -> bool:
+        """Whether replicas are dealt microbatches by how fast they were in the last steps."""
+        return self.shares == BALANCED
+
+    @property
+    def meets_locally(self) -> Local:
+        """Whether and how workers step alone between meetings."""
+        return Local.parse(self.local) if self.local else Local()
+
+    @property
+    def compression(self) -> Compression:
+        """How gradients, or what weights departed by, are made smaller on their way."""
+        return Compression.parse(self.compress)
+
+    @property
+    def serves(self) -> Server:
+        """Whether and how a parameter server holds the parameters."""
+        return Server.parse(self.server, self.late) if self.server else Server()
+
+    @property
+    def exact(self) -> bool:
+        """Whether the plan computes the serial answer, up to rounding; every other is relaxed."""
+        return not self.local and self.compress == "none" and self.serves.exact
+
+    @property
     def serial(self) -> bool:
         """Whether one worker does everything."""
         return self.workers == 1
@@ -131,7 +201,7 @@ class Plan:
         ]
         if self.pp > 1:
             named = f":{self.schedule}" if self.schedule != DEFAULT_SCHEDULE else ""
-            written.insert(sum(key > 1 for key in (self.dp, self.tp)), f"pp={self.pp}{named}")
+            written.insert(sum(key > 1 for key in (self.dp, self.tp, self.cp)), f"pp={self.pp}{named}")
         written += [f"{glob}={answer}" for glob, answer in self.parts]
         return ",".join(written) or "serial"
 
@@ -139,18 +209,18 @@ class Plan:
         return f"Plan({self})"
 
     @classmethod
-    def parse(cls, text: str) -> "Plan":
+    def parse(cls, written: str) -> "Plan":
         """Read a plan from text such as ``dp=4,zero=3`` or ``serial``.
 
         Raises PlanError listing every unknown key (with the nearest known one) and every bad value.
         """
-        return cls.from_pairs(_pairs(text))
+        return cls.from_pairs(text.pairs(written))
 
     @classmethod
-    def from_toml(cls, text: str) -> "Plan":
+    def from_toml(cls, written: str) -> "Plan":
         """Read a plan from TOML (``dp = 4``), as ``to_toml`` writes it."""
         try:
-            table = tomllib.loads(text)
+            table = tomllib.loads(written)
         except tomllib.TOMLDecodeError as error:
             raise PlanError(f"the plan is not TOML: {error}") from None
         parts: dict[str, object] = table.pop("parts", {})
@@ -159,29 +229,7 @@ class Plan:
     @classmethod
     def from_pairs(cls, pairs: list[tuple[str, str]]) -> "Plan":
         """Read a plan from (key, text) pairs; raises PlanError listing everything wrong with them."""
-        known = {field.name: field for field in fields(cls)}
-        values: dict[str, int | str | tuple[tuple[str, str], ...]] = {}
-        parts: list[tuple[str, str]] = []
-        broken: list[str] = []
-        for key, text in pairs:
-            if (key not in known and text in PARTS) or key == "parts":
-                parts.append((key, text))
-            elif key not in known:
-                broken.append(f"{key!r} is not a key of a plan; {nearest(key, known)}")
-            elif key in values:
-                broken.append(f"{key} is given twice; keep one")
-            elif key in ("shares", "recompute", "schedule", "stages"):
-                values[key] = text
-            elif key == "pp" and ":" in text:
-                values["pp"], values["schedule"] = _pipeline(text, broken)
-            elif re.fullmatch(r"-?\d+", text):
-                values[key] = int(text)
-            else:
-                broken.append(f"{key}={text} is not a whole number")
-        if parts:
-            values["parts"] = tuple(parts)
-        if values.get("schedule") == "interleaved":
-            values.setdefault("virtual", 2)
+        values, broken = text.values(pairs, {field.name for field in fields(cls)})
         try:
             plan = cls(**values)  # pyright: ignore[reportArgumentType]
         except PlanError as error:
@@ -195,6 +243,15 @@ class Plan:
         table = {field.name: getattr(self, field.name) for field in fields(self)}
         table["parts"] = dict(self.parts) or None
         return tomli_w.dumps({key: value for key, value in table.items() if value is not None})
+
+    def with_text(self, written: str) -> "Plan":
+        """The same plan but for what is written; raises PlanError as ``parse``.
+
+        >>> Plan.parse("dp=4,zero=1").with_text("zero=0,local=16:diloco")
+        Plan(dp=4,local=16:diloco)
+        """
+        said = text.pairs(written)
+        return self.from_pairs([pair for pair in text.pairs(str(self)) if pair[0] not in dict(said)] + said)
 
     def with_microbatch(self, microbatch: int) -> "Plan":
         """The same plan with the microbatch written in."""
@@ -216,10 +273,11 @@ class Plan:
             broken.append(f"microbatch={self.microbatch}: at least one sample is needed")
         if self.bucket_bytes < 1024:
             broken.append(f"bucket_bytes={self.bucket_bytes}: use at least 1024")
-        if self.shares not in (EQUAL, STOLEN):
+        if self.shares not in (EQUAL, STOLEN, BALANCED):
             if not re.fullmatch(r"\d+(:\d+)*", self.shares):
                 broken.append(
-                    f"shares={self.shares}: write {EQUAL}, {STOLEN}, or one whole weight per replica such as 11:5"
+                    f"shares={self.shares}: write {EQUAL}, {STOLEN}, {BALANCED}, or one whole weight per replica such "
+                    "as 11:5"
                 )
             elif len(self.shares.split(":")) != self.dp:
                 broken.append(
@@ -228,7 +286,7 @@ class Plan:
                 )
             elif not any(int(part) for part in self.shares.split(":")):
                 broken.append(f"shares={self.shares}: at least one weight must be above zero")
-        return broken + _broken_pipeline(self) + _illegal_mixes(self)
+        return broken + _broken_pipeline(self) + _broken_relaxed(self) + _illegal_mixes(self)
 
 
 def _broken_pipeline(plan: Plan) -> list[str]:
@@ -254,6 +312,40 @@ def _broken_pipeline(plan: Plan) -> list[str]:
     return broken
 
 
+def _broken_relaxed(plan: Plan) -> list[str]:
+    broken: list[str] = []
+    try:
+        steps_alone = plan.meets_locally.every > 0
+    except PlanError as error:
+        broken += error.broken
+        steps_alone = False
+    try:
+        compressed = plan.compression.kind != "none"
+    except PlanError as error:
+        broken += error.broken
+        compressed = False
+    if steps_alone and (plan.dp == 1 or plan.workers > plan.dp or plan.zero or plan.split_parts):
+        broken.append(
+            f"local={plan.local} lets each of several workers step alone, with its own model and optimizer: use it "
+            f"with dp={max(2, plan.workers)} and zero=0, without tp, cp, pp and split parts"
+        )
+    if compressed and (plan.dp * plan.cp == 1 or plan.zero):
+        broken.append(
+            f"compress={plan.compress} makes smaller what replicas sum in whole: use it with dp=2 or more and zero=0"
+        )
+    return broken + _broken_server(plan)
+
+
+def _broken_server(plan: Plan) -> list[str]:
+    others = [f"{key}={getattr(plan, key)}" for key in ("tp", "cp", "pp") if getattr(plan, key) > 1]
+    others += [f"zero={plan.zero}"] if plan.zero else []
+    others += [f"{glob}={answer}" for glob, answer in plan.parts]
+    meets = f"local={plan.local}" if plan.local else f"compress={plan.compress}" if plan.compress != "none" else ""
+    return unservable(
+        plan.server, plan.late, dp=plan.dp, workers=plan.workers, cuts=others, stolen=plan.stolen, meets=meets
+    )
+
+
 def _illegal_mixes(plan: Plan) -> list[str]:
     """Combinations that cannot work, each with the reason and the nearest one that does."""
     broken: list[str] = []
@@ -275,37 +367,29 @@ def _illegal_mixes(plan: Plan) -> list[str]:
             f"{split}=tp splits a part over the workers that are replicas elsewhere: use it with dp alone (its "
             "parameters are held once already), zero=0 and dealt shares"
         )
+    dealt = next((glob for glob, answer in plan.parts if answer == "ep"), None)
+    alone = plan.tp == plan.cp == plan.pp == 1 and not (plan.zero or plan.stolen or plan.local or split)
+    if dealt and (plan.dp == 1 or not alone):
+        broken.append(
+            f"{dealt}=ep deals experts out over dp workers that send each other tokens round by round: use "
+            f"dp={max(2, plan.workers)},{dealt}=ep with zero=0, dealt shares and no other split (an expert is held "
+            "once already)"
+        )
     kept = [glob for glob, answer in plan.parts if answer == "whole"]
     if kept and plan.tp == 1:
         broken.append(f"{kept[0]}=whole keeps a part whole under tp, and tp=1: raise tp or drop it")
-    if plan.cp > 1 and (plan.tp > 1 or plan.pp > 1 or split):
+    if plan.cp > 1 and (plan.tp > 1 or split):
         broken.append(
-            f"cp={plan.cp} splits sequences among workers that hold whole layers: use it with dp and zero, or use "
+            f"cp={plan.cp} splits sequences among workers that hold whole layers: use it with dp, pp and zero, or use "
             f"tp={plan.tp * plan.cp},sequence=1 in its place"
         )
     if plan.dp * plan.cp == 1 and plan.zero:
         broken.append(f"zero={plan.zero} shards state among dp workers, and dp=1: raise dp or drop zero")
+    if plan.balanced and (plan.dp == 1 or plan.by_parts or plan.server):
+        broken.append(
+            "shares=balanced deals a step by how fast replicas were, each alone: use it with dp=2 or more, without "
+            "split parts and servers, or write weights such as shares=11:5"
+        )
     if plan.dp == 1 and plan.stolen:
         broken.append("shares=stolen needs someone to steal from, and dp=1: raise dp or drop shares")
     return broken
-
-
-def _pipeline(text: str, broken: list[str]) -> tuple[int, str]:
-    count, _, schedule = text.partition(":")
-    if not re.fullmatch(r"\d+", count):
-        broken.append(f"pp={text}: write pp=STAGES or pp=STAGES:SCHEDULE, such as pp=4:1f1b")
-        return 1, DEFAULT_SCHEDULE
-    return int(count), schedule
-
-
-def _pairs(text: str) -> list[tuple[str, str]]:
-    stripped = text.strip()
-    if stripped in ("", "serial"):
-        return []
-    pairs: list[tuple[str, str]] = []
-    for part in stripped.split(","):
-        key, equals, value = part.partition("=")
-        if not equals or not value.strip():
-            raise PlanError(f"{part.strip()!r} is not key=value; a plan reads like dp=4,zero=3")
-        pairs.append((key.strip(), value.strip()))
-    return pairs

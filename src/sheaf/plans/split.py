@@ -1,6 +1,7 @@
 """Which slice of a tensor each worker holds when a layer is split among workers, and what splitting it costs."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,8 +75,8 @@ class Slice:
 class Move:
     """One collective among the workers that split a layer, for one microbatch.
 
-    ``operation`` is all_reduce, all_gather or reduce_scatter; ``size_bytes`` is that of the whole tensor; ``why`` says
-    in a few words what needs it.
+    ``operation`` is all_reduce, all_gather, reduce_scatter or all_to_all; ``size_bytes`` is that of the whole tensor,
+    or of what one worker deals out to all; ``why`` says in a few words what needs it.
     """
 
     block: str
@@ -85,6 +86,24 @@ class Move:
     why: str
 
 
+def pattern(name: str) -> str:
+    """A name with its numbers left open, so that the layers of a stack are alike.
+
+    >>> pattern("h.11.attn.c_attn.weight")
+    'h.*.attn.c_attn.weight'
+    """
+    return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)
+
+
+def holders(names: Iterable[str]) -> tuple[str, ...]:
+    """Globs of the modules that hold parameters, numbers left open.
+
+    >>> holders(["blocks.1.experts.up", "blocks.1.experts.down", "blocks.3.experts.up"])
+    ('blocks.*.experts',)
+    """
+    return tuple(dict.fromkeys(pattern(name).rpartition(".")[0] or name for name in names))
+
+
 @dataclass(frozen=True)
 class SplitFacts:
     """What splitting a model's layers among ``degree`` workers does, for microbatches of ``samples`` samples.
@@ -92,7 +111,8 @@ class SplitFacts:
     ``slices`` maps parameters that are split to how; all others are whole on each worker. ``moves`` are the
     collectives of one microbatch in order. ``work`` maps a block to the share of its arithmetic that the busiest
     worker does (1 where all do all of it), ``activations`` to the share of what it keeps for backward. ``closed`` names
-    modules that had to be kept whole, with the reason.
+    modules that had to be kept whole, with the reason. ``partial`` are parameters that are whole on each worker, and
+    used in split work, so that each finds a part of their gradients.
     """
 
     degree: int
@@ -102,6 +122,7 @@ class SplitFacts:
     closed: dict[str, str] = field(default_factory=dict[str, str])
     work: dict[str, float] = field(default_factory=dict[str, float])
     activations: dict[str, float] = field(default_factory=dict[str, float])
+    partial: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As values that JSON knows."""
@@ -113,6 +134,7 @@ class SplitFacts:
             "closed": self.closed,
             "work": self.work,
             "activations": self.activations,
+            "partial": list(self.partial),
         }
 
     @classmethod
@@ -127,4 +149,5 @@ class SplitFacts:
             closed=told["closed"],
             work=told["work"],
             activations=told["activations"],
+            partial=tuple(told["partial"]),
         )

@@ -11,11 +11,15 @@ from sheaf.plans import Plan
 
 @dataclass(frozen=True)
 class Entry:
-    """One plan that can run: its price, and why it leads (``reason``) or what it loses on (``loses_on``)."""
+    """One plan that can run: its price, and why it leads (``reason``) or what it loses on (``loses_on``).
+
+    ``caution`` is what is known of the effect of a relaxed plan on training; empty for an exact one.
+    """
 
     price: Price
     reason: str = ""
     loses_on: str = ""
+    caution: str = ""
 
     @property
     def plan(self) -> Plan:
@@ -27,6 +31,7 @@ class Entry:
         words = {"reason": self.reason} if self.reason else {"loses_on": self.loses_on}
         return {
             "text": str(self.plan),
+            "exact": self.plan.exact,
             "seconds": dict(self.price.seconds),
             "step_seconds": self.price.step_seconds,
             "hidden_seconds": self.price.hidden_seconds,
@@ -35,6 +40,7 @@ class Entry:
             "traffic_bytes": self.price.traffic_bytes,
             "stages": list(self.price.stages),
             **words,
+            **({"caution": self.caution} if self.caution else {}),
         }
 
 
@@ -51,7 +57,8 @@ class Refusal:
 class Ranking:
     """Plans from best to worst, and the refused ones. ``cluster`` is its name; ``batch`` counts samples per step.
 
-    ``splits`` describes what splitting layers does, by (workers that split a layer, sequence 0 or 1), for JSON.
+    ``splits`` describes what splitting layers does, by (workers, sequence 0 or 1, 2 for experts, 3 for
+    sequences alone), for JSON.
     """
 
     ranked: tuple[Entry, ...]
@@ -78,7 +85,7 @@ class Ranking:
 
     def split(self, plan: Plan) -> dict[str, Any] | None:
         """What splitting layers does under a plan; None for one that splits none."""
-        return self.splits.get((plan.split_degree, plan.sequence))
+        return self.splits.get(plan.split_kind)
 
     def refusals(self) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
         """(reason, remedy, plans) with the plans of one reason together, for showing."""

@@ -11,7 +11,7 @@ from sheaf.cost.placement import seats
 from sheaf.graph.facts import GLUE, LOSS, ModelFacts, Profile
 from sheaf.plans import Plan
 from sheaf.plans.plan import EQUAL
-from sheaf.plans.split import SplitFacts
+from sheaf.plans.split import SplitFacts, holders
 from sheaf.plans.stages import default_microbatch, placed
 from sheaf.search import rules, space, words
 from sheaf.search.measured import Profiles, facts_for, profile_for
@@ -24,8 +24,8 @@ class Question:
 
     ``facts`` by samples per microbatch: one size where the task fixes it (``microbatch``), else those worth trying
     or a few of them. ``profiles`` by (samples, busy workers per host); none: a roofline prices. ``elementwise`` says
-    whether the optimizer may step flat slices. ``splits`` by (workers that split a layer, sequence 0 or 1): what is
-    not there is not proposed.
+    whether the optimizer may step flat slices, ``allow_relaxed`` whether plans count that are not exact. ``splits`` by
+    (workers that split a layer, sequence 0 or 1; see ``Plan.split_kind``): what is not there is not proposed.
     """
 
     batch: int
@@ -37,6 +37,7 @@ class Question:
     elementwise: bool = True
     precision: str = "fp32"
     splits: Mapping[tuple[int, int], SplitFacts] = field(default_factory=dict)
+    allow_relaxed: bool = False
     _bases: dict[object, Basis] = field(default_factory=dict[object, Basis], init=False, repr=False, compare=False)
 
     @property
@@ -80,7 +81,7 @@ class Question:
 
     def split_key(self, plan: Plan) -> tuple[int, int]:
         """Where in ``splits`` stands how a plan splits layers."""
-        return plan.split_degree, plan.sequence
+        return plan.split_kind
 
     def profile(self, plan: Plan) -> Profile | None:
         """Measured times under as much company as the plan's workers have."""
@@ -113,8 +114,11 @@ def search(question: Question) -> Ranking:
             starved.append((leanest, rules.too_large(leanest, question.cluster) or ""))
     refused.extend(Refusal(str(one.plan), why, rules.memory_remedy(one, prices)) for one, why in starved)
     ordered = _ordered(prices)
-    if ordered and ordered[0].plan.pp > 1:
-        ordered[0] = question.price(ordered[0].plan)
+    drawn = set[int]()
+    for place, found in enumerate(ordered):  # torchrun takes the best plan for as many workers as it started
+        if found.plan.workers not in drawn and found.plan.pp > 1:
+            ordered[place] = question.price(found.plan)
+        drawn.add(found.plan.workers)
     return Ranking(
         ranked=_explained(ordered),
         refused=tuple(refused),
@@ -136,8 +140,13 @@ def _families(question: Question) -> Iterator[list[Plan]]:
         sizes = [None] if question.microbatch else list(space.microbatch_choices(question.batch, workers))
         for strategy in space.strategies(workers):
             yield from _with_shares(question, strategy, sizes)
+        if question.allow_relaxed and question.precision != "fp16":
+            for strategy in space.relaxed(workers):
+                yield from _with_shares(question, strategy, sizes)
     yield from _mesh_families(question)
     yield from _part_families(question)
+    yield from _expert_families(question)
+    yield from _sequence_families(question)
 
 
 def _mesh_families(question: Question) -> Iterator[list[Plan]]:
@@ -150,13 +159,14 @@ def _mesh_families(question: Question) -> Iterator[list[Plan]]:
     most_stages = len(placed(facts))
     forbidden = not question.elementwise or bool(rules.unmergeable(facts))
     per_machine = max(host.workers for host in question.cluster.hosts)
-    tps = {tp for tp, _ in question.splits if per_machine == 1 or tp <= per_machine}
+    layers = [(degree, sequence) for degree, sequence in question.splits if sequence < 2]
+    tps = {tp for tp, _ in layers if per_machine == 1 or tp <= per_machine}
     count = -(-question.batch // question.microbatch) if question.microbatch else question.batch
     for workers in space.mesh_degrees(question.available):
         for dp, tp, pp in space.meshes(workers, sorted(tps), most_stages):
             if dp > count:
                 continue
-            sequences = sorted(sequence for degree, sequence in question.splits if degree == tp)
+            sequences = sorted(sequence for degree, sequence in layers if degree == tp)
             sizes = [None] if question.microbatch else list(space.mesh_microbatches(question.batch, dp, pp))
             for strategy in space.mesh_strategies(dp, tp, pp, sequences, most_stages):
                 yield from _with_shares(question, strategy, sizes)
@@ -175,6 +185,31 @@ def _part_families(question: Question) -> Iterator[list[Plan]]:
         if workers > 1 and split is not None and any(f"{one}.".startswith(f"{name}.") for one in split.slices):
             sizes = [None] if question.microbatch else list(space.microbatch_choices(question.batch, workers))
             for strategy in space.part_plans(workers, name):
+                yield from _with_shares(question, strategy, sizes)
+
+
+def _expert_families(question: Question) -> Iterator[list[Plan]]:
+    """Replicas that hold experts for each other."""
+    for (workers, kind), split in sorted(question.splits.items(), key=lambda pair: pair[0]):
+        if kind == 2 and workers in space.degrees(question.available, question.batch):
+            sizes = [None] if question.microbatch else list(space.microbatch_choices(question.batch, workers))
+            for strategy in space.expert_plans(workers, holders(split.slices)):
+                yield from _with_shares(question, strategy, sizes)
+
+
+def _sequence_families(question: Question) -> Iterator[list[Plan]]:
+    """Replicas, or pipelines of them, whose sequences are split among workers."""
+    facts = facts_for(question.facts, 1)
+    most_stages = len(placed(facts))
+    per_machine = max(host.workers for host in question.cluster.hosts)
+    cps = sorted(cp for cp, kind in question.splits if kind == 3 and (per_machine == 1 or cp <= per_machine))
+    count = -(-question.batch // question.microbatch) if question.microbatch else question.batch
+    for workers in space.mesh_degrees(question.available) if cps else ():
+        for dp, cp, pp in space.meshes(workers, cps, most_stages):
+            if cp == 1 or dp > count:
+                continue
+            sizes = [None] if question.microbatch else list(space.mesh_microbatches(question.batch, dp, pp))
+            for strategy in space.sequence_strategies(dp, cp, pp):
                 yield from _with_shares(question, strategy, sizes)
 
 
@@ -242,5 +277,7 @@ def _explained(ordered: list[Price]) -> tuple[Entry, ...]:
     best, *others = ordered
     serials = [one for one in ordered if one.plan.serial]
     serial = min(serials, key=lambda one: one.step_seconds) if serials else None
-    leader = Entry(best, reason=words.reason(best, serial, others[0] if others else None))
-    return (leader, *(Entry(other, loses_on=words.loses_on(other, best)) for other in others))
+    reason = words.reason(best, serial, others[0] if others else None)
+    leader = Entry(best, reason=reason, caution=words.caution(best.plan))
+    rest = (Entry(one, loses_on=words.loses_on(one, best), caution=words.caution(one.plan)) for one in others)
+    return (leader, *rest)

@@ -1,6 +1,5 @@
 """Every plan worth pricing: how many workers, what is sharded, who gets how much, how large a microbatch."""
 
-import heapq
 import math
 from collections.abc import Iterator, Sequence
 from functools import reduce
@@ -8,6 +7,7 @@ from functools import reduce
 from sheaf.errors import PlanError
 from sheaf.graph.facts import ModelFacts
 from sheaf.plans import Plan
+from sheaf.plans.layout import soonest
 from sheaf.plans.plan import DEFAULT_SCHEDULE, EQUAL, RECOMPUTE, SCHEDULES, STOLEN
 from sheaf.plans.stages import placed
 
@@ -16,6 +16,8 @@ MESHES_UP_TO = 8  # workers of which every number is tried with split layers and
 STAGES_UP_TO = 16  # beyond, powers of two
 VIRTUAL = 2  # stages per worker of an interleaved pipeline
 PART_BYTES, PART_FLOPS = 0.6, 0.3  # a part with more of the parameters and less of the work is worth splitting alone
+COMPRESSIONS = ("bf16", "int8", "topk:0.01", "powersgd:4")  # relaxed plans, where they are allowed
+LOCALS = ("8", "8:diloco", "32:diloco")
 UNEQUAL = 1.02  # workers whose speeds differ by less count as equal
 
 
@@ -48,6 +50,18 @@ def strategies(workers: int) -> Iterator[Plan]:
             yield Plan(dp=workers, zero=zero, recompute=recompute)
             if workers > 1 and zero < 2:
                 yield Plan(dp=workers, zero=zero, recompute=recompute, shares=STOLEN)
+
+
+def relaxed(workers: int) -> Iterator[Plan]:
+    """Ways for gradients to meet that are not exact, for replicas: compressed, and after several local steps.
+
+    >>> [str(plan) for plan in relaxed(2)][:2]
+    ['dp=2,compress=bf16', 'dp=2,compress=int8']
+    """
+    for compress in COMPRESSIONS if workers > 1 else ():
+        yield Plan(dp=workers, compress=compress)
+    for local in LOCALS if workers > 1 else ():
+        yield Plan(dp=workers, local=local)
 
 
 def meshes(workers: int, tps: Sequence[int], most_stages: int) -> Iterator[tuple[int, int, int]]:
@@ -95,6 +109,17 @@ def mesh_strategies(dp: int, tp: int, pp: int, sequences: Sequence[int], most_st
                         continue
 
 
+def sequence_strategies(dp: int, cp: int, pp: int) -> Iterator[Plan]:
+    """Every answer to the other questions worth trying where sequences are split.
+
+    >>> [str(plan) for plan in sequence_strategies(1, 2, 2)][:2]
+    ['cp=2,pp=2', 'cp=2,pp=2,recompute=full']
+    """
+    for zero in (0, 1) if pp > 1 else (0, 1, 2, 3):
+        for recompute in RECOMPUTE:
+            yield Plan(dp=dp, cp=cp, pp=pp, zero=zero, recompute=recompute)
+
+
 def mesh_microbatches(batch: int, dp: int, pp: int) -> tuple[int, ...]:
     """Sizes to try where the task leaves the microbatch open: as large as they get, and smaller ones for a pipeline.
 
@@ -109,6 +134,17 @@ def part_plans(dp: int, name: str) -> Iterator[Plan]:
     """Replicas that split one part among each other."""
     for recompute in RECOMPUTE:
         yield Plan(dp=dp, recompute=recompute, parts=((name, "tp"),))
+
+
+def expert_plans(dp: int, names: Sequence[str]) -> Iterator[Plan]:
+    """Replicas that hold the experts in these modules for each other."""
+    for recompute in RECOMPUTE:
+        yield Plan(dp=dp, recompute=recompute, parts=tuple((name, "ep") for name in names))
+
+
+def stacked(facts: ModelFacts) -> bool:
+    """Whether a parameter may be a stack of experts' matrices."""
+    return any(len(one.shape) == 3 for one in facts.parameters)
 
 
 def heavy_part(facts: ModelFacts) -> str | None:
@@ -135,21 +171,14 @@ def heavy_part(facts: ModelFacts) -> str | None:
 def weighted_shares(seconds: Sequence[float], num_microbatches: int) -> str:
     """The shares with which workers that need ``seconds`` per microbatch are done soonest; ``equal`` if they are.
 
-    Each microbatch goes to the worker that would be done with it first, which is best for equal microbatches. Empty
-    when a worker would get nothing: then fewer workers do as well.
+    Empty when a worker would get nothing: then fewer workers do as well.
 
     >>> weighted_shares((1.0, 2.2), 16), weighted_shares((1.0, 1.0), 4), weighted_shares((1.0, 9.0), 4)
     ('11:5', 'equal', '')
     """
     if max(seconds) <= UNEQUAL * min(seconds):
         return EQUAL
-    counts = [0] * len(seconds)
-    done = [(each, rank) for rank, each in enumerate(seconds)]
-    heapq.heapify(done)
-    for _ in range(num_microbatches):
-        when, rank = heapq.heappop(done)
-        counts[rank] += 1
-        heapq.heappush(done, (when + seconds[rank], rank))
+    counts = soonest(num_microbatches, seconds)
     if not all(counts):
         return ""
     common = reduce(math.gcd, counts)

@@ -3,6 +3,7 @@
 import math
 
 from sheaf.cost.price import Price
+from sheaf.plans import Plan
 from sheaf.units import pretty_bytes, pretty_seconds
 
 TIE = 0.01  # plans whose times differ by less are equally fast
@@ -10,16 +11,44 @@ TERM_WORDS = {
     "compute": "computing",
     "recompute": "running blocks forward again",
     "tensor": "sending between the workers that split a layer",
+    "all_to_all": "sending of tokens to experts and back",
     "transfer": "passing microbatches from stage to stage",
     "bubble": "idling in the pipeline",
     "all_reduce": "all-reduce that nothing hides",
     "reduce_scatter": "reduce-scatter that nothing hides",
     "all_gather": "all-gather that nothing hides",
+    "server": "pushing gradients to shards and pulling values",
     "wait": "waiting for the slowest worker",
     "optimizer": "optimizer",
     "host": "fetching and bookkeeping",
 }
 MEMORY_WORDS = {"optimizer_state": "optimizer state"}
+
+
+_CAUTIONS = {
+    "bf16": "16-bit gradients with error feedback train as 32-bit ones do in most reports (Agarwal et al., 'On the "
+    "Utility of Gradient Compression', 2022)",
+    "fp16": "16-bit gradients with error feedback train as 32-bit ones do in most reports (Agarwal et al., 'On the "
+    "Utility of Gradient Compression', 2022)",
+    "int8": "8-bit gradients with error feedback lose little at the end, more at the start (Karimireddy et al., 2019)",
+    "topk": "top-k with error feedback needs more steps, the more so the fewer numbers it sends (Stich et al., "
+    "'Sparsified SGD with Memory', 2018)",
+    "powersgd": "rank 4 reached the accuracy of full gradients on ResNet-18 and an LSTM (Vogels et al., 2019)",
+    "average": "the more steps between meetings, the worse it generalises early in training; begin with `after=N` "
+    "(Lin et al., 'Don't Use Large Mini-Batches, Use Local SGD', 2020)",
+    "slowmo": "reaches what all-reduce reaches where plain local SGD does not (Wang et al., 'SlowMo', 2020)",
+    "diloco": "8 workers meeting every 500 steps matched fully synchronous training of language models of 60 to 400 "
+    "million parameters after a synchronous start (Douillard et al., 'DiLoCo', 2023)",
+}
+
+
+def caution(plan: Plan) -> str:
+    """What is known of a relaxed plan's effect on training, with its source; empty for an exact plan."""
+    if plan.exact:
+        return ""
+    kinds = [plan.compression.kind] if plan.compress != "none" else []
+    kinds += [plan.meets_locally.kind] if plan.local else []
+    return "; ".join(_CAUTIONS[kind] for kind in kinds if kind in _CAUTIONS) or "not the serial answer"
 
 
 def largest_difference(price: Price, than: Price) -> tuple[str, float]:

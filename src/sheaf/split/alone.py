@@ -36,6 +36,17 @@ class Alone:
         self._note("reduce_scatter", sum(piece.nbytes for piece in pieces), why)
         return pieces[0].clone()
 
+    def trade(self, own: Tensor, other: int, shape: Sequence[int], why: str) -> Tensor:
+        """Zeros from the other."""
+        if other:
+            self._note("trade", own.nbytes, why)
+        return own.new_zeros(tuple(shape)) if other else own.clone()
+
+    def swap(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]], why: str) -> list[Tensor]:
+        """Zeros from the others."""
+        self._note("all_to_all", sum(piece.nbytes for piece in pieces), why)
+        return [pieces[0], *(pieces[0].new_zeros(tuple(shape)) for shape in shapes[1:])]
+
     def _note(self, operation: str, size_bytes: int, why: str) -> None:
         what, _, block = why.partition(AT)
         backward = torch._C._current_graph_task_id() != -1

@@ -6,17 +6,19 @@ one cut by rows) comes out of running it.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_map
 
 from sheaf.errors import PlanError
 from sheaf.plans.split import Cut, Slice
 from sheaf.split import unseen
-from sheaf.split.moves import Enter, Gather, GatherEnter, Part, Team, Total, TotalPart
+from sheaf.split.layouts import as_shadow, follow
+from sheaf.split.moves import Enter, Gather, GatherEnter, Part, Share, Team, Total, TotalPart, sliced
 from sheaf.split.registry import FALLBACK, RULES, is_inplace
 from sheaf.split.tensor import Split
 
@@ -26,12 +28,23 @@ LENGTH_DIM = 1  # of batch x length x features, along which sequence=1 splits
 class Splitting(TorchFunctionMode):
     """Runs a forward whose parameters are slices. ``parameters`` maps the id of a local parameter to (name, slice).
 
-    With ``sequence`` partial sums of batch x length x features are left split along the length.
+    With ``sequence`` partial sums of batch x length x features are left split along the length. ``partial`` are whole
+    parameters that are used in split work: each worker finds a part of their gradients, to be summed once per step.
     """
 
-    def __init__(self, team: Team, parameters: Mapping[int, tuple[str, Slice]], *, sequence: bool = False) -> None:
+    def __init__(
+        self,
+        team: Team,
+        parameters: Mapping[int, tuple[str, Slice]],
+        *,
+        sequence: bool = False,
+        partial: Iterable[Tensor] = (),
+    ) -> None:
         super().__init__()
         self.team, self.sequence = team, sequence
+        self._partial = {id(parameter) for parameter in partial if parameter.requires_grad}
+        self._parameter_of: dict[int, tuple[Tensor, Tensor]] = {}
+        self.lends = True  # keys and values of attention are let go between forward and backward
         self._depth = 0
         self._parameters = dict(parameters)
         self._held: dict[int, tuple[Tensor, Split]] = {}
@@ -52,13 +65,17 @@ class Splitting(TorchFunctionMode):
             unseen.leave(self)
             self._entered.clear()
             self._held.clear()
+            self._parameter_of.clear()
         super().__exit__(*raised)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not any(self._concerns(value) for value in _leaves(args, kwargs)):
+        if self._partial and any(id(leaf) in self._partial for leaf in leaves(args, kwargs)):
+            args = tree_map(self._aliased, args)
+            kwargs = {key: tree_map(self._aliased, value) for key, value in kwargs.items()}
+        if not any(self._concerns(value) for value in leaves(args, kwargs)):
             return func(*args, **kwargs)
         args = tuple(self._seen(value) for value in args)
         kwargs = {key: self._seen(value) for key, value in kwargs.items()}
@@ -66,6 +83,7 @@ class Splitting(TorchFunctionMode):
         if found is not None:
             result = found(self, func, args, kwargs)
             if result is not FALLBACK:
+                follow(func, args, kwargs, result)
                 return result
         return self.fallback(func, args, kwargs)
 
@@ -88,7 +106,7 @@ class Splitting(TorchFunctionMode):
         """The same value with every slice gathered, in containers too."""
         if isinstance(value, Split):
             return self.gather(value, why)
-        if isinstance(value, list | tuple) and any(isinstance(item, Split) for item in _leaves(tuple(value), {})):
+        if isinstance(value, list | tuple) and any(isinstance(item, Split) for item in leaves(tuple(value), {})):
             made = [self.whole(item, why) for item in value]
             return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
         if isinstance(value, dict):
@@ -98,7 +116,10 @@ class Splitting(TorchFunctionMode):
     def gather(self, split: Split, why: str) -> Tensor:
         """The whole tensor, the same on every worker; gathered once however often it is asked for."""
         return self._once(
-            split, lambda: Gather.apply(split.local, split.axis, split.cut, self.team, f"whole for {why}{self.place}")
+            split,
+            lambda: as_shadow(
+                Gather.apply(split.local, split.axis, split.cut, self.team, f"whole for {why}{self.place}"), split
+            ),
         )
 
     def enter(self, tensor: Tensor, why: str) -> Tensor:
@@ -107,17 +128,24 @@ class Splitting(TorchFunctionMode):
             split = tensor
             return self._once(
                 split,
-                lambda: GatherEnter.apply(
-                    split.local, split.axis, split.cut, self.team, f"whole for {why}{self.place}"
+                lambda: as_shadow(
+                    GatherEnter.apply(split.local, split.axis, split.cut, self.team, f"whole for {why}{self.place}"),
+                    split,
                 ),
                 place=-id(split),
             )
         if not tensor.requires_grad or not torch.is_grad_enabled():
             return tensor
+        known = self._parameter_of.get(id(tensor))
+        if known is not None:
+            return known[1]
         return self._once(tensor, lambda: Enter.apply(tensor, self.team, f"gradient of {why}'s input{self.place}"))
 
     def part(self, tensor: Tensor, dim: int, cut: Cut, why: str) -> Tensor:
         """This worker's slice of a whole tensor: a slice that is held anyway, or one that is cut off."""
+        known = self._parameter_of.get(id(tensor))
+        if known is not None:
+            return sliced(known[1], dim, cut, self.team.rank)
         proposed = self._seen(tensor) if id(tensor) in self._parameters else self.propose(tensor, dim, cut)
         if proposed is not None:
             tensor = proposed
@@ -138,6 +166,18 @@ class Splitting(TorchFunctionMode):
         cut = Cut.even(partial.shape[LENGTH_DIM], self.team.workers)
         local = TotalPart.apply(partial, LENGTH_DIM, cut, self.team, f"partial sums of {why}{self.place}")
         return Split(local, LENGTH_DIM, cut)
+
+    def leaving(self, tensor: Tensor, why: str) -> Tensor:
+        """What this worker sends of a tensor to its like in another stage: all of it."""
+        return self.gather(tensor, why) if isinstance(tensor, Split) else tensor
+
+    def arriving(self, whole: Tensor) -> Tensor:
+        """What comes of a tensor that looks as ``whole`` does, from the like in another stage."""
+        return whole
+
+    def arrived(self, found: Tensor, whole: Tensor) -> Tensor:  # noqa: ARG002 - one whose inputs are split looks
+        """The tensor from what came."""
+        return found
 
     def propose(self, tensor: Tensor, dim: int, cut: Cut | None = None) -> Split | None:  # noqa: ARG002 - rehearsals do
         """Offer to hold a parameter as slices along ``dim``; None where it is whole, or no parameter.
@@ -178,6 +218,14 @@ class Splitting(TorchFunctionMode):
             return type(value)(self._seen(item) for item in value)
         return value
 
+    def _aliased(self, leaf: Any) -> Any:
+        """What stands for a partial parameter in a rule: used as it is, every worker does the same with it."""
+        if id(leaf) not in self._partial:
+            return leaf
+        alias = Share.apply(leaf, self.team.workers)
+        self._parameter_of[id(alias)] = (alias, leaf)
+        return alias
+
     def _parameter(self, local: Tensor) -> Split:
         held = self._held.get(id(local))
         if held is None:
@@ -186,9 +234,10 @@ class Splitting(TorchFunctionMode):
         return held[1]
 
 
-def _leaves(args: Any, kwargs: Any) -> Iterator[Any]:
+def leaves(args: Any, kwargs: Any) -> Iterator[Any]:
+    """Arguments one by one, those in lists and tuples too."""
     for value in (*args, *kwargs.values()):
         if type(value) in (list, tuple):
-            yield from _leaves(value, {})
+            yield from leaves(value, {})
         else:
             yield value

@@ -40,6 +40,10 @@ class Team(Protocol):
         """The sum of what every worker has for this one; ``pieces`` go to the workers in rank order."""
         ...
 
+    def trade(self, own: Tensor, other: int, shape: Sequence[int], why: str) -> Tensor:
+        """What worker ``other`` gives for ``own``, of this ``shape``; itself for nobody else's."""
+        ...
+
 
 def sliced(whole: Tensor, dim: int, cut: Cut, worker: int) -> Tensor:
     """A worker's slice of a whole tensor.
@@ -61,13 +65,36 @@ def joined(parts: Sequence[Tensor], dim: int, cut: Cut) -> Tensor:
     return torch.cat(runs, dim + 1).flatten(dim, dim + 1)
 
 
+def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor, in memory in the order of another's dimensions: in that order random masks are drawn.
+
+    >>> laid_out(torch.zeros(2, 3), torch.zeros(5, 4).t()).stride()
+    (1, 2)
+    """
+    made = unset(tensor.shape, like, dtype=tensor.dtype, device=tensor.device)
+    return tensor if made.stride() == tensor.stride() else made.copy_(tensor)
+
+
+def unset(
+    shape: Sequence[int], like: Tensor, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> Tensor:
+    """A tensor without values whose elements lie in memory in the order of another's dimensions."""
+    order = list(range(like.ndim))
+    if not like.is_contiguous():
+        order.sort(key=lambda dim: (-like.stride(dim), like.shape[dim] <= 1, dim))
+    made = torch.empty([shape[dim] for dim in order], dtype=dtype or like.dtype, device=device or like.device)
+    return made.permute([order.index(dim) for dim in range(like.ndim)])
+
+
 def _shapes(local: Tensor, dim: int, cut: Cut) -> list[tuple[int, ...]]:
     shape = tuple(local.shape)
     return [(*shape[:dim], cut.local_length(worker), *shape[dim + 1 :]) for worker in range(len(cut.sizes))]
 
 
 def _collected(local: Tensor, dim: int, cut: Cut, team: Team, why: str) -> Tensor:
-    return joined(team.collect(local.contiguous(), _shapes(local, dim, cut), why), dim, cut)
+    whole = joined(team.collect(local.contiguous(), _shapes(local, dim, cut), why), dim, cut)
+    # of a slice one element wide nobody can tell where the dimension lies, and all workers must decide alike
+    return laid_out(whole, local) if min(cut.sizes) > 1 else whole
 
 
 def _swapped(whole: Tensor, dim: int, cut: Cut, team: Team, why: str) -> Tensor:
@@ -132,7 +159,7 @@ class Part(Function):
     @staticmethod
     def forward(ctx: Any, whole: Tensor, dim: int, cut: Cut, team: Team, why: str) -> Tensor:
         ctx.dim, ctx.cut, ctx.team, ctx.why = dim, cut, team, why
-        return sliced(whole, dim, cut, team.rank).clone()
+        return laid_out(sliced(whole, dim, cut, team.rank).clone(), whole)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -150,3 +177,29 @@ class TotalPart(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         return _collected(gradients[0], ctx.dim, ctx.cut, ctx.team, ctx.why), None, None, None, None
+
+
+class Trade(Function):
+    """A tensor for that of another worker, who takes this one's; gradients are traded back."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, other: int, shape: Sequence[int], team: Team, why: str) -> Tensor:
+        ctx.other, ctx.shape, ctx.team, ctx.why = other, tuple(own.shape), team, why
+        return team.trade(own.contiguous(), other, shape, why)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return ctx.team.trade(gradients[0].contiguous(), ctx.other, ctx.shape, ctx.why), None, None, None, None
+
+
+class Share(Function):
+    """A parameter in work that every worker does alike: its gradient counts once in their sum."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, workers: int) -> Tensor:
+        ctx.workers = workers
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0] / ctx.workers, None

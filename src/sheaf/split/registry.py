@@ -17,15 +17,16 @@ _SPACES: tuple[Any, ...] = (torch, Tensor, F, _NN, torch.special)
 Rule = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 RULES: dict[Any, Rule] = {}
+SENT: dict[Any, Rule] = {}  # of tensors that are sent to experts
 
 
-def rule(*functions: Any) -> Callable[[Rule], Rule]:
+def rule(*functions: Any, into: dict[Any, Rule] = RULES) -> Callable[[Rule], Rule]:
     """Give functions a rule: function objects, or names that stand for all of torch.NAME, Tensor.NAME, F.NAME."""
 
     def register(given: Rule) -> Rule:
         for function in functions:
             for found in _found(function) if isinstance(function, str) else (function,):
-                RULES[found] = given
+                into[found] = given
         return given
 
     return register

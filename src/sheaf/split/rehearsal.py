@@ -5,7 +5,6 @@ units (heads of an attention, queries and keys and values in one matrix), the un
 the fewest bytes; layers that differ by numbers in their names are decided together.
 """
 
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -13,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 import sheaf.split.rules  # noqa: F401  # pyright: ignore[reportUnusedImport] - gives the rules to the registry
 from sheaf.errors import PlanError
@@ -22,9 +19,10 @@ from sheaf.graph import cut as blocks_of
 from sheaf.graph.example import converted, example, global_streams_kept, precision
 from sheaf.graph.facts import GLUE, LOSS
 from sheaf.graph.trace import SMALL_BYTES, quiet, widen
-from sheaf.plans.split import Cut, Move, Slice, SplitFacts
+from sheaf.plans.split import Cut, Move, Slice, SplitFacts, pattern
 from sheaf.split.alone import AT, Alone
 from sheaf.split.closing import close
+from sheaf.split.counting import Counted, Saved
 from sheaf.split.mode import Splitting
 from sheaf.split.moves import sliced
 from sheaf.split.tensor import Split
@@ -53,6 +51,7 @@ class Try:
     foreseen: list[Move] = field(default_factory=list[Move])  # in a backward that is not run
     flops: dict[str, float] = field(default_factory=dict[str, float])
     saved: dict[str, float] = field(default_factory=dict[str, float])
+    partial: set[str] = field(default_factory=set[str])
 
     @property
     def cost_bytes(self) -> float:
@@ -61,7 +60,19 @@ class Try:
         return sum(MESSAGE_BYTES + move.size_bytes * (1 + (move.operation == "all_reduce")) for move in moves)
 
 
-class Rehearsing(Splitting):
+class Rehearses(Splitting):
+    """A mode that looks at what would happen: ``found`` so far, ``block`` the one that runs."""
+
+    found: Try
+    block: str
+
+    @property
+    def place(self) -> str:
+        """The block that runs."""
+        return AT + self.block
+
+
+class Rehearsing(Rehearses):
     """Decides as it goes; parameters are whole fakes, their slices cut off them."""
 
     def __init__(
@@ -77,11 +88,6 @@ class Rehearsing(Splitting):
         super().__init__(team, {}, sequence=sequence)
         self.names, self.found, self.block = names, Try(moves=team.moves), GLUE
         self._units, self._whole, self._small = units, whole, small
-
-    @property
-    def place(self) -> str:
-        """The block that runs."""
-        return AT + self.block
 
     def propose(self, tensor: Tensor, dim: int, cut: Cut | None = None) -> Split | None:
         """Cut a parameter that is not cut yet, if it may be."""
@@ -100,7 +106,9 @@ class Rehearsing(Splitting):
         return self._parameter(tensor)
 
     def enter(self, tensor: Tensor, why: str) -> Tensor:
-        """Backward will add up its gradient."""
+        """Backward will add up its gradient; a parameter's, once per step."""
+        if self._note_partial(tensor):
+            return tensor
         before = len(self._entered)
         entered = super().enter(tensor, why)
         if len(self._entered) > before and entered.requires_grad:
@@ -109,10 +117,19 @@ class Rehearsing(Splitting):
 
     def part(self, tensor: Tensor, dim: int, cut: Cut, why: str) -> Tensor:
         """Backward will gather the gradient of what is cut off."""
+        if id(tensor) not in self._parameters and self.propose(tensor, dim, cut) is None and self._note_partial(tensor):
+            return sliced(tensor, dim, cut, self.team.rank)
         part = super().part(tensor, dim, cut, why)
         if type(tensor) is not Split and id(tensor) not in self._parameters and part.requires_grad:
             self._foresee("all_gather", tensor, why)
         return part
+
+    def _note_partial(self, tensor: Tensor) -> bool:
+        """Whether it is a parameter that stays whole."""
+        name = None if id(tensor) in self._parameters else self.names.get(id(tensor))
+        if name is not None:
+            self.found.partial.add(name)
+        return name is not None
 
     def _foresee(self, operation: str, whole: Tensor, why: str) -> None:
         self.found.foreseen.append(Move(self.block, operation, whole.nbytes, backward=True, why=why))
@@ -158,11 +175,11 @@ def rehearse(
 
     Raises PlanError when the model cannot be run so.
     """
-    stage = _Stage(task, workers, samples, sequence, whole)
+    stage = Stage(task, workers, samples, sequence, whole)
     return stage.decide()
 
 
-class _Stage:
+class Stage:
     """Runs the rehearsals of one model."""
 
     def __init__(self, task: Task, workers: int, samples: int, sequence: bool, whole: Callable[[str], bool]) -> None:
@@ -190,6 +207,7 @@ class _Stage:
             samples=self.samples,
             slices=best.slices,
             moves=tuple(best.moves),
+            partial=tuple(sorted(best.partial - best.slices.keys())),
             closed=dict(self.closed),
             work={name: best.flops.get(name, 0.0) / flops for name, flops in alone.flops.items() if flops},
             activations={name: best.saved.get(name, 0.0) / size for name, size in alone.saved.items() if size},
@@ -227,7 +245,7 @@ class _Stage:
                 with ExitStack() as stack:
                     self._enter(stack, mode, module)
                     if counted:
-                        stack.enter_context(_Counted(mode))
+                        stack.enter_context(Counted(mode))
                     self._run(mode, counted=counted)
             except Exception as error:  # noqa: BLE001 - whatever it is, it may come of splitting
                 self._after(error, module[0], workers == 1)
@@ -255,13 +273,13 @@ class _Stage:
         self.names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         self.small = small(self.names.values(), [parameter.numel() for parameter in self.model.parameters()])
 
-    def _mode(self, units: dict[str, Units], workers: int) -> Rehearsing:
+    def _mode(self, units: dict[str, Units], workers: int) -> Rehearses:
         def whole(name: str) -> bool:
             return workers == 1 or self.kept(name) or any(_inside(name, module) for module in self.closed)
 
         return Rehearsing(Alone(workers), self.names, units, whole, self.small, sequence=self.sequence and workers > 1)
 
-    def _enter(self, stack: ExitStack, mode: Rehearsing, module: list[str]) -> None:
+    def _enter(self, stack: ExitStack, mode: Rehearses, module: list[str]) -> None:
         stack.enter_context(global_streams_kept())
         stack.enter_context(_followed(self.model, mode, module))
         for handle in close(self.model, self.closed, mode):
@@ -270,9 +288,13 @@ class _Stage:
             stack.enter_context(quiet())
             stack.enter_context(self.mode)
 
-    def _run(self, mode: Rehearsing, *, counted: bool) -> None:
-        positional, named = arguments(self.task, self.batch)
-        saved = torch.autograd.graph.saved_tensors_hooks(_Saved(mode, self.model).pack, lambda tensor: tensor)
+    def _given(self, mode: Any) -> tuple[Any, Any]:  # noqa: ARG002 - sequences are split by it
+        """What the model is called with."""
+        return arguments(self.task, self.batch)
+
+    def _run(self, mode: Rehearses, *, counted: bool) -> None:
+        positional, named = self._given(mode)
+        saved = torch.autograd.graph.saved_tensors_hooks(Saved(mode, self.model).pack, lambda tensor: tensor)
         with precision(self.task, torch.device("cpu")), saved, mode:
             output = self.model(*positional, **named)
             mode.block = LOSS
@@ -297,15 +319,6 @@ class _Stage:
             self._set(real=True)
             return
         raise PlanError(f"{module or 'the model'} cannot be rehearsed: {type(error).__name__}: {first}") from error
-
-
-def pattern(name: str) -> str:
-    """A name with its numbers left open, so that the layers of a stack are alike.
-
-    >>> pattern("h.11.attn.c_attn.weight")
-    'h.*.attn.c_attn.weight'
-    """
-    return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)
 
 
 def small(names: Iterable[str], elements: Iterable[int]) -> frozenset[str]:
@@ -336,7 +349,7 @@ def _inside(name: str, module: str) -> bool:
 
 
 @contextmanager
-def _followed(model: nn.Module, mode: Rehearsing, module: list[str]) -> Iterator[None]:
+def _followed(model: nn.Module, mode: Rehearses, module: list[str]) -> Iterator[None]:
     """Keep the names of the block and of the innermost module that run."""
     blocks = {id(block): name for name, block in blocks_of(model).items()}
     stack: list[tuple[str, str]] = []
@@ -360,37 +373,3 @@ def _followed(model: nn.Module, mode: Rehearsing, module: list[str]) -> Iterator
     finally:
         for handle in handles:
             handle.remove()
-
-
-class _Counted(TorchDispatchMode):
-    """Adds up what products and convolutions compute, block by block, forward only."""
-
-    def __init__(self, mode: Rehearsing) -> None:
-        super().__init__()
-        self._mode = mode
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func.overloadpacket) if torch._C._current_graph_task_id() == -1 else None
-        if count is not None:
-            flops = self._mode.found.flops
-            counted = float(count(*args, **(kwargs or {}), out_val=result))
-            flops[self._mode.block] = flops.get(self._mode.block, 0.0) + counted
-        return result
-
-
-class _Saved:
-    """Adds up what autograd keeps, block by block, parameters apart, each tensor once."""
-
-    def __init__(self, mode: Rehearsing, model: nn.Module) -> None:
-        self._mode = mode
-        self._seen = {id(parameter) for parameter in model.parameters()}
-        self._alive: list[Tensor] = []
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        if id(tensor) not in self._seen and (tensor._base is None or id(tensor._base) not in self._seen):
-            self._seen.add(id(tensor))
-            self._alive.append(tensor)
-            saved = self._mode.found.saved
-            saved[self._mode.block] = saved.get(self._mode.block, 0.0) + tensor.nbytes
-        return tensor

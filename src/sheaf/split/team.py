@@ -68,6 +68,31 @@ class GroupTeam:
                 summed.add_(one)
             return summed.to(own.dtype)
 
+    def trade(self, own: Tensor, other: int, shape: Sequence[int], why: str) -> Tensor:
+        """What worker ``other`` gives for ``own``."""
+        with self._timed("trade", why, own):
+            if other == self.rank:
+                return own.clone()
+            theirs = own.new_empty(tuple(shape))
+            self._run([(dist.isend, own, other), (dist.irecv, theirs, other)])
+            return theirs
+
+    def swap(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]], why: str) -> list[Tensor]:
+        """What every worker has for this one, in rank order; ``pieces`` go to the workers in rank order.
+
+        ``shapes`` are those of what comes, and may differ.
+        """
+        own = pieces[self.rank]
+        with self._timed("all_to_all", why, own):
+            received = [
+                own if worker == self.rank else own.new_empty(tuple(shape)) for worker, shape in enumerate(shapes)
+            ]
+            self._run(
+                [(dist.isend, pieces[other], other) for other in self._others()]
+                + [(dist.irecv, received[other], other) for other in self._others()]
+            )
+            return received
+
     def _others(self) -> list[int]:
         return [(self.rank + distance) % self.workers for distance in range(1, self.workers)]
 

@@ -23,6 +23,7 @@ class Split(Tensor):
     origin: str | None
     scale: int
     held: bool
+    shadow: Tensor | None = None  # lies in memory as the whole would, where the slice cannot tell: see layouts
 
     def __new__(  # noqa: PYI034 - Self is no runtime type
         cls,

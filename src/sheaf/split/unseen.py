@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint as checkpoints
 from torch.utils._pytree import tree_iter
 
+from sheaf.split.sent import Sent
 from sheaf.split.tensor import Split
 
 
@@ -62,7 +63,8 @@ def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
     if cls is checkpoints.CheckpointFunction:  # would leave the mode, and the graph of slices, in backward
         function, keeps_random_state, *given = args
         return checkpoints.checkpoint(function, *given, use_reentrant=False, preserve_rng_state=keeps_random_state)
-    if cls.__module__ != checkpoints.__name__ and any(type(leaf) is Split for leaf in tree_iter((args, kwargs))):
+    leaves = tree_iter((args, kwargs))
+    if cls.__module__ != checkpoints.__name__ and any(type(leaf) in (Split, Sent) for leaf in leaves):
         mode = _running.modes[-1]
         args, kwargs = mode.whole(args, cls.__name__), mode.whole(kwargs, cls.__name__)
     return _apply(cls, *args, **kwargs)

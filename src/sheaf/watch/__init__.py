@@ -1,7 +1,8 @@
 """Looking at a run: live progress in the terminal, a picture of the record. Watching never touches the run."""
 
+from sheaf.watch.comparison import draw_comparison
 from sheaf.watch.picture import draw
 from sheaf.watch.pipeline import draw_pipeline
 from sheaf.watch.progress import Progress
 
-__all__ = ["Progress", "draw", "draw_pipeline"]
+__all__ = ["Progress", "draw", "draw_comparison", "draw_pipeline"]

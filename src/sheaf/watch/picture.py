@@ -32,6 +32,8 @@ _MEASURED_AS = {
     "all_reduce": "communicate",
     "reduce_scatter": "communicate",
     "all_gather": "communicate",
+    "server": "communicate",
+    "all_to_all": "communicate",
 }
 _INK, _FAINT, _MEASURED, _PREDICTED = "#22303c", "#9aa7b1", "#1f77b4", "#f0a35e"
 _SMOOTH_FROM = 100  # steps: fewer are shown as they are
@@ -141,7 +143,7 @@ def _title(run: _Run) -> str:
 def _loss(axes: Axes, run: _Run) -> None:
     steps = np.array([report.step + 1 for report in run.steps])
     losses = np.array([report.loss for report in run.steps], dtype=float)
-    _dress(axes, "Loss", "loss (mean over the batch)")
+    dress(axes, "Loss", "loss (mean over the batch)")
     axes.tick_params(labelbottom=False)
     if not len(steps):
         _say(axes, "no step was recorded")
@@ -152,7 +154,7 @@ def _loss(axes: Axes, run: _Run) -> None:
     axes.plot(steps, losses, color=_MEASURED, marker=_dot(steps), lw=width, alpha=alpha)
     if smooth:
         span = len(steps) // 20
-        axes.plot(steps, _trailing_mean(losses, span), color=_MEASURED, lw=2, label=f"mean of {span} steps")
+        axes.plot(steps, trailing_mean(losses, span), color=_MEASURED, lw=2, label=f"mean of {span} steps")
         axes.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="upper right")
     if len(finite) and finite.min() > 0 and finite.max() / finite.min() > 50:
         axes.set_yscale("log")
@@ -167,7 +169,7 @@ def _loss(axes: Axes, run: _Run) -> None:
 
 def _throughput(axes: Axes, run: _Run) -> None:
     kept = [report for report in run.steps if report.seconds > 0]
-    _dress(axes, "Throughput", "samples/s")
+    dress(axes, "Throughput", "samples/s")
     axes.set_xlabel("step", color=_INK, fontsize=9.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     if not kept:
@@ -186,7 +188,7 @@ def _throughput(axes: Axes, run: _Run) -> None:
 
 
 def _terms(axes: Axes, run: _Run) -> None:
-    _dress(axes, "Time per step", "")
+    dress(axes, "Time per step", "")
     if not run.timed:
         _say(axes, "no step was timed")
         axes.set_yticks([])
@@ -253,7 +255,7 @@ def _mark_resumes(axes: Axes, run: _Run, *, label: bool) -> None:
             )  # fmt: skip
 
 
-def _trailing_mean(values: np.ndarray, span: int) -> np.ndarray:
+def trailing_mean(values: np.ndarray, span: int) -> np.ndarray:
     """The mean of each value and up to ``span - 1`` before it, of the finite ones."""
     windows = (values[max(0, end - span) : end] for end in range(1, len(values) + 1))
     finite = (window[np.isfinite(window)] for window in windows)
@@ -268,7 +270,8 @@ def _say(axes: Axes, text: str) -> None:
     axes.annotate(text, (0.5, 0.5), xycoords="axes fraction", ha="center", va="center", color=_FAINT)
 
 
-def _dress(axes: Axes, title: str, unit: str) -> None:
+def dress(axes: Axes, title: str, unit: str) -> None:
+    """Title, unit and frame of a panel, alike in all pictures."""
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK)
     axes.set_ylabel(unit, color=_INK, fontsize=9.5)
     axes.spines[["top", "right"]].set_visible(False)

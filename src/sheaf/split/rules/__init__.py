@@ -10,6 +10,7 @@ from sheaf.split.rules import (
     products,
     recurrent,
     reductions,
+    sent,
     shapes,
     windows,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "products",
     "recurrent",
     "reductions",
+    "sent",
     "shapes",
     "windows",
 ]

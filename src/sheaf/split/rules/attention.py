@@ -15,7 +15,9 @@ from torch.nn import functional as F
 from sheaf.plans.split import Cut
 from sheaf.split.moves import TotalPart, sliced
 from sheaf.split.registry import FALLBACK, rule
-from sheaf.split.rules.elementwise import bring_along, drawn, elementwise
+from sheaf.split.rules.elementwise import bring_along, drawn
+from sheaf.split.rules.lengths import attend, in_the_open
+from sheaf.split.rules.products import biased
 from sheaf.split.tensor import Split
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -38,21 +40,25 @@ def attention(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kw
     if lead is None or (mask is not None and causal) or (dropped and query.device.type != "cpu"):
         return FALLBACK
     back, cut = lead
+    if back == _LENGTH:
+        return attend(mode, query, key, value, mask, causal=causal, scale=scale, dropped=dropped, groups=groups)
     own_mask = None if mask is None else bring_along(mode, mask, back, cut, "attention")
     own_query = bring_along(mode, query, back, cut, "attention")
-    if back == _LENGTH:
-        own_key, own_value = mode.enter(key, "attention"), mode.enter(value, "attention")
-        if causal:
-            rows = sliced(torch.arange(query.shape[_LENGTH], device=query.device), 0, cut, mode.team.rank)
-            own_mask, causal = rows[:, None] >= torch.arange(key.shape[_LENGTH], device=query.device), False
-    elif back == _HEADS and groups > 1:
+    if back == _HEADS and groups > 1:
         own_key, own_value = (_of_heads(mode, one, query, cut, groups) for one in (key, value))
     else:
         own_key, own_value = (bring_along(mode, one, back, cut, "attention") for one in (key, value))
     if dropped or not own_query.numel():
         if own_query.shape[_HEADS:-2] != own_key.shape[_HEADS:-2] and groups > 1:
             own_key, own_value = (one.repeat_interleave(groups, _HEADS) for one in (own_key, own_value))
-        made = _in_the_open(mode, own_query, own_key, own_value, own_mask, causal, scale, dropped, back, cut)
+        if causal:
+            own_mask = own_query.new_ones((query.shape[_LENGTH], key.shape[_LENGTH]), dtype=torch.bool).tril()
+
+        def drop(shares: Tensor) -> Tensor:
+            whole = Split(shares, shares.ndim + back, cut)
+            return drawn(mode, torch.dropout, (whole, dropped, True), {}).local
+
+        made = in_the_open(own_query, own_key, own_value, own_mask, scale, drop if dropped else None)
     else:
         named: dict[str, Any] = {"attn_mask": own_mask, "is_causal": causal, "scale": scale, "enable_gqa": groups > 1}
         made = F.scaled_dot_product_attention(own_query, own_key, own_value, **named)
@@ -91,33 +97,6 @@ def _of_heads(mode: Any, tensor: Tensor, query: Tensor, cut: Cut, groups: int) -
     return mode.enter(tensor, "attention").index_select(tensor.ndim + _HEADS, heads // groups)
 
 
-def _in_the_open(
-    mode: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float | None,
-    dropped: float,
-    back: int,
-    cut: Cut,
-) -> Tensor:
-    """As torch computes it where it drops something: half precision in float32, a row without keys is zero."""
-    dtype = query.dtype
-    if dtype in (torch.float16, torch.bfloat16):
-        query, key, value = query.float(), key.float(), value.float()
-    scores = query * (1.0 / math.sqrt(query.shape[-1]) if scale is None else scale) @ key.transpose(-2, -1)
-    if causal:
-        mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    shares = torch._safe_softmax(scores, -1)
-    if dropped:
-        shares = drawn(mode, torch.dropout, (Split(shares, shares.ndim + back, cut), dropped, True), {}).local
-    return (shares @ value).to(dtype)
-
-
 # torch.nn.MultiheadAttention ----------------------------------------------------------------------------------------
 
 _PARAMETERS = inspect.signature(F.multi_head_attention_forward)
@@ -135,7 +114,7 @@ def multi_head(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], k
     heads, features = given["num_heads"], given["embed_dim_to_check"] // given["num_heads"]
     cut = _heads_cut(mode, given, features)
     if cut is None:
-        return FALLBACK
+        return _by_rows(mode, given, features)
     batched = given["query"].ndim == 3
     query, key, value = _projected(mode, given, cut, features)
     mask, causal = _mask(mode, given)
@@ -173,6 +152,61 @@ def _usual(given: dict[str, Any]) -> bool:
     if padding is not None and tuple(padding.shape) != padded:
         return False
     return mask is None or tuple(mask.shape) in (length, (batch * heads, *length))
+
+
+def _by_rows(mode: Any, given: dict[str, Any], features: int) -> Any:
+    """With queries cut along their length, in the first dimension, and weights that are whole."""
+    query, heads = given["query"], given["num_heads"]
+    if not isinstance(query, Split) or query.axis != 0 or query.cut.length < 2:
+        return FALLBACK
+    names = _SEPARATE if given["use_separate_proj_weight"] else ("in_proj_weight",)
+    if any(isinstance(given[name], Split) for name in (*names, "in_proj_bias", "out_proj_weight", "out_proj_bias")):
+        return FALLBACK
+    if any(isinstance(one, Split) and one.axis != 0 for one in (given["key"], given["value"])):
+        return FALLBACK
+
+    def used(name: str, *, split: bool) -> Tensor:
+        """A parameter as split work or whole work uses it."""
+        return mode.enter(given[name], "attention") if split else given[name]
+
+    def projected(place: int) -> Tensor:
+        tensor = given[("query", "key", "value")[place]]
+        split = isinstance(tensor, Split)
+        bias = None if given["in_proj_bias"] is None else used("in_proj_bias", split=split).chunk(3)[place]
+        if given["use_separate_proj_weight"]:
+            weight = used(_SEPARATE[place], split=split)
+        else:
+            weight = used("in_proj_weight", split=split).chunk(3)[place]
+        flat = F.linear(tensor.local if split else tensor, weight, bias)
+        laid = flat.reshape(flat.shape[0], flat.shape[1] if flat.ndim == 3 else 1, heads, features).permute(1, 2, 0, 3)
+        return Split(laid, 2, tensor.cut) if split else laid
+
+    query, key, value = projected(0), projected(1), projected(2)
+    assert isinstance(query, Split)
+    mask, causal = _mask(mode, given)
+    dropped = given["dropout_p"] if given["training"] else 0.0
+    weights = None
+    if given["need_weights"]:
+        whole = [mode.enter(one, "attention") for one in (key, value)]
+        scores = query.local * math.sqrt(1.0 / features) @ whole[0].transpose(-2, -1)
+        if mask is not None:
+            scores = scores + bring_along(mode, mask, _LENGTH, query.cut, "attention")
+        shares = Split(torch.softmax(scores, -1), 2, query.cut)
+        shares = drawn(mode, F.dropout, (shares, dropped, True), {}) if dropped else shares
+        made = shares.local @ whole[1]
+        averaged = given["average_attn_weights"]
+        weights = Split(shares.local.mean(1), 1, query.cut) if averaged else shares
+        if given["query"].ndim == 2:
+            weights = Split(weights.local.squeeze(0), weights.axis - 1, query.cut)
+    else:
+        found = attention(mode, F.scaled_dot_product_attention, (query, key, value, mask, dropped, causal), {})
+        if not isinstance(found, Split):
+            return FALLBACK
+        made = found.local
+    rows = made.permute(2, 0, 1, 3).flatten(2)
+    bias = None if given["out_proj_bias"] is None else used("out_proj_bias", split=True)
+    out = F.linear(rows if given["query"].ndim == 3 else rows.squeeze(1), used("out_proj_weight", split=True), bias)
+    return given["query"].like(out, dim=0), weights
 
 
 def _heads_cut(mode: Any, given: dict[str, Any], features: int) -> Cut | None:
@@ -254,4 +288,4 @@ def _out(mode: Any, given: dict[str, Any], made: Tensor, cut: Cut, features: int
         out: Any = Split(TotalPart.apply(partial, query.axis, query.cut, mode.team, why), query.axis, query.cut)
     else:
         out = mode.total(partial, "attention")
-    return out if given["out_proj_bias"] is None else elementwise(mode, torch.add, (out, given["out_proj_bias"]), {})
+    return out if given["out_proj_bias"] is None else biased(mode, out, given["out_proj_bias"])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sheaf.plans.split import Cut
+from sheaf.split.layouts import whole_like
 from sheaf.split.moves import sliced
 from sheaf.split.registry import FALLBACK, is_inplace, rule
 from sheaf.split.tensor import Split
@@ -153,14 +154,3 @@ def drawn(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs
     plain = function if not name.endswith("_") else torch.nn.functional.dropout
     keep = plain(whole_like(first).fill_(1.0), *rest, **named)
     return first.like(local * sliced(keep, first.axis, first.cut, mode.team.rank).to(local.dtype))
-
-
-def whole_like(split: Split) -> Tensor:
-    """An unset tensor of the whole's shape, whose elements lie in memory in the order of the slice's."""
-    local = split.local
-    order = sorted(range(local.ndim), key=lambda dim: (-local.stride(dim), dim)) if local.numel() else range(local.ndim)
-    made = torch.empty([split.shape[dim] for dim in order], dtype=local.dtype, device=local.device)
-    back = [0] * local.ndim
-    for place, dim in enumerate(order):
-        back[dim] = place
-    return made.permute(back)

@@ -99,7 +99,8 @@ def normalised(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], k
         split = split.like(split.local.to(given))
     whole = mode.enter(_logsumexp(mode, split, function.__name__), function.__name__)
     local = _wide(split.local) - whole.unsqueeze(split.axis)
-    return split.like((local if function.__name__ == "log_softmax" else local.exp()).to(dtype))
+    made = (local if function.__name__ == "log_softmax" else local.exp()).to(dtype)
+    return split.like(made.contiguous())  # as torch's own, in which order a mask may be drawn next
 
 
 @rule("logsumexp")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sheaf.split.registry import FALLBACK, rule
-from sheaf.split.rules.elementwise import ask_alike, elementwise
+from sheaf.split.rules.elementwise import ask_alike, converted, elementwise
 from sheaf.split.tensor import Split
 
 Compute = Callable[[Sequence[Tensor]], Tensor]
@@ -97,7 +97,13 @@ def linear(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kwarg
     out = product(
         mode, (tensor, weight), (rows + "y", "zy"), rows + "z", lambda local: F.linear(local[0], local[1]), "linear"
     )
-    return out if bias is None else elementwise(mode, torch.add, (out, bias), {})
+    return out if bias is None else biased(mode, out, bias)
+
+
+def biased(mode: Any, out: Tensor, bias: Tensor) -> Any:
+    """A product plus its bias, as wide as the product is: under autocast the bias is wider."""
+    made = elementwise(mode, torch.add, (out, bias), {})
+    return made if made.dtype == out.dtype else converted(mode, Tensor.to, (made, out.dtype), {})
 
 
 @rule("matmul", "mm", "bmm", "mv", "dot", "__matmul__", "__rmatmul__")

@@ -297,7 +297,8 @@ def getitem(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kwar
     for key in keys:
         uses = _consumed(key)
         if dim <= split.axis < dim + uses:
-            if not (isinstance(key, slice) and key == slice(None)):
+            size = split.shape[split.axis]
+            if not (isinstance(key, slice) and _plain(key) and key.indices(size) == (0, size, 1)):
                 return FALLBACK
             place = made
         dim += uses
@@ -313,6 +314,10 @@ def getitem(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kwar
     return split.like(split.local[tuple(keys)], dim=place)
 
 
+def _plain(key: slice) -> bool:
+    return all(bound is None or isinstance(bound, int) for bound in (key.start, key.stop, key.step))
+
+
 def _consumed(key: Any) -> int:
     """How many dimensions of the indexed tensor a key is for."""
     if key is None or key is Ellipsis or isinstance(key, bool):
@@ -324,11 +329,15 @@ def _consumed(key: Any) -> int:
 def cat(mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Several tensors as one, along a dimension that is not cut, or one that all have cut alike and as evenly."""
     given = dict(zip(("tensors", "dim"), args, strict=False)) | kwargs
-    tensors, dim = list(given["tensors"]), given.get("dim", 0)
+    stacked = function.__name__ == "stack"
+    # torch leaves out such as torch.tensor([]), with which caches begin
+    tensors = [one for one in given["tensors"] if stacked or tuple(one.shape) != (0,)]
+    dim = given.get("dim", 0)
     lead = next((one for one in tensors if isinstance(one, Split)), None)
     if lead is None or "out" in kwargs:
         return FALLBACK
-    stacked = function.__name__ == "stack"
+    if len(tensors) == 1 and not stacked:
+        return lead.like(lead.local.clone())
     dim %= lead.ndim + stacked
     if not stacked and dim == lead.axis:
         if all(isinstance(one, Split) and (one.axis, one.cut) == (lead.axis, lead.cut) for one in tensors):

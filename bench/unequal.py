@@ -1,0 +1,144 @@
+"""Two workers that are not alike: one at half speed, or stalling now and then; shares beside DDP's equal halves.
+
+A worker at half speed is one whose control group gives it half a core (bench.quota), where its neighbour has a whole
+one. Stalls are real: another process stops the second worker for a second (SIGSTOP, SIGCONT) at random moments,
+drawn from a fixed seed. A step takes about as long as a stall, so that there is something left to steal.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from bench.executors import adamw, plain_model, task
+from bench.interleaved import ratio, rounds
+from bench.quota import quota
+from sheaf import Plan, Task, build, launch
+from sheaf.task import Order, fetch
+
+PER_WORKER = 6  # microbatches of a step for each worker under equal shares
+HALF = ("dp=2", "dp=2,shares=2:1", "dp=2,shares=stolen", "dp=2,shares=balanced")
+STALLED = ("dp=2", "dp=2,shares=stolen")
+STALL_SECONDS, BETWEEN_SECONDS = 1.0, 1.0  # between two stalls: on the average
+
+
+def small_task(samples: int) -> Task:
+    """The model of bench.executors, a step of twelve microbatches."""
+    return replace(task(2), batch=2 * PER_WORKER * samples, microbatch=samples)
+
+
+def ddp_loop(given: Task, losses: list[float]) -> Callable[[], None]:
+    """DDP over the same microbatches in the same order, each worker half of them, gradients summed in the last."""
+    model = DistributedDataParallel(plain_model(2))
+    optimizer = adamw(model.parameters())
+    order = Order(given.num_samples, given.batch, given.microbatch or 1, given.seed, shuffle=given.shuffle)
+    rank, index = dist.get_rank(), iter(range(10**9))
+
+    def step() -> None:
+        number = next(index)
+        mine = order.step(number)[rank * PER_WORKER : (rank + 1) * PER_WORKER]
+        optimizer.zero_grad()
+        total = torch.zeros(())
+        for place, microbatch in enumerate(mine):
+            inputs, targets = fetch(given, microbatch.samples, 0)
+            with nullcontext() if place == len(mine) - 1 else model.no_sync():
+                loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()) / PER_WORKER
+                loss.backward()
+            total += loss.detach()
+        optimizer.step()
+        dist.all_reduce(total)
+        losses.append(float(total) / 2)
+
+    return step
+
+
+def compared(
+    plans: tuple[str, ...], samples: int, share: float, count: int, steps: int, *, stalls: bool
+) -> dict[str, Any]:
+    """Seconds per step of every contender, and how far their losses are apart, on this worker."""
+    with ExitStack() as held:
+        limited = held.enter_context(quota(share)) if dist.get_rank() == 1 and share < 1 else share >= 1
+        told = torch.tensor(float(limited))
+        dist.all_reduce(told)
+        if told < 2:
+            return {"skipped": "making a control group needs root and the cpu controller"}
+        losses: dict[str, list[float]] = {"DDP": []}
+        contenders: dict[str, Callable[[], object]] = {"DDP": ddp_loop(small_task(samples), losses["DDP"])}
+        for text in plans:
+            contenders[text] = _noted(build(small_task(samples), Plan.parse(text)), losses.setdefault(text, []))
+        with _stalling() if stalls else nullcontext():
+            seconds = rounds(contenders, count=count, steps=steps)
+        pairs = ((text, pair) for text in plans for pair in zip(losses[text], losses["DDP"], strict=True))
+        apart = max(abs(one - other) / abs(other) for _, (one, other) in pairs)
+    return {"seconds": seconds, "apart": apart}
+
+
+def run(count: int = 10) -> list[dict[str, Any]]:
+    """All ratios, over ``count`` rounds: of 20 steps with a worker at half speed, of 4 with one that stalls."""
+    results: list[dict[str, Any]] = []
+    for what, plans, samples, share, steps, stalls in (
+        ("one worker at half speed", HALF, 1, 0.5, 20, False),
+        ("a worker stalls for a second", STALLED, 3, 1.0, 4, True),
+    ):
+        found = launch.run(compared, 2, plans, samples, share, count, steps, threads=1, stalls=stalls)[0]
+        if "skipped" in found:
+            results.append({"what": what, **found})
+            continue
+        for text in plans:
+            beside = asdict(ratio(found["seconds"], text, "DDP"))
+            results.append({"what": what, **beside, "steps": count * steps, "losses_apart": found["apart"]})
+    return results
+
+
+def _noted(step: Any, losses: list[float]) -> Callable[[], None]:
+    def noted() -> None:
+        losses.append(step().loss)
+
+    return noted
+
+
+@contextmanager
+def _stalling() -> Iterator[None]:
+    """Another process stops worker 1 now and then, while the block runs."""
+    pids = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    pids[dist.get_rank()] = os.getpid()
+    dist.all_reduce(pids)
+    if dist.get_rank() != 0:
+        yield
+        return
+    code = "from bench.unequal import stall; import sys; stall(int(sys.argv[1]))"
+    other = subprocess.Popen([sys.executable, "-c", code, str(int(pids[1]))])
+    try:
+        yield
+    finally:
+        other.terminate()
+        other.wait()
+
+
+def stall(pid: int) -> None:
+    """Stop a process for a second now and then, until this one is ended or that one is gone."""
+    drawn = random.Random(0)
+
+    def end(*_: object) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+        sys.exit()
+
+    signal.signal(signal.SIGTERM, end)
+    with suppress(ProcessLookupError):
+        while True:
+            time.sleep(drawn.uniform(0, 2 * BETWEEN_SECONDS))
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(STALL_SECONDS)
+            os.kill(pid, signal.SIGCONT)

@@ -1,0 +1,145 @@
+"""The same task under several ways for gradients to meet, one run after another: loss by steps and by seconds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from statistics import fmean
+
+from sheaf.api.choice import checked
+from sheaf.api.run import Run
+from sheaf.api.train import train
+from sheaf.errors import PlanError, RunError, SheafError
+from sheaf.launch import FromFile
+from sheaf.plans import Plan
+from sheaf.task import Task
+from sheaf.watch import draw_comparison
+from sheaf.watch.comparison import Curve
+
+ALL_REDUCE = "all-reduce"  # what a plan means that says nothing else
+PICTURE = "comparison.png"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The runs by mode, in order, and the picture of them."""
+
+    runs: dict[str, Run]
+    picture: Path
+
+    @property
+    def rows(self) -> list[dict[str, object]]:
+        """By mode: its plan, the loss at the end, seconds per step, and seconds until the first mode's last loss.
+
+        Losses are means of a tenth of the steps. The last is None where that loss was not reached.
+        """
+        first = next(iter(self.runs.values()))
+        goal = _smooth(first.losses)[-1]
+        return [
+            {
+                "mode": mode,
+                "plan": str(run.plan),
+                "exact": run.plan.exact,
+                "loss": _smooth(run.losses)[-1],
+                "seconds_per_step": run.seconds_per_step,
+                "seconds_to_loss": _reached(run, goal),
+            }
+            for mode, run in self.runs.items()
+        ]
+
+
+def modes(text: str, base: Plan) -> dict[str, Plan]:
+    """The plans that ``"all-reduce; server=2:async; local=16:diloco"`` names on top of a plan.
+
+    Raises PlanError listing everything wrong with any of them.
+    """
+    found: dict[str, Plan] = {}
+    broken: list[str] = []
+    for part in text.split(";"):
+        name = part.strip()
+        if not name:
+            continue
+        try:
+            plan = base if name == ALL_REDUCE else base.with_text(name)
+        except PlanError as error:
+            broken += [f"{name}: {rule}" for rule in error.broken]
+            continue
+        if name in found or plan in found.values():
+            broken.append(f"{name} is there twice; keep one")
+        found[name] = plan
+    if len(found) < 2 and not broken:
+        broken.append(f"{text!r} names {len(found)} ways: give two or more, parted by semicolons, such as "
+                      f"'{ALL_REDUCE}; local=16:diloco'")  # fmt: skip
+    if broken:
+        raise PlanError(broken)
+    return found
+
+
+def compare(
+    task: Task,
+    ways: str,
+    plan: Plan | str,
+    *,
+    steps: int,
+    out: str | Path,
+    quiet: bool = False,
+    threads: int | None = None,
+    source: FromFile | None = None,
+) -> Comparison:
+    """Train the task under each of several ways for gradients to meet, from the same weights on the same samples.
+
+    ``ways`` names them, parted by semicolons, as keys that are put on top of ``plan``; ``all-reduce`` is the plan
+    itself. Each run has a directory under ``out``, and ``out`` the picture: loss by steps beside loss by seconds.
+
+    Raises PlanError, TaskError and RunError for any of them before the first one starts.
+    """
+    base = Plan.parse(plan) if isinstance(plan, str) else plan
+    named = modes(ways, base)
+    place = Path(out)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise RunError(f"{place} holds something already: give a new directory, or remove it")
+    broken: list[str] = []
+    for name, one in named.items():
+        try:
+            checked(task, one)
+        except PlanError as error:
+            broken += [f"{name}: {rule}" for rule in error.broken]
+    if broken:
+        raise PlanError(broken)
+    runs: dict[str, Run] = {}
+    for name, one in named.items():
+        runs[name] = train(
+            task,
+            one,
+            steps=steps,
+            out=place / _folder(name),
+            quiet=quiet,
+            threads=threads,
+            source=source,
+            predict=False,
+        )
+        if runs[name].stopped:
+            break
+    curves = [
+        Curve(name, run.losses, list(accumulate(report.seconds for report in run.reports)), exact=run.plan.exact)
+        for name, run in runs.items()
+    ]
+    try:
+        picture = draw_comparison(place / PICTURE, curves, title=f"{task.name}  ·  {base}")
+    except Exception as error:
+        raise SheafError(f"the runs are in {place}, but their picture could not be drawn: {error}") from error
+    return Comparison(runs, picture)
+
+
+def _folder(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
+
+
+def _smooth(losses: Sequence[float]) -> list[float]:
+    span = max(1, len(losses) // 10)
+    return [fmean(losses[max(0, end - span) : end]) for end in range(1, len(losses) + 1)]
+
+
+def _reached(run: Run, goal: float) -> float | None:
+    spent = accumulate(report.seconds for report in run.reports)
+    return next((seconds for seconds, loss in zip(spent, _smooth(run.losses), strict=True) if loss <= goal), None)

@@ -1,0 +1,1 @@
+"""A sharded parameter server: shards beside the workers, one clock rule from lock-step to asynchronous."""

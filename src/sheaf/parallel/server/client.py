@@ -1,0 +1,223 @@
+"""A worker's side of the parameter server: its gradient goes to every shard, and the values come back."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sheaf.errors import WorkerFailed
+from sheaf.parallel.server.frame import Head, Kind
+from sheaf.parallel.server.greeting import WORKER, Guest
+from sheaf.parallel.server.link import Address, Failed, Keys, Link
+from sheaf.parallel.server.places import Form
+from sheaf.parallel.server.shard import Fenced, Terms
+
+
+@dataclass
+class Seen:
+    """What a worker saw of one exchange."""
+
+    finished: int = 0  # clocks that this worker has behind it now; after it was given up, as many as the slowest has
+    dropped: bool = False  # the gradient was too old and was not applied: its samples are to be used again
+    delay: int = 0  # updates between pull and push, at most over shards
+    staleness: int = 0  # clocks between this worker and the slowest, when it read
+    stop: bool = False  # a worker was asked to stop, and this is the step after which everyone does
+    waited_seconds: float = 0.0
+    told: dict[str, Any] = field(default_factory=dict[str, Any])  # of the first shard
+
+
+class Client:
+    """Worker ``worker``'s lines to all shards; ``addresses`` by shard, those of its seats.
+
+    ``out`` is where gradients are put before ``exchange``, ``values`` what was read last, by shard. One exchange sends
+    the gradient everywhere (each shard keeps it), and then tells every shard to apply it and give its values when the
+    clock allows: so it counts on all shards or on none, whoever dies in between. Raises WorkerFailed and Failed.
+    """
+
+    def __init__(
+        self, worker: int, addresses: Sequence[list[Address]], forms: Sequence[Form], keys: Keys, terms: Terms
+    ) -> None:
+        self.worker, self.terms = worker, terms
+        self.out = [form.arena() for form in forms]
+        self.values = [form.arena() for form in forms]
+        self._incarnation = time.time_ns() // 1000
+        self._places = list(zip(addresses, forms, strict=True))
+        self._keys = keys
+        self._links = self._lines()
+        self._sequence = 0
+        self._versions = [0] * len(self._links)
+        self._ended = threading.Event()
+        self._begun = False
+        self.rejoined = 0
+
+    @property
+    def sent_bytes(self) -> int:
+        """What was written to shards so far, heartbeats apart."""
+        return sum(link.sent_bytes for link in self._links)
+
+    @property
+    def reconnected(self) -> int:
+        """How often a connection to a shard was lost and made anew."""
+        return sum(link.reconnected for link in self._links)
+
+    def join(self, clock: int) -> None:
+        """Begin at ``clock``, and beat from now on; again after a checkpoint was loaded, as a next incarnation."""
+        begun, self._sequence = self._begun, 0
+        if begun:
+            self._next_incarnation()
+            self._versions = [0] * len(self._links)
+        self._join(clock)
+        if begun:
+            return
+        self._begun = True
+        for link in self._lines():
+            threading.Thread(
+                target=self._beat, args=(link,), name=f"sheaf-worker-{self.worker}-beats", daemon=True
+            ).start()
+
+    def exchange(self, clock: int, metas: Sequence[dict[str, Any]]) -> Seen:
+        """Push what is in ``out`` as the gradient of ``clock`` and read the values for the next; ``metas`` by shard."""
+        start = time.perf_counter()
+        while True:
+            try:
+                seen = self._exchange(clock, metas)
+            except Fenced:
+                applied, clock = self._come_back(clock)
+                if not applied:
+                    continue
+                seen = self.pull(clock + 1)  # the push had counted before this worker was given up
+            seen.waited_seconds = time.perf_counter() - start
+            return seen
+
+    def pull(self, clock: int, *, commit: bool = False) -> Seen:
+        """Read the values as of ``clock``."""
+        for link in self._links:
+            link.start(self._pulling(clock, commit=commit))
+        return self._pulled(clock)
+
+    def _pulling(self, clock: int, *, commit: bool) -> Head:
+        return self._head(Kind.PULL, clock=clock)._replace(sequence=self._sequence if commit else 0)
+
+    def _at_once(self, clock: int, meta: dict[str, Any]) -> Seen:
+        """With one shard there is nobody to wait for between pushing and pulling."""
+        link, head = self._links[0], self._head(Kind.PUSH, clock=clock)._replace(base=self._versions[0])
+        link.start(head, meta, self.out[0].raw, then=self._pulling(clock + 1, commit=True))
+        seen = self._pulled(clock + 1)
+        seen.delay = int(link.first["delay"])
+        return seen
+
+    def _pulled(self, clock: int) -> Seen:
+        answers = self._finish(into=True)
+        self._versions = [answer.base for answer, _ in answers]
+        slowest = min(int(told["slowest"]) for _, told in answers)
+        told = answers[0][1]
+        stop = told["stop_at"] is not None and clock >= int(told["stop_at"])
+        return Seen(finished=clock, told=told, staleness=max(0, clock - slowest), stop=stop)
+
+    def read(self, clock: int) -> None:
+        """Read the values when every worker has come to ``clock``."""
+        for link in self._links:
+            link.start(self._head(Kind.READ, clock=clock))
+        self._finish(into=True)
+
+    def gradients(self) -> list[dict[str, Any]]:
+        """Read the last summed gradient into ``values``; what each shard tells of it."""
+        for link in self._links:
+            link.start(self._head(Kind.GRADIENT))
+        return [told for _, told in self._finish(into=True)]
+
+    def leave(self) -> None:
+        """Say good-bye, so that nobody waits for this worker, and hang up."""
+        self._ended.set()
+        for link in self._links:
+            with contextlib.suppress(WorkerFailed, Fenced, Failed):
+                link.ask(self._head(Kind.LEAVE))
+            link.close()
+
+    def close(self) -> None:
+        """Stop beating and hang up, without a word."""
+        self._ended.set()
+        for link in self._links:
+            link.close()
+
+    def _exchange(self, clock: int, metas: Sequence[dict[str, Any]]) -> Seen:
+        self._sequence += 1
+        if len(self._links) == 1 and self.terms.dropped_beyond is None:
+            return self._at_once(clock, metas[0])
+        for shard, (link, arena, meta) in enumerate(zip(self._links, self.out, metas, strict=True)):
+            head = self._head(Kind.PUSH, clock=clock)._replace(base=self._versions[shard])
+            link.start(head, meta, arena.raw)
+        delay = max(int(told["delay"]) for _, told in self._finish())
+        bound = self.terms.dropped_beyond
+        if bound is not None and delay > bound:
+            for link in self._links:
+                link.start(self._head(Kind.ABANDON))
+            self._finish()
+            seen = self.pull(clock)
+            seen.dropped = True
+        else:
+            seen = self.pull(clock + 1, commit=True)
+        seen.delay = delay
+        return seen
+
+    def _come_back(self, clock: int) -> tuple[bool, int]:
+        """Join again as the next incarnation; whether the last push of the one before was applied, and the clock to go
+        on with: its own, or the one before the slowest's.
+        """
+        if self.terms.exact:
+            raise WorkerFailed(
+                f"worker {self.worker} was silent for more than {self.terms.lease_seconds:g} s, and the others went on "
+                "without it: with staleness=0 no step can; look for what stopped it"
+            )
+        last, sequence = self._incarnation, self._sequence
+        self._next_incarnation()
+        self._sequence = 0
+        self.rejoined += 1
+        answers = self._join(clock, last)
+        applied = any(int(told["committed"]) >= sequence > 0 for told in answers)
+        return applied, max(clock, *(int(told["clock"]) for told in answers))
+
+    def _next_incarnation(self) -> None:
+        self._incarnation = max(self._incarnation + 1, time.time_ns() // 1000)
+        for link in self._links:
+            link.close()
+            link.guest = Guest(WORKER, self.worker, self._incarnation)
+
+    def _join(self, clock: int, last: int = 0) -> list[dict[str, Any]]:
+        for link in self._links:
+            link.start(self._head(Kind.JOIN, clock=clock), {"last": last})
+        return [told for _, told in self._finish()]
+
+    def _finish(self, *, into: bool = False) -> list[tuple[Head, dict[str, Any]]]:
+        """Everyone's answer; of several that refuse, the first is raised once all have answered."""
+        answers: list[tuple[Head, dict[str, Any]]] = []
+        raised: Exception | None = None
+        for link, arena in zip(self._links, self.values, strict=True):
+            try:
+                answers.append(link.finish(arena.raw if into else None))
+            except (Fenced, Failed) as error:
+                raised = raised or error
+        if raised is not None:
+            raise raised
+        return answers
+
+    def _head(self, kind: Kind, clock: int = 0) -> Head:
+        return Head(kind, self.worker, self._incarnation, self._sequence, clock=clock)
+
+    def _lines(self) -> list[Link]:
+        guest, lease = Guest(WORKER, self.worker, self._incarnation), self.terms.lease_seconds
+        return [
+            Link(shard, seats, guest, self._keys, form.size_bytes, lease)
+            for shard, (seats, form) in enumerate(self._places)
+        ]
+
+    def _beat(self, link: Link) -> None:
+        """Tell a shard, on a line of its own, that this worker lives."""
+        while not self._ended.wait(self.terms.lease_seconds / 5):
+            try:
+                link.ask(Head(Kind.BEAT, self.worker, self._incarnation))
+            except Exception:  # noqa: BLE001, S112 - the worker's own lines will tell
+                continue
+        link.close()

@@ -1,0 +1,124 @@
+"""Where connections come in: strangers are turned away by name, guests are served by a thread each."""
+
+import contextlib
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from sheaf.parallel.server.frame import BadFrame, Head, Kind, Wire
+from sheaf.parallel.server.greeting import LOG, SHARD, WORKER, Guest, Refused, receive
+from sheaf.parallel.server.link import Address, Keys
+
+_GREETING_SECONDS = 5.0
+_STRANGERS = 64  # connections that may be in the middle of their greeting
+_FOR_SHARDS = frozenset({Kind.NORM, Kind.SETTLE})
+_FOR_WORKERS = frozenset(
+    {Kind.JOIN, Kind.BEAT, Kind.PUSH, Kind.ABANDON, Kind.PULL, Kind.READ, Kind.GRADIENT, Kind.LEAVE}
+)
+
+
+class Door:
+    """Listens, greets, and gives each guest to ``serve`` until that returns or the connection breaks.
+
+    ``refusals`` holds who was turned away and why. A log's line may be silent for ``log_silence_seconds``; others as
+    long as they like. ``callers`` counts workers' connections; ``changed`` is told when one ends.
+    """
+
+    def __init__(
+        self, listener: socket.socket, keys: Keys, name: str, most_data_bytes: int, log_silence_seconds: float
+    ) -> None:
+        self._listener, self._keys, self._name = listener, keys, name
+        self._most, self._silence = most_data_bytes, log_silence_seconds
+        self.refusals: deque[str] = deque(maxlen=64)
+        self.callers = 0
+        self._closed = False
+        self._strangers = threading.Semaphore(_STRANGERS)
+        self._wires: set[Wire] = set()
+
+    @property
+    def address(self) -> Address:
+        """Where it listens."""
+        host, port = self._listener.getsockname()[:2]
+        return host, port
+
+    def open(self, serve: Callable[[Wire, Guest], None], changed: threading.Condition) -> None:
+        """Begin to answer."""
+        threading.Thread(target=self._accept, args=(serve, changed), name=self._name, daemon=True).start()
+
+    def close(self) -> None:
+        """Stop listening, and break every connection."""
+        self._closed = True
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for wire in list(self._wires):
+            wire.close()
+
+    def _accept(self, serve: Callable[[Wire, Guest], None], changed: threading.Condition) -> None:
+        while not self._closed:
+            try:
+                connection, address = self._listener.accept()
+            except OSError:
+                return
+            if not self._strangers.acquire(blocking=False):
+                connection.close()
+                continue
+            threading.Thread(
+                target=self._welcome, args=(connection, str(address), serve, changed), name=self._name, daemon=True
+            ).start()
+
+    def _welcome(
+        self,
+        connection: socket.socket,
+        address: str,
+        serve: Callable[[Wire, Guest], None],
+        changed: threading.Condition,
+    ) -> None:
+        try:
+            connection.settimeout(_GREETING_SECONDS)
+            guest = receive(connection, self._keys.token, self._keys.digest)
+        except (Refused, OSError) as error:
+            self.refusals.append(f"{address}: {error}")
+            connection.close()
+            return
+        finally:
+            self._strangers.release()
+        silence = self._silence if guest.role == LOG else None
+        wire = Wire(connection, most_data_bytes=self._most, silence_seconds=silence)
+        with changed:
+            self._wires.add(wire)
+            self.callers += guest.role == WORKER
+            if self._closed:
+                wire.close()
+        try:
+            serve(wire, guest)
+        except BadFrame as error:
+            self.refusals.append(f"{address}: {error}")
+        except OSError:
+            pass
+        finally:
+            with changed:
+                self._wires.discard(wire)
+                self.callers -= guest.role == WORKER
+                changed.notify_all()
+            wire.close()
+
+
+def check_asker(guest: Guest, head: Head) -> None:
+    """Nobody speaks for another, and only of what is for it to ask. Raises BadFrame."""
+    allowed = _FOR_SHARDS if guest.role == SHARD else _FOR_WORKERS
+    if head.kind not in allowed or (guest.role != SHARD and head.worker != guest.worker):
+        raise BadFrame(f"a {head.kind.name} of worker {head.worker} came from {guest}")
+
+
+def check_push(meta: dict[str, Any], pieces: int) -> None:
+    """What a push tells must be of what there is. Raises BadFrame."""
+    used, told = meta.get("used", []), meta.get("losses", [])
+    whole = isinstance(used, list) and all(type(place) is int and 0 <= place < pieces for place in used)
+    summed = isinstance(told, list) and all(
+        isinstance(one, list) and len(one) == 3 and all(isinstance(value, int | float) for value in one) for one in told
+    )
+    if not whole or not summed:
+        raise BadFrame("a push tells of parameters or losses that there are not")

@@ -1,0 +1,178 @@
+"""A connection to one shard that outlives its seats: it reconnects, asks again, and goes where the shard is."""
+
+import socket
+import time
+from typing import Any
+
+from sheaf.errors import PlanError, WorkerFailed
+from sheaf.parallel.server.frame import BadFrame, Head, Kind, Wire
+from sheaf.parallel.server.greeting import OTHER_TASK, Guest, Refused, greet
+from sheaf.parallel.server.shard import Fenced
+
+Address = tuple[str, int]
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.1  # seconds between attempts
+_SILENCES = 3.0  # leases without any sign of life from either seat before a shard counts as lost
+
+
+class Failed(Exception):
+    """The shard cannot apply the step; ``meta`` says why."""
+
+    def __init__(self, meta: dict[str, Any]) -> None:
+        self.meta = meta
+        super().__init__(str(meta))
+
+
+class Keys:
+    """What lets one in: the run's token, and what the task is known by."""
+
+    def __init__(self, token: bytes, digest: bytes) -> None:
+        self.token, self.digest = token, digest
+
+    def __repr__(self) -> str:
+        return "Keys(...)"
+
+
+class Link:
+    """One caller's line to shard ``number``, whose seats are at ``addresses``; for one thread at a time.
+
+    A request may arrive twice; every request is such that this makes no difference. Raises WorkerFailed when neither
+    seat gives a sign of life for three leases, PlanError when they refuse the caller, Fenced and Failed as the shard
+    answers.
+    """
+
+    def __init__(
+        self, number: int, addresses: list[Address], guest: Guest, keys: Keys, most_data_bytes: int, lease: float
+    ) -> None:
+        self.number, self.addresses, self.guest = number, addresses, guest
+        self._keys, self._most, self._lease = keys, most_data_bytes, lease
+        self._seat, self._wire, self._requests = 0, None, 0
+        self._asked: list[tuple[Head, dict[str, Any] | None, memoryview | None]] = []
+        self.first: dict[str, Any] = {}  # what the answer to the first of two requests told
+        self._alive = time.monotonic()
+        self._pause = _FIRST_PAUSE
+        self._sent_bytes = 0
+        self.reconnected = 0
+
+    _wire: Wire | None
+
+    @property
+    def sent_bytes(self) -> int:
+        """What was written in all."""
+        return self._sent_bytes + (self._wire.sent_bytes if self._wire is not None else 0)
+
+    def ask(
+        self, head: Head, meta: dict[str, Any] | None = None, into: memoryview | None = None
+    ) -> tuple[Head, dict[str, Any]]:
+        """Send a request and wait for its answer; values go to ``into``."""
+        self.start(head, meta)
+        return self.finish(into)
+
+    def start(
+        self,
+        head: Head,
+        meta: dict[str, Any] | None = None,
+        data: memoryview | None = None,
+        then: Head | None = None,
+    ) -> None:
+        """Send a request; ``data`` must stay as it is until its answer is there.
+
+        With ``then``, send that one too before the first is answered: ``finish`` waits for both answers and gives the
+        second.
+        """
+        self._asked = [(head._replace(request=self._requests + 1), meta, data)]
+        if then is not None:
+            self._asked.append((then._replace(request=self._requests + 2), None, None))
+        self._requests += len(self._asked)
+        self._alive, self._pause = time.monotonic(), _FIRST_PAUSE
+        try:
+            if self._wire is not None:
+                self._send(self._wire)
+        except OSError:
+            self._drop()
+
+    def finish(self, into: memoryview | None = None) -> tuple[Head, dict[str, Any]]:
+        """Wait for the answer to the last request."""
+        while True:
+            try:
+                if self._wire is None:
+                    self._connect()
+                answer = self._answer(into)
+            except Refused as refused:
+                raise self._refused(refused) from None
+            except (OSError, BadFrame) as error:
+                self._lost(error)
+                continue
+            if answer is not None:
+                return answer
+
+    def close(self) -> None:
+        """Hang up."""
+        self._drop()
+
+    def _answer(self, into: memoryview | None) -> tuple[Head, dict[str, Any]] | None:
+        wire = self._wire
+        assert wire is not None
+        head = wire.head()
+        meta = wire.meta(head)
+        self._alive, self._pause = time.monotonic(), _FIRST_PAUSE
+        asked = [one[0].request for one in self._asked]
+        if head.request not in asked or head.kind == Kind.BUSY:
+            wire.skip(head)
+            return None
+        if head.kind == Kind.ELSEWHERE:
+            raise ConnectionError("the shard has moved")
+        if head.kind == Kind.FENCED:
+            raise Fenced
+        if head.kind == Kind.FAILED:
+            raise Failed(meta)
+        if head.request != asked[-1]:
+            self.first = meta
+            wire.skip(head)
+            return None
+        if into is not None and head.kind == Kind.VALUES:
+            wire.data(head, into)
+        else:
+            wire.skip(head)
+        return head, meta
+
+    def _connect(self) -> None:
+        silence = max(0.05, self._lease)
+        connection = socket.create_connection(self.addresses[self._seat], timeout=silence)
+        try:
+            greet(connection, self.guest, self._keys.token, self._keys.digest)
+        except BaseException:
+            connection.close()
+            raise
+        self._wire = Wire(connection, most_data_bytes=self._most, silence_seconds=silence)
+        self._send(self._wire)
+
+    def _send(self, wire: Wire) -> None:
+        for request in self._asked:
+            wire.send(*request)
+
+    def _lost(self, error: Exception) -> None:
+        """Turn to the other seat, after a pause that grows."""
+        self._drop()
+        self.reconnected += 1
+        silent = time.monotonic() - self._alive
+        if silent > _SILENCES * self._lease:
+            raise WorkerFailed(
+                f"shard {self.number} of the parameter server has given no sign of life for {silent:.1f} s at any of "
+                f"{self.addresses}: {error}. Look at the workers that hold it"
+            ) from error
+        self._seat = (self._seat + 1) % len(self.addresses)
+        time.sleep(self._pause)
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+
+    def _drop(self) -> None:
+        if self._wire is not None:
+            self._sent_bytes += self._wire.sent_bytes
+            self._wire.close()
+            self._wire = None
+
+    def _refused(self, refused: Refused) -> PlanError:
+        if refused.reason == OTHER_TASK:
+            what = "another task or plan than this worker: build the step on every worker alike"
+        else:
+            what = "another token than this worker's run: it belongs to someone else; start the run again"
+        return PlanError(f"shard {self.number} at {self.addresses[self._seat]} has {what}")

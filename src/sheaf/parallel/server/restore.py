@@ -1,0 +1,76 @@
+"""A shard's state for a checkpoint, and back: values, optimizer state, scheduler, gathered gradients."""
+
+import json
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from sheaf.errors import RunError
+from sheaf.parallel.optimizers import load_named_state, named_state
+from sheaf.parallel.server.clock import Clocks
+from sheaf.parallel.server.shard import Member, Shard
+from sheaf.parallel.values import decoded, encoded
+from sheaf.parallel.world import World
+
+
+def kept(shard: Shard) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a later run needs: the live tensors, and values that JSON knows.
+
+    Raises TaskError for an optimizer or scheduler that keeps what no checkpoint can hold.
+    """
+    tensors, optimizer = named_state(shard.optimizer, {id(value): name for name, value in shard.values.items()})
+    named = {f"value/{name}": value for name, value in shard.values.items()}
+    named |= {f"optimizer/{name}": value for name, value in tensors.items()}
+    scheduler = None
+    if shard.scheduler is not None:
+        scheduler = encoded(shard.scheduler.state_dict(), type(shard.scheduler).__name__)
+    gathered = 0
+    if shard.buffer is not None:
+        gathered = shard.buffer.gathered
+        named |= {f"gathered/{name}": value for name, value in shard.buffer.sums.items()}
+    return named, {"optimizer": optimizer, "scheduler": scheduler, "gathered": gathered}
+
+
+def restored(shard: Shard, tensors: dict[str, Tensor], values: dict[str, Any], index: int) -> None:
+    """Put back what ``kept`` gave; every worker joins anew at step ``index``."""
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
+
+    with torch.no_grad():
+        for name, value in part("value/").items():
+            shard.values[name].copy_(value)
+    names = {id(value): name for name, value in shard.values.items()}
+    if shard.scheduler is not None:
+        shard.scheduler.load_state_dict(decoded(values["scheduler"]))
+    load_named_state(shard.optimizer, names, part("optimizer/"), values["optimizer"])
+    if shard.buffer is not None:
+        shard.buffer.sums = {name: value.clone() for name, value in part("gathered/").items()}
+        shard.buffer.gathered = int(values["gathered"])
+    shard.forget(index)
+    for member in shard.members.values():
+        member.__dict__.update(Member(incarnation=member.incarnation, fenced=member.incarnation).__dict__)
+    shard.clocks = Clocks(dict.fromkeys(shard.members, index), shard.terms.staleness)
+
+
+def shared(
+    world: World, mine: tuple[dict[str, Tensor], dict[str, Any]] | None, what: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What one worker has, on every worker (collective). Raises RunError where none or several have it."""
+    count = world.summed(torch.tensor([0 if mine is None else 1]), what)
+    if int(count) != 1:
+        raise RunError(f"the checkpoint has {what} {int(count)} times; it was not written by a whole run")
+    told = b""
+    if mine is not None:
+        held = {name: value.detach().contiguous() for name, value in mine[0].items()}
+        told = save(held, {"values": json.dumps(mine[1])})
+    size = int(world.summed(torch.tensor([len(told)]), what))
+    content = torch.zeros(size, dtype=torch.uint8)
+    if told:
+        content = torch.frombuffer(bytearray(told), dtype=torch.uint8)
+    content = world.summed(content, what)
+    raw = content.numpy().tobytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    return load(raw), json.loads(header["__metadata__"]["values"])

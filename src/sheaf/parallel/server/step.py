@@ -1,0 +1,215 @@
+"""One step beside a parameter server: own microbatches, one exchange with every shard, the values that come back."""
+
+import math
+import resource
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sheaf.errors import NonFiniteLoss, RunError, TaskError, WorkerFailed
+from sheaf.parallel.portion import Portion
+from sheaf.parallel.runner import AbstractRunner
+from sheaf.parallel.server.beside import Beside, whole
+from sheaf.parallel.server.client import Client, Seen
+from sheaf.parallel.server.host import Host
+from sheaf.parallel.server.link import Failed
+from sheaf.parallel.server.restore import kept, restored, shared
+from sheaf.parallel.server.seats import PRIMARY
+from sheaf.parallel.step import Step
+from sheaf.plans import Plan
+from sheaf.record import StepReport
+from sheaf.task import Microbatch
+
+
+class ServedStep(Step):
+    """The step of a plan with ``server``. In lock-step it is one global step, the same on every worker.
+
+    Otherwise it is one step of this worker: it computes its share of the step's microbatches, pushes the gradient of
+    their mean, which each shard applies at once, and pulls values that are as old as the plan allows. Its report counts
+    the losses that were told for this step by then, this worker's and those of workers that are as far.
+    """
+
+    def __init__(self, plan: Plan, portion: Portion, runner: AbstractRunner, client: Client, hosts: list[Host]) -> None:
+        super().__init__(plan, portion, runner)
+        assert isinstance(self._holding, Beside)
+        self.client, self.hosts = client, hosts
+        self._beside = self._holding
+        self._staleness: list[int] = []
+
+    def __call__(self) -> StepReport:
+        """Run the next step: of all workers together in lock-step, else of this one."""
+        start, sent = time.perf_counter(), self.client.sent_bytes
+        self._runner.compute_seconds = 0.0
+        self._check_trained()
+        microbatches = self._order.step(self.index)
+        waited, again = 0.0, 0
+        while True:
+            norm, seen = self._once(microbatches)
+            waited += seen.waited_seconds
+            self._beside.take()
+            if not seen.dropped:
+                break
+            again += 1
+        if self._statistics is not None:
+            self._statistics.apply(len(microbatches))
+        if self._observer is not None:
+            self._observer.gradients(self.index, self._gradients())
+        self._staleness.append(seen.staleness)
+        told: list[list[float]] = seen.told["losses"] or [[*one] for one in self._exchange.mine]
+        weight = math.fsum(one[2] for one in told)
+        if self.plan.exact:
+            self._expectation.weight = weight
+            norm = seen.told["norm"]
+        report = StepReport(
+            step=self.index,
+            loss=math.fsum(one[1] for one in told) / weight if weight else math.nan,
+            weight=weight,
+            samples=sum(len(microbatches[int(one[0])].samples) for one in told),
+            seconds=time.perf_counter() - start,
+            terms={"compute": self._runner.compute_seconds, "communicate": waited},
+            gradient_norm=norm if self.task.clip is not None else None,
+            learning_rate=seen.told["rate"],
+            memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            microbatches=tuple(seen.told["counts"].get(str(worker), 0) for worker in range(self.workers)),
+            stop=seen.stop,
+            server={
+                "staleness": seen.staleness,
+                "staleness_max": max(self._staleness),
+                "staleness_mean": sum(self._staleness) / len(self._staleness),
+                "delay": seen.delay,
+                "dropped": again,
+                "missed": seen.finished - self.index - 1,
+                "sent_bytes": self.client.sent_bytes - sent,
+                "waited_seconds": waited,
+            },
+        )
+        report.terms["host"] = max(0.0, report.seconds - sum(report.terms.values()))
+        self.index = seen.finished
+        self._beside.index = self.index
+        return report
+
+    @property
+    def state_owner(self) -> int:
+        """Each worker keeps the shard that it holds."""
+        return self.rank
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What the shards of this worker hold, once every worker has come as far, and its own buffers."""
+        named = {f"buffer/{name}": value for name, value in self.model.named_buffers()}
+        shards: dict[str, Any] = {}
+        for host in self.hosts:
+            if host.seat == PRIMARY:
+                if not host.wait_for_clock(self.index, 3 * host.terms.lease_seconds):
+                    raise RunError(f"shard {host.shard.number} waits for workers that are behind step {self.index}")
+                tensors, shards[str(host.shard.number)] = kept(host.shard)
+                named |= {f"shard/{host.shard.number}/{name}": value for name, value in tensors.items()}
+        values = {"index": self.index, "expected_weight": self._expectation.weight, "shards": shards}
+        return named, values
+
+    def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Go on where ``state`` stood; collective. Both seats of a shard take over what its worker kept."""
+        self._world.barrier()
+        with torch.no_grad():
+            for name, value in self.model.named_buffers():
+                value.copy_(tensors[f"buffer/{name}"])
+        self.index, self._expectation.weight = values["index"], values["expected_weight"]
+        self._beside.index = self.index
+        for number in range(self.plan.serves.shards):
+            mine = None
+            if str(number) in values["shards"]:
+                prefix = f"shard/{number}/"
+                held = {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
+                mine = held, values["shards"][str(number)]
+            found = shared(self._world, mine, f"shard {number}")
+            for host in self.hosts:
+                if host.shard.number == number:
+                    host.restart(lambda shard, found=found: restored(shard, *found, self.index))
+        self._world.barrier()
+        self.client.join(self.index)
+        self.client.read(self.index)
+        self._beside.take()
+        self._staleness.clear()
+        self._world.barrier()
+
+    def close(self) -> None:
+        """Say good-bye, and stay until the others have: this worker may hold their shards."""
+        self.client.leave()
+        for host in self.hosts:
+            host.wait_until_left(3 * host.terms.lease_seconds)
+        for host in self.hosts:
+            host.close()
+        super().close()
+
+    def _once(self, microbatches: tuple[Microbatch, ...]) -> tuple[float | None, Seen]:
+        """Compute this worker's share and exchange it."""
+        self._exchange.begin(len(microbatches))
+        if self._statistics is not None:
+            self._statistics.begin_step()
+        self._beside.begin_step()
+        self._runner.run(self.index, microbatches)
+        mine = self._exchange.mine
+        norm = None
+        if not self.plan.exact:
+            norm = self._own(mine)
+        used = self._beside.put()
+        common = {
+            "losses": mine,
+            "any": any(used),
+            "stop": self._exchange.stop,
+            "expected": self._expectation.weight,
+            "watch": self._observer is not None,
+        }
+        try:
+            return norm, self.client.exchange(self.index, [{"used": places, **common} for places in used])
+        except Failed as failed:
+            raise self._explained(failed.meta) from None
+
+    def _own(self, mine: list[tuple[int, float, float]]) -> float | None:
+        """Outside lock-step: the gradient of this worker's own mean."""
+        for index, total, weight in mine:
+            if not math.isfinite(total) or not math.isfinite(weight):
+                raise NonFiniteLoss(self.index, index, total / weight if weight else total)
+        weight = math.fsum(one[2] for one in mine)
+        if not weight:
+            self._beside.begin_step()  # nothing here has any weight
+            return None
+        norm = self._beside.clip(self.index, self.task.clip, self._expectation.weight / weight)
+        self._expectation.weight = weight
+        return norm
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """The step's gradient: of all workers in lock-step, else this one's own, as it was pushed."""
+        if not self.plan.exact:
+            return self._beside.held()
+        told = self.client.gradients()
+        used = {
+            arena.form.pieces[place].name
+            for arena, each in zip(self.client.values, told, strict=True)
+            for place in each["used"]
+        }
+        found = whole(self.client.values, {name: value.detach() for name, value in self._beside.parameters.items()})
+        return {name: found[name] for name in self._trained if name in used}
+
+    def _explained(self, meta: dict[str, Any]) -> Exception:
+        step, why = int(meta.get("clock", self.index)), meta.get("why")
+        if why == "loss":
+            return NonFiniteLoss(step, int(meta["microbatch"]), float(meta["value"]))
+        if why == "weight":
+            advice = "No microbatch of the step has any weight: look at the loss's weight (all padding?)."
+            return NonFiniteLoss(step, 0, math.nan, advice)
+        if why == "norm":
+            advice = "The loss is a number but its gradient is not: look for sqrt or log at zero, or 0/0."
+            return NonFiniteLoss(step, 0, float(meta["value"]), advice)
+        if why == "unused":
+            return TaskError(
+                f"no parameter got a gradient from the loss of step {step}: look for detach(), .data, item() or "
+                "no_grad() between the model's output and the loss, and for a loss that does not use the output"
+            )
+        if why == "worker":
+            return WorkerFailed(
+                f"worker {meta['worker']} is gone at step {step}, and with staleness=0 no step can do without its "
+                "part: look at its output; start again from the last checkpoint"
+            )
+        return WorkerFailed(str(meta.get("message", meta)))

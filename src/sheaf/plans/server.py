@@ -1,0 +1,117 @@
+"""What a plan says of a parameter server: how many shards, how stale values may be, what becomes of late gradients.
+
+The one rule: a pull at clock c waits until the slowest worker's clock is at least c - s.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sheaf.errors import PlanError, nearest
+
+ASYNC = "async"
+LATE = ("plain", "scaled", "compensated", "buffered")
+
+
+@dataclass(frozen=True)
+class Server:
+    """``shards`` hold the parameters (0: there is no server); ``staleness`` in clocks, None without bound.
+
+    ``late`` says what is done with a gradient computed on values that have changed since: taken as it is (``plain``),
+    divided by one plus the updates in between (``scaled``), ``compensated`` (DC-ASGD), or ``buffered`` until one from
+    each worker is there. One more than ``dropped_beyond`` updates late is dropped, and its samples are used again.
+
+    >>> Server.parse("2:staleness=4")
+    Server(shards=2, staleness=4, late='plain', dropped_beyond=None)
+    >>> Server.parse("2:async", "scaled:20")
+    Server(shards=2, staleness=None, late='scaled', dropped_beyond=20)
+    >>> Server.parse("1").exact
+    True
+    """
+
+    shards: int = 0
+    staleness: int | None = 0
+    late: str = "plain"
+    dropped_beyond: int | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether every update is the sum over all workers, as with an all-reduce."""
+        return self.staleness == 0
+
+    @classmethod
+    def parse(cls, text: str, late: str = "plain") -> "Server":
+        """Read ``K``, ``K:staleness=S`` or ``K:async``, and ``WAY`` or ``WAY:BOUND`` of what is late.
+
+        Raises PlanError listing everything wrong.
+        """
+        broken: list[str] = []
+        count, _, rest = text.partition(":")
+        shards, staleness = 0, cls._staleness(text, rest, broken)
+        if not re.fullmatch(r"\d+", count) or int(count) < 1:
+            broken.append(f"server={text}: write the number of shards, 1 or more, such as server=2 or server=2:async")
+        else:
+            shards = int(count)
+        way, _, bound = late.partition(":")
+        if way not in LATE:
+            broken.append(f"late={late}: {nearest(way, LATE)}")
+        if (bound or late.endswith(":")) and not re.fullmatch(r"\d+", bound):
+            broken.append(
+                f"late={late}: after the colon stands how many updates late a gradient may be, such as {way}:20"
+            )
+        if not broken and staleness == 0 and late != "plain":
+            broken.append(f"late={late}: with staleness=0 no gradient is late: drop it, or write server={count}:async")
+        if broken:
+            raise PlanError(broken)
+        return cls(shards, staleness, way, int(bound) if bound else None)
+
+    @staticmethod
+    def _staleness(text: str, rest: str, broken: list[str]) -> int | None:
+        if rest == ASYNC:
+            return None
+        key, _, value = rest.partition("=")
+        if not rest and not text.endswith(":"):
+            return 0
+        if key == "staleness" and value == ASYNC:
+            return None
+        if key != "staleness" or not re.fullmatch(r"-?\d+", value):
+            broken.append(f"server={text}: after the colon write staleness=S in clocks, such as staleness=4, or async")
+            return 0
+        if int(value) < 0:
+            broken.append(
+                f"server={text}: staleness={value}: values cannot be newer than the slowest worker's; use 0 for "
+                "lock-step, or async for no bound"
+            )
+        return max(0, int(value))
+
+
+def unservable(
+    server: str, late: str, *, dp: int, workers: int, cuts: Sequence[str], stolen: bool, meets: str
+) -> list[str]:
+    """Every rule that a plan with this ``server`` and ``late`` breaks.
+
+    ``cuts`` are its keys that cut a replica or its state, ``meets`` another answer to how gradients meet.
+    """
+    if not server:
+        return [] if late == "plain" else [f"late={late} is of a server that may be behind: add server=1:async"]
+    try:
+        served = Server.parse(server, late)
+    except PlanError as error:
+        return list(error.broken)
+    broken: list[str] = []
+    if dp == 1:
+        broken.append(f"server={server} lies between several workers, and dp=1: raise dp or drop server")
+    elif served.shards > dp:
+        broken.append(f"server={server}: a worker holds at most one shard, and dp={dp}: use server={dp}, or raise dp")
+    if cuts:
+        broken.append(
+            f"server={server} gives whole parameters to whole replicas, and {', '.join(cuts)} cuts them up: use "
+            f"dp={workers},server={server} alone"
+        )
+    if stolen:
+        broken.append(
+            f"server={server} counts each worker's own clock, and shares=stolen has none: use weighted shares"
+        )
+    if meets:
+        broken.append(f"server={server} and {meets} are two answers to how gradients meet: keep one")
+    return broken

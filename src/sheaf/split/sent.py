@@ -1,0 +1,161 @@
+"""A tensor of tokens by expert whose rows are where their experts are: to the model it is its own microbatch's."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from sheaf.errors import PlanError
+from sheaf.plans.split import Cut
+from sheaf.split.moves import Team
+
+
+@runtime_checkable
+class Swapping(Team, Protocol):
+    """Replicas that can send each other tensors of several sizes at once."""
+
+    def swap(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]], why: str) -> list[Tensor]:
+        """What every one has for this one, in rank order; ``pieces`` go to them in rank order, ``shapes`` come."""
+        ...
+
+
+class Unsendable(PlanError):
+    """Parameter ``name``, or what was sent for it, is used in a way that cannot be followed."""
+
+    def __init__(self, broken: str | Sequence[str], name: str = "") -> None:
+        super().__init__(broken)
+        self.name = name
+
+
+class Sent(Tensor):
+    """Looks like (experts, *middle, width), contiguous, of the replica's own microbatch.
+
+    ``local`` is (own experts, rows of every replica, width): each worker holds what all replicas have for its experts,
+    ``counts[r]`` rows per expert from replica *r*, in rank order. ``origin`` names the parameter it was sent for.
+    """
+
+    local: Tensor
+    middle: tuple[int, ...]
+    counts: tuple[int, ...]
+    origin: str
+    home: Tensor | None
+
+    def __new__(  # noqa: PYI034 - Self is no runtime type
+        cls,
+        local: Tensor,
+        experts: int,
+        middle: tuple[int, ...],
+        counts: tuple[int, ...],  # noqa: ARG004 - __init__ keeps these
+        origin: str,  # noqa: ARG004
+    ) -> "Sent":
+        """A tensor without memory."""
+        return torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
+            cls, (experts, *middle, local.shape[-1]), dtype=local.dtype, device=local.device, requires_grad=False
+        )
+
+    def __init__(
+        self, local: Tensor, experts: int, middle: tuple[int, ...], counts: tuple[int, ...], origin: str
+    ) -> None:
+        """Wrap rows that have been sent."""
+        super().__init__()
+        self.local, self.middle, self.counts, self.origin = local, middle, counts, origin
+        self.experts = experts
+        # the same rows, brought back; of which version of ``local``, and whether with its history
+        self.home, self.version, self.traced = None, -1, False
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Raises PlanError: a function got here that the mode did not see."""
+        raise PlanError(
+            f"{func} reached tokens that are sent to experts unseen (a compiled extension does that): leave the module "
+            "out of the plan's =ep parts"
+        )
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"Sent({tuple(self.shape)}, counts={self.counts}, local={tuple(self.local.shape)})"
+
+    def like(self, local: Tensor) -> "Sent":
+        """Other rows at the same places."""
+        return Sent(local, self.experts, self.middle, self.counts, self.origin)
+
+    def goes_with(self, other: "Sent") -> bool:
+        """Whether two have their rows at the same places."""
+        return (self.experts, self.middle, self.counts) == (other.experts, other.middle, other.counts)
+
+
+@dataclass
+class Trip:
+    """One way of rows: ``outward`` to the experts that ``cut`` deals out, or back; ``counts`` rows by replica.
+
+    ``wanted`` says whether it has a gradient, ``used`` whether any replica's loss depends on what arrived.
+    """
+
+    team: Swapping
+    cut: Cut
+    counts: tuple[int, ...]
+    outward: bool
+    wanted: bool
+    why: str
+    used: bool = True
+
+    def move(self, tensor: Tensor, *, outward: bool) -> Tensor:
+        """(experts, own rows, width) to (own experts, all rows, width), or back."""
+        mine, own = self.team.rank, self.cut.sizes[self.team.rank]
+        if outward:
+            pieces = list(tensor.split(self.cut.sizes))
+            shapes = [(own, count, tensor.shape[-1]) for count in self.counts]
+        else:
+            pieces = list(tensor.split(self.counts, 1))
+            shapes = [(size, self.counts[mine], tensor.shape[-1]) for size in self.cut.sizes]
+        flags = tensor.dtype is torch.bool
+        pieces = [piece.contiguous().view(torch.uint8) if flags else piece.contiguous() for piece in pieces]
+        received = torch.cat(self.team.swap(pieces, shapes, self.why), 1 if outward else 0)
+        return received.view(torch.bool) if flags else received
+
+
+class Travel(Function):
+    """Rows go one way forward, and their gradient the other way backward.
+
+    A token goes along from trip to trip, so that backward makes the trips of every replica in one order, and all of
+    them, whatever its loss depends on. It is looked at before each: a block that is recomputed in backward is so before
+    its last trip, on every replica.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, rows: Tensor, trip: Trip) -> tuple[Tensor, Tensor]:
+        ctx.trip = trip
+        ctx.save_for_backward(token)
+        ctx.set_materialize_grads(False)
+        moved = trip.move(rows, outward=trip.outward)
+        ctx.like = moved.shape, moved.dtype, moved.device
+        if not trip.wanted:
+            ctx.mark_non_differentiable(moved)
+        return token.clone(), moved
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        token, gradient = gradients
+        _ = ctx.saved_tensors
+        trip: Trip = ctx.trip
+        if not (trip.wanted and trip.used):
+            return token, None, None
+        if gradient is None:
+            shape, dtype, device = ctx.like
+            gradient = torch.zeros(shape, dtype=dtype, device=device)
+        moved = trip.move(gradient, outward=not trip.outward)
+        return token, (moved if ctx.needs_input_grad[1] else None), None
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """(experts, *middle, width) as (experts, rows, width).
+
+    >>> rows_of(torch.zeros(3, 2, 5, 4)).shape, rows_of(torch.zeros(3, 4)).shape
+    (torch.Size([3, 10, 4]), torch.Size([3, 1, 4]))
+    """
+    return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:-1]), tensor.shape[-1])

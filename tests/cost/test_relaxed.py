@@ -1,0 +1,63 @@
+"""The price of relaxed plans: what travels is what the executors send."""
+
+import made
+import pytest
+
+from sheaf.cost import price
+from sheaf.plans import Plan
+from sheaf.plans.compression import Compression
+from sheaf.plans.local import Local
+from sheaf.search import Question, search
+
+SIZES = [4] * 8
+
+
+def priced(text):
+    return price(Plan.parse(text), made.facts(8), made.cluster(4), None, microbatches=SIZES)
+
+
+def test_local_steps_send_a_share_of_what_gradients_would():
+    each, seldom = priced("dp=4"), priced("dp=4,local=8")
+    bytes_met = 2 * 3 / 4 * made.facts(8).trainable_bytes
+    assert seldom.traffic_bytes == pytest.approx(bytes_met / 8)
+    assert seldom.step_seconds < each.step_seconds
+
+
+@pytest.mark.parametrize("fragments", [1, 2, 4])
+def test_fragments_send_as_much_in_all(fragments):
+    text = f"dp=4,local=8:diloco:fragments={fragments}"
+    assert priced(text).traffic_bytes == pytest.approx(priced("dp=4,local=8:diloco").traffic_bytes)
+
+
+def test_what_travels_while_workers_go_on_hides():
+    shown, hidden = priced("dp=4,local=8:diloco"), priced("dp=4,local=8:diloco:overlap=4")
+    assert hidden.hidden_seconds > shown.hidden_seconds
+    assert hidden.step_seconds < shown.step_seconds
+    assert hidden.memory["workspace"] == shown.memory["workspace"]
+
+
+@pytest.mark.parametrize(("compress", "ratio"), [("bf16", 0.5), ("fp16", 0.5), ("int8", 0.26)])
+def test_compressed_gradients_send_their_share(compress, ratio):
+    found = priced(f"dp=4,compress={compress}").traffic_bytes / priced("dp=4").traffic_bytes
+    assert found == pytest.approx(ratio, rel=0.08)
+    assert priced(f"dp=4,compress={compress}").memory["workspace"] > priced("dp=4").memory["workspace"]
+
+
+def test_every_kind_of_compression_says_what_it_sends():
+    shapes = [(64, 32), (7,)]
+    assert Compression("topk", ratio=0.01).messages(shapes, 4, 2) == (("all_gather", 2 * 21 * 8),)
+    assert Compression().messages(shapes, 4, 2) == (("all_reduce", 4 * 2055),)
+    with_matrix = Compression("powersgd", rank=1).messages(shapes, 4, 2)
+    assert with_matrix == (("all_reduce", 4 * (64 + 7)), ("all_reduce", 4 * 32))
+
+
+def test_relaxed_plans_are_proposed_only_when_allowed():
+    facts = made.facts(8)
+    given = {"batch": 32, "facts": {4: facts}, "cluster": made.cluster(4), "microbatch": 4}
+    assert all(entry.plan.exact for entry in search(Question(**given)).ranked)
+    allowed = search(Question(**given, allow_relaxed=True)).ranked
+    relaxed = [entry for entry in allowed if not entry.plan.exact]
+    assert {entry.plan.compression.kind for entry in relaxed} >= {"bf16", "int8", "topk", "powersgd"}
+    assert any(entry.plan.meets_locally == Local.parse("32:diloco") for entry in relaxed)
+    assert all(entry.caution for entry in relaxed)
+    assert not any(entry.caution for entry in allowed if entry.plan.exact)

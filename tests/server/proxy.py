@@ -1,0 +1,105 @@
+"""A faulty line: everything that goes through it may be delayed, sent twice, cut short, or lost with its connection."""
+
+import contextlib
+import random
+import socket
+import struct
+import threading
+import time
+
+from sheaf.parallel.server.frame import HEAD_BYTES
+
+
+class Proxy:
+    """Stands before ``address``. Faults follow from the seed: of every ten messages to the server about one each is
+    delayed, sent twice, cut in the middle, and dropped with its connection.
+    """
+
+    def __init__(self, address, seed):
+        self.target, self.random = address, random.Random(seed)
+        self.faults = {"delay": 0, "twice": 0, "cut": 0, "drop": 0}
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.open, self.sockets, self.lock = True, [], threading.Lock()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def address(self):
+        return self.listener.getsockname()[:2]
+
+    def close(self):
+        self.open = False
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        with self.lock:
+            for one in self.sockets:
+                self._end(one)
+
+    def _accept(self):
+        while self.open:
+            try:
+                caller, _ = self.listener.accept()
+                server = socket.create_connection(self.target)
+            except OSError:
+                continue
+            with self.lock:
+                self.sockets += [caller, server]
+            threading.Thread(target=self._there, args=(caller, server), daemon=True).start()
+            threading.Thread(target=self._back, args=(caller, server), daemon=True).start()
+
+    def _there(self, caller, server):
+        """Messages to the server, one by one."""
+        try:
+            hello = self._exactly(caller, struct.calcsize("<5sBiQ32s32s32s"))
+            server.sendall(hello)
+            while True:
+                head = self._exactly(caller, HEAD_BYTES)
+                meta, data = struct.unpack_from("<IQ", head, HEAD_BYTES - 16)
+                message = head + self._exactly(caller, meta + data)
+                with self.lock:
+                    fault = self.random.choice(["delay", "twice", "cut", "drop", *[""] * 12])
+                if fault:
+                    self.faults[fault] += 1
+                if fault == "delay":
+                    time.sleep(0.03)
+                if fault == "drop":
+                    break
+                if fault == "cut":
+                    server.sendall(message[: len(message) // 2])
+                    break
+                server.sendall(message)
+                if fault == "twice":
+                    server.sendall(message)
+        except OSError:
+            pass
+        self._end(caller)
+        self._end(server)
+
+    def _back(self, caller, server):
+        try:
+            while part := server.recv(1 << 16):
+                with self.lock:
+                    lost = self.random.random() < 0.03
+                if lost:  # the server did it, and the answer never comes
+                    self.faults["drop"] += 1
+                    break
+                caller.sendall(part)
+        except OSError:
+            pass
+        self._end(caller)
+        self._end(server)
+
+    @staticmethod
+    def _exactly(connection, count):
+        found = b""
+        while len(found) < count:
+            part = connection.recv(count - len(found))
+            if not part:
+                raise ConnectionError
+            found += part
+        return found
+
+    @staticmethod
+    def _end(connection):
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+        connection.close()

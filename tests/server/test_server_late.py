@@ -1,0 +1,86 @@
+"""What a shard does with late gradients, against the formulas of the papers written out."""
+
+import pytest
+import torch
+from server_cases import forms, shard_of
+
+from sheaf.parallel.server.frame import Kind
+from sheaf.parallel.server.shard import Entry, Fenced, Terms
+
+FORM = forms(1)[0]
+
+
+def push(shard, worker, sequence, clock, base, value):
+    arena = FORM.arena()
+    for view in arena.views.values():
+        view.fill_(value)
+    meta = {"used": list(range(len(FORM.pieces))), "losses": []}
+    shard.do(Entry(Kind.PUSH, worker, 1, sequence, clock, base, meta, arena))
+    shard.do(Entry(Kind.COMMIT, worker, 1, sequence))
+
+
+def joined(late, rate=0.5):
+    shard = shard_of(
+        0, FORM, Terms(workers=2, shards=1, staleness=None, late=late), lambda values: torch.optim.SGD(values, lr=rate)
+    )
+    for worker in range(2):
+        shard.do(Entry(Kind.JOIN, worker, 1))
+    return shard
+
+
+def value(shard):
+    return float(shard.values["b"][3])
+
+
+def test_plain_scaled_and_compensated_follow_their_formulas():
+    for late in ("plain", "scaled", "compensated"):
+        shard = joined(late)
+        push(shard, 0, 1, 0, 0, 2.0)  # on what is there: every way takes it as it is
+        assert value(shard) == -1.0
+        push(shard, 0, 2, 1, 1, 2.0) if late == "scaled" else push(shard, 0, 2, 1, 0, 2.0)
+        before = value(shard)
+        push(shard, 1, 1, 0, 0, 3.0)  # computed on zeros, two updates ago
+        if late == "plain":
+            assert value(shard) == before - 0.5 * 3.0
+        elif late == "scaled":
+            assert value(shard) == before - 0.5 * 3.0 / (1 + 2)
+        else:
+            assert value(shard) == pytest.approx(before - 0.5 * (3.0 + 0.04 * 9.0 * (before - 0.0)))
+
+
+def test_compensation_starts_from_what_the_worker_pulled_last():
+    shard = joined("compensated")
+    push(shard, 0, 1, 0, 0, 2.0)
+    shard.do(Entry(Kind.PULLED, 1, 1, sequence=7))
+    pulled = value(shard)
+    push(shard, 0, 2, 1, 1, 2.0)
+    before = value(shard)
+    push(shard, 1, 1, 0, 1, 3.0)
+    assert value(shard) == pytest.approx(before - 0.5 * (3.0 + 0.04 * 9.0 * (before - pulled)))
+    assert float(shard.pulled_copy(1, 7).views["b"][0]) == pulled
+    assert shard.pulled_copy(1, 8) is None
+
+
+def test_a_buffer_applies_the_mean_of_as_many_as_there_are_workers():
+    shard = joined("buffered", rate=1.0)
+    push(shard, 0, 1, 0, 0, 2.0)
+    assert (value(shard), shard.version) == (0.0, 0)
+    push(shard, 0, 2, 1, 0, 6.0)
+    assert (value(shard), shard.version) == (-4.0, 1)
+    push(shard, 1, 1, 0, 0, 1.0)
+    assert shard.version == 1
+
+
+def test_the_past_is_not_heard():
+    shard = joined("plain")
+    push(shard, 0, 1, 0, 0, 1.0)
+    shard.do(Entry(Kind.FENCE, 0, 1))
+    with pytest.raises(Fenced):
+        push(shard, 0, 2, 1, 0, 1.0)
+    shard.do(Entry(Kind.JOIN, 0, 2))
+    with pytest.raises(Fenced):
+        push(shard, 0, 2, 1, 0, 1.0)
+    shard.do(Entry(Kind.LEAVE, 0, 1))  # of the first incarnation, come late: the second stays
+    assert shard.clocks.workers == (0, 1)
+    assert shard.committed(0, 1) == 1
+    assert shard.version == 1

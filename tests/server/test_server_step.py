@@ -1,0 +1,202 @@
+"""Plans with a parameter server, on real workers: the serial answer in lock-step, honest reports otherwise."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from plain import assert_same, mlp_float64, norm_resnet, plain, planned, ragged_gpt
+from torch import nn
+
+from sheaf.errors import NonFiniteLoss, PlanError
+from sheaf.parallel import build, refuse
+from sheaf.plans import Plan
+from sheaf.task import Loss
+
+
+@pytest.mark.parametrize(
+    ("plan", "changes"),
+    [
+        ("dp=2,server=2", {}),
+        ("dp=3,server=2,shares=2:1:1", {"clip": 0.05}),
+        ("dp=2,server=1", {"scheduler": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)}),
+    ],
+)
+def test_lock_step_is_the_serial_answer(ranks, plan, changes):
+    task = mlp_float64(**changes)
+    found = ranks(planned, Plan.parse(plan).workers, task, plan, 5)[0]
+    assert_same(found, plain(task, 5), 1e-12)
+
+
+@pytest.mark.parametrize("task", [ragged_gpt, norm_resnet])
+def test_lock_step_with_ties_dropout_clip_schedule_and_batch_statistics(ranks, task):
+    task = task(precision="fp64")
+    found = ranks(planned, 2, task, "dp=2,server=2", 3)[0]
+    assert_same(found, plain(task, 3), 1e-9)
+
+
+def relaxed(task, plan, steps, stop_after=None):
+    """Every worker's reports, its shards' updates, and the whole weights."""
+    step = build(task, Plan.parse(plan))
+    reports = []
+    while step.index < steps and not (reports and reports[-1].stop):
+        if stop_after is not None and step.rank == 1 and step.index == stop_after:
+            step.request_stop()
+        reports.append(step())
+    whole = step.full_state()
+    for host in step.hosts:
+        host.wait_for_clock(step.index, 20)
+    updates = {host.shard.number: host.shard.version for host in step.hosts if host.seat == "primary"}
+    step.close()
+    return reports, updates, {name: value.clone() for name, value in whole.items()}
+
+
+@pytest.mark.parametrize(
+    ("plan", "bound", "updates"),
+    [
+        ("dp=2,server=2:async", math.inf, 20),
+        ("dp=2,server=1:staleness=1", 1, 20),
+        ("dp=2,server=2:staleness=2,late=scaled", 2, 20),
+        ("dp=2,server=2:async,late=compensated", math.inf, 20),
+        ("dp=2,server=2:staleness=3,late=buffered", 3, 10),
+    ],
+)
+def test_behind_by_no_more_than_allowed_it_still_learns(ranks, plan, bound, updates):
+    task = mlp_float64(clip=5.0, batch=15)
+    found = ranks(relaxed, 2, task, plan, 10)
+    for reports, versions, _ in found:
+        assert len(reports) == 10
+        assert max(report.server["staleness"] for report in reports) <= bound
+        assert reports[-1].server["staleness_max"] == max(report.server["staleness"] for report in reports)
+        assert all(report.server["sent_bytes"] > 0 and report.gradient_norm > 0 for report in reports)
+        assert set(versions.values()) <= {updates}
+        # a report has this worker's own part at least, and never more than the step has
+        assert all(0 < report.samples <= task.batch and math.isfinite(report.loss) for report in reports)
+    whole, first = found[0][2], plain(task, 1).weights[0]
+    assert set(first) <= set(whole)
+    assert found[1][2] == {}
+    assert any(not torch.equal(whole[name], first[name]) for name in first)
+
+
+def test_too_late_a_gradient_is_dropped_and_its_samples_are_used_again(ranks):
+    found = ranks(relaxed, 2, mlp_float64(batch=15), "dp=2,server=2:async,late=plain:0", 8)
+    for reports, versions, _ in found:
+        assert len(reports) == 8
+        assert set(versions.values()) <= {16}  # every step of every worker counts once, in the end
+        assert all(report.server["delay"] == 0 for report in reports)
+
+
+def test_all_workers_stop_after_the_same_step(ranks):
+    for plan in ("dp=2,server=2", "dp=2,server=1:async"):
+        (first, _, _), (second, _, _) = ranks(relaxed, 2, mlp_float64(), plan, 50, 3)
+        assert first[-1].stop
+        assert second[-1].stop
+        assert first[-1].step == second[-1].step < 49
+        if plan == "dp=2,server=2":
+            assert first[-1].step == 3
+
+
+def resumed(task, plan):
+    """Five steps in one go; and two, then three more by another step that was given the state."""
+    straight = build(task, Plan.parse(plan))
+    losses = [straight().loss for _ in range(2)]
+    tensors, values = straight.state()
+    kept = {name: value.clone() for name, value in tensors.items()}, values
+    losses += [straight().loss for _ in range(3)]
+    wanted = {name: value.clone() for name, value in straight.full_state().items()}
+    other = build(task, Plan.parse(plan))
+    other()
+    other.load(*kept)
+    again = [other().loss for _ in range(3)]
+    found = {name: value.clone() for name, value in other.full_state().items()}
+    backups = [host.shard.version for host in other.hosts]
+    straight.load(*kept)  # and behind, by the very step that made it
+    third = [straight().loss for _ in range(3)]
+    straight.close()
+    other.close()
+    return losses, again, third, wanted, found, backups
+
+
+def test_a_resumed_run_is_the_same_to_the_last_bit(ranks):
+    task = replace(ragged_gpt(), precision="fp32")
+    for losses, again, third, wanted, found, backups in ranks(resumed, 2, task, "dp=2,server=2"):
+        assert losses[2:] == again == third
+        assert set(wanted) == set(found)
+        assert all(torch.equal(found[name], value) for name, value in wanted.items())
+        assert set(backups) == {3}  # a shard and another's backup, both from the checkpoint on
+
+
+def test_a_loss_that_is_no_number_is_named_everywhere_and_nothing_is_applied(ranks):
+    def bad(output, batch):
+        total = output.sum()
+        return Loss(total * math.inf if len(batch[0]) < 3 else total, len(batch[0]))
+
+    def run(task, plan):
+        step = build(task, Plan.parse(plan))
+        before = {name: value.clone() for name, value in step.full_state().items()}
+        with pytest.raises(NonFiniteLoss) as caught:
+            step()
+        after = step.full_state()
+        step.close()
+        return (
+            caught.value.step,
+            caught.value.microbatch,
+            all(torch.equal(after[name], before[name]) for name in before),
+        )
+
+    task = mlp_float64(loss=bad)  # the last of 14 samples in microbatches of 3 is one of 2
+    assert ranks(run, 2, task, "dp=2,server=2") == [(0, 4, True)] * 2
+
+
+@pytest.mark.parametrize(
+    ("plan", "changes", "messages"),
+    [
+        (
+            "dp=9,server=9",
+            {
+                "precision": "fp16",
+                "optimizer": torch.optim.Adafactor,
+            },
+            ["9 shards for 6 trained parameters: use at most server=6", "use bf16 or fp32", "such as AdamW"],
+        ),
+        (
+            "dp=2,server=2:async",
+            {"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau},
+            ["ReduceLROnPlateau looks at the loss of all workers"],
+        ),
+    ],
+)
+def test_what_a_shard_cannot_run_is_refused_before_anything_starts(plan, changes, messages):
+    with pytest.raises(PlanError) as caught:
+        refuse(mlp_float64(**changes), Plan.parse(plan))
+    for message in messages:
+        assert message in str(caught.value)
+    assert len(caught.value.broken) == len(messages)
+
+
+def test_embeddings_lie_on_shards_by_rows():
+    from sheaf.parallel.server.assemble import forms_of
+
+    model = nn.Sequential(nn.Embedding(10, 6), nn.Linear(6, 3))
+    found = forms_of(model, dict(model.named_parameters()), 3)
+    rows = [(piece.start // 6, piece.stop // 6) for form in found for piece in form.pieces if piece.name == "0.weight"]
+    assert rows == [(0, 4), (4, 7), (7, 10)]
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("name", ["mlp", "gpt", "transformer_seq2seq"])
+def test_verify_finds_lock_step_exact(name):
+    import sheaf
+    from sheaf.zoo.tasks.small import SMALL
+
+    assert sheaf.verify(SMALL[name](), "dp=2,server=2", steps=2).verdict in ("identical", "rounding")
+
+
+@pytest.mark.whole
+def test_verify_never_calls_staleness_exact():
+    import sheaf
+    from sheaf.zoo.tasks.small import SMALL
+
+    verdict = sheaf.verify(SMALL["mlp"](), "dp=2,server=1:staleness=2", steps=2)
+    assert verdict.verdict == "relaxed"
+    assert not verdict.exact
