@@ -496,8 +496,9 @@ class _Drawing:
         if kind == "norm":
             self.has_batch_norm = True
             self.put("batch norm 2d", channels)
-        elif kind == "groups":
-            groups = self.pick(*(groups for groups in range(1, channels + 1) if channels % groups == 0))
+        elif kind == "groups" and channels * height * width > 1:
+            least = 2 if height * width == 1 else 1  # torch refuses to norm a group of one number
+            groups = self.pick(*(groups for groups in range(1, channels // least + 1) if channels % groups == 0))
             self.put("group norm", groups, channels)
         elif kind == "pool" and min(height, width) >= 2:
             self.put(self.pick("max pool", "average pool"), 2, shape=(channels, height // 2, width // 2))

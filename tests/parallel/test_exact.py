@@ -30,6 +30,8 @@ PLANS = [
     "dp=3,shares=0:2:1",
     "dp=2,shares=stolen",
     "dp=4,shares=stolen",
+    "dp=3,shares=balanced",
+    "dp=2,zero=3,shares=balanced,bucket_bytes=1024",
     "dp=2,zero=1",
     "dp=3,zero=1,shares=stolen",
     "dp=3,zero=2",

@@ -5,18 +5,71 @@ from dataclasses import replace
 
 import pytest
 import small
+import torch
 from plain import assert_same, mlp_float64, plain, planned, ragged_gpt, transformers_gpt2
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from sheaf import Task
+from sheaf import Loss, Task
 from sheaf.errors import PlanError
 from sheaf.plans import Plan
 
 STEPS = 3
+
+
+class Layers(nn.Module):
+    """Torch's own transformer layers with a causal mask, and attention whose shares are looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(23, 18), nn.Parameter(torch.randn(1, 40, 18) * 0.1)
+        layer = nn.TransformerEncoderLayer(18, 3, 21, dropout=0.2, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.look = nn.MultiheadAttention(18, 2, batch_first=True)
+        self.head = nn.Linear(18, 23)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+        x = self.tokens(tokens) + self.places[:, : tokens.shape[1]]
+        x = self.encoder(x, mask=mask.to(x.dtype), is_causal=True)
+        seen, shares = self.look(x, x, x)
+        return self.head(x + seen), shares
+
+
+def layers() -> Task:
+    """Sentences of odd lengths, each microbatch as long as its longest, and the next word as the answer."""
+    draw = torch.Generator().manual_seed(3)
+    data = [
+        torch.randint(1, 23, (int(length),), generator=draw) for length in torch.randint(3, 14, (12,), generator=draw)
+    ]
+
+    def loss(output: tuple[Tensor, Tensor], tokens: Tensor) -> Loss:
+        logits, shares = output
+        wrong = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=0, reduction="sum")
+        return Loss(wrong + 0.1 * shares.square().sum(), (tokens[:, 1:] != 0).sum())
+
+    return Task(
+        model=Layers,
+        loss=loss,
+        optimizer=lambda parameters: torch.optim.SGD(
+            parameters, lr=0.1, momentum=0.9
+        ),  # the keys' bias has no gradient
+        data=data,
+        collate=lambda items: nn.utils.rnn.pad_sequence(items, batch_first=True),
+        inputs=lambda tokens: (tokens,),
+        batch=6,
+        microbatch=2,
+        clip=1.0,
+    )
+
+
 PLAIN = {"mlp": mlp_float64, "ragged_gpt": ragged_gpt, "gpt2": transformers_gpt2}
 
 
 def task(name: str) -> Task:
-    return PLAIN[name]() if name in PLAIN else replace(small.SMALL[name](), precision="fp64")
+    if name in PLAIN:
+        return PLAIN[name]()
+    return replace(layers() if name == "layers" else small.SMALL[name](), precision="fp64")
 
 
 @functools.cache
@@ -36,6 +89,12 @@ def reference(name: str):
         ("ragged_gpt", "cp=2,dp=2,zero=1"),
         ("ragged_gpt", "cp=2,recompute=full"),
         ("gpt2", "cp=2,zero=3,bucket_bytes=1024"),
+        ("layers", "cp=3"),
+        ("gpt", "cp=2,recompute=full"),
+        ("gpt", "cp=2,pp=2"),
+        ("transformer_seq2seq", "cp=2,pp=2:interleaved"),
+        ("layers", "cp=2,pp=2,zero=3"),
+        ("gpt", "cp=2,pp=2:zero-bubble,zero=1"),
     ],
 )
 def test_a_split_sequence_changes_nothing(ranks, name, plan):
@@ -47,4 +106,5 @@ def test_what_it_does_not_go_with_is_refused():
     with pytest.raises(PlanError, match="use tp=4,sequence=1 in its place"):
         Plan.parse("cp=2,tp=2")
     with pytest.raises(PlanError, match="cp=2 splits sequences"):
-        Plan.parse("cp=2,pp=2")
+        Plan.parse("dp=2,cp=2,head=tp")
+    assert Plan.parse("cp=2,pp=2,dp=2").workers == 8

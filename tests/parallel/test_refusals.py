@@ -8,7 +8,7 @@ from plain import mlp_float64, norm_resnet
 from torch import Tensor, nn
 
 from pool import RankRaised
-from sheaf.errors import DataError, NonFiniteLoss, PlanError
+from sheaf.errors import DataError, NonFiniteLoss, PlanError, TaskError
 from sheaf.parallel import build
 from sheaf.plans import Plan
 
@@ -173,3 +173,108 @@ def test_a_lost_worker_is_named_by_the_others(ranks):
     task = norm_resnet()
     with pytest.raises(Exception, match=r"rank 2|worker 2"):
         ranks(lonely, 3)
+
+
+class Counting(nn.Module):
+    """Counts its calls in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out, self.calls = nn.Linear(12, 5), 0
+
+    def forward(self, given: Tensor) -> Tensor:
+        self.calls += 1
+        return self.out(given) * (1 + self.calls)
+
+
+class Slope(nn.Module):
+    """Takes a gradient with respect to its input while it runs forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12))
+        self.out = nn.Linear(12, 5)
+
+    def forward(self, given: Tensor) -> Tensor:
+        given = given.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self.layers(given).square().sum(), given, create_graph=True)
+        return self.out(slope)
+
+
+class Turning(nn.Module):
+    """Takes its layers from the other end where the batch says so, which fake tensors cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.out = nn.ModuleList([nn.Linear(12, 12) for _ in range(3)]), nn.Linear(12, 5)
+
+    def forward(self, given: Tensor) -> Tensor:
+        turned = type(given) is Tensor and bool(given.square().sum() > 0)
+        for layer in reversed(self.layers) if turned else self.layers:
+            given = layer(given).tanh()
+        return self.out(given)
+
+
+@pytest.mark.parametrize(
+    ("model", "plan", "reason"),
+    [
+        (Counting, "dp=2", "the forward of the model changes calls, which each worker"),
+        (Slope, "dp=2,zero=3,bucket_bytes=1024", "is taken within forward, when ZeRO-3 has freed its parameters: use"),
+        (Turning, "dp=2,zero=3,bucket_bytes=1024", "runs in another order or more often than when the model was tr"),
+    ],
+)
+def test_a_forward_that_workers_cannot_keep_in_step(ranks, model, plan, reason):
+    error = refused(ranks, mlp_float64(model=model), plan)
+    assert isinstance(error, PlanError)
+    assert reason in str(error)
+
+
+def test_a_parameter_frozen_after_the_step_was_built():
+    step = build(mlp_float64(), Plan())
+    step()
+    next(step.model.parameters()).requires_grad_(requires_grad=False)
+    with pytest.raises(PlanError, match=r"requires_grad of 0.weight \(1 parameters in all\) changed after the step"):
+        step()
+
+
+class Box:
+    """Hides a tensor from everybody."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class Boxed(torch.optim.SGD):
+    """Holds a tensor that it made where nobody can exchange it."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.box = Box(torch.zeros_like(parameters[0]))
+
+
+class Homeless(torch.optim.SGD):
+    """Keeps state that is of no parameter."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.state["all"] = {"count": 0}
+
+
+def test_an_optimizer_over_a_tensor_that_is_no_parameter(ranks):
+    task = mlp_float64(optimizer=lambda ps: torch.optim.SGD([*ps, nn.Parameter(torch.ones(2))], lr=0.1))
+    error = refused(ranks, task, "dp=2,zero=1")
+    assert isinstance(error, TaskError)
+    assert "the optimizer holds a tensor that is no parameter of the model" in str(error)
+
+
+def test_an_optimizer_that_hides_a_tensor(ranks):
+    error = refused(ranks, mlp_float64(optimizer=lambda ps: Boxed(list(ps))), "dp=2,zero=1")
+    assert isinstance(error, PlanError)
+    assert "cannot be exchanged for this worker's part: use zero=0" in str(error)
+
+
+def test_state_of_an_optimizer_that_belongs_to_no_parameter():
+    step = build(mlp_float64(optimizer=lambda ps: Homeless(list(ps))), Plan())
+    step()
+    with pytest.raises(TaskError, match=r"Homeless keeps state \('all'\) that belongs to no parameter"):
+        step.state()

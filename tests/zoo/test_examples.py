@@ -9,7 +9,13 @@ import torch
 from sheaf.task import Order, arguments, as_loss, fetch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-NEEDS = {"digits_mlp": "sklearn", "digits_resnet": "sklearn", "hf_gpt2": "transformers", "hf_bert": "transformers"}
+NEEDS = {
+    "digits_mlp": "sklearn",
+    "digits_resnet": "sklearn",
+    "hf_gpt2": "transformers",
+    "hf_bert": "transformers",
+    "keras_functional": "keras",
+}
 
 
 def test_every_example_is_tried_here():

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sheaf.errors import TaskError
+from sheaf.task.keras import adopt
 from sheaf.task.reach import hidden_tensors, swap_all
 from sheaf.task.recorder import Recorder
 from sheaf.task.storage import storage_id
@@ -38,7 +40,7 @@ class Blueprint:
         self.task = task
         self.whole: str | None = None
         self._recorder = Recorder(task.seed)
-        self.model = self._build()
+        self.model = self._settled()
         self._fakes = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         self.names = _aliases(self.model)
         self._recorder.name_storages(self._fakes)
@@ -133,14 +135,24 @@ class Blueprint:
                 "no values: build the model without device='meta' (Sheaf allocates nothing anyway), or give weights="
             )
 
+    def _settled(self) -> nn.Module:
+        """The model; built again where building it first imported modules, which may have drawn numbers meanwhile."""
+        known, self._drew = len(sys.modules), False
+        model = self._build()
+        if len(sys.modules) == known or not self._drew:
+            return model
+        self._recorder, self.whole = Recorder(self.task.seed), None
+        return self._build()
+
     def _build(self) -> nn.Module:
         first: nn.Module | None = None
-        with _seeded(self.task.seed), warnings.catch_warnings():
+        with _seeded(self.task.seed) as drew, warnings.catch_warnings():
             # copy.deepcopy of a parameter asks for its address; a fake has none, and the copy does not need it
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
             try:
                 with self._recorder:
                     first = _module(self.task.model())
+                self._drew = drew()
                 self.whole = self._unfit(first)
                 if self.whole is None:
                     return self._faked(first)
@@ -149,9 +161,10 @@ class Blueprint:
             except Exception as error:  # noqa: BLE001 - any constructor that wants real values ends here
                 self.whole = f"{type(error).__name__}: {error}".splitlines()[0]
         self._recorder = Recorder(self.task.seed)
-        with _seeded(self.task.seed):
+        with _seeded(self.task.seed) as drew:
             try:
                 model = _module(self.task.model())
+                self._drew = drew()
                 if first is not None and {id(one) for one in first.modules()} & {id(one) for one in model.modules()}:
                     model = copy.deepcopy(model)  # it was there before: the next build must find it as it was
             except TaskError:
@@ -202,7 +215,10 @@ class Blueprint:
 
 def _module(built: object) -> nn.Module:
     if not isinstance(built, nn.Module):
-        raise TaskError(f"model() returned {type(built).__name__}; it must return a torch.nn.Module")
+        other = type(built).__module__.startswith("keras.")
+        hint = ": set KERAS_BACKEND=torch before Keras is first imported" if other else ""
+        raise TaskError(f"model() returned {type(built).__name__}; it must return a torch.nn.Module{hint}")
+    adopt(built)
     broken: list[str] = []
     for name, tensor in (*built.named_parameters(), *built.named_buffers()):
         if nn.parameter.is_lazy(tensor):
@@ -256,18 +272,27 @@ def _moved_together(
 
 @contextmanager
 def _seeded(seed: int) -> Any:
-    """Python's, numpy's and torch's global generators from the seed, put back afterwards."""
+    """Python's, numpy's and torch's global generators from the seed, put back afterwards.
+
+    Gives a function that says whether Python's or numpy's has been drawn from.
+    """
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     ambient = key(seed, "build")
     random.seed(ambient)
     np.random.seed(ambient % 2**32)
     torch.default_generator.manual_seed(ambient)
+    before = _drawn_from()
     try:
-        yield
+        yield lambda: _drawn_from() != before
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.default_generator.set_state(states[2])
+
+
+def _drawn_from() -> tuple[Any, Any]:
+    """Where Python's and numpy's global generators stand."""
+    return random.getstate(), np.random.get_state(legacy=False)["state"]["pos"]
 
 
 def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -97,11 +97,11 @@ def _one_worker(optimizer: _Optimizer, values: list[list[Tensor]], cuts: _Cuts) 
     made = dict(stepping.state)
     stepping.state.clear()
     for group in stepping.param_groups:
-        held = [index_of[id(parameter)] for parameter in group["params"]]
-        group["params"] = [slices[index] for index in held if index in slices]
+        held = [index_of.get(id(parameter)) for parameter in group["params"]]  # one of its own is told elsewhere
+        group["params"] = [slices[index] for index in held if index is not None and index in slices]
     for parameter, state in made.items():
-        index = index_of[id(parameter)]
-        if index in slices:
+        index = index_of.get(id(parameter))
+        if index is not None and index in slices:
             low, high = cuts[index]
             stepping.state[slices[index]] = {
                 key: value.flatten()[low:high].clone()

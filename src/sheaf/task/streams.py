@@ -2,7 +2,8 @@
 
 Every module that may draw (torch's own drawing modules, and every module of a class that torch does not own, since
 its forward may call ``F.dropout``) runs under a stream of its own; when it returns, its caller's stream goes on where
-it stood. A module called twice in a forward has two streams.
+it stood. A module called twice in a forward has two streams; which call it is, is counted within the call of the module
+around it, so that a block draws the same whether or not its earlier calls ran in this process.
 
 A model may recompute parts of itself in backward (``torch.utils.checkpoint``), and what it then draws must be what it
 drew at first. The CPU generator's state carries the number it was seeded with, which draws do not depend on once it
@@ -69,16 +70,17 @@ class _Record:
         self._parts = (seed, "stream", step, microbatch)
         self.ambient = key(*self._parts)
         self._tag = self.ambient
-        self._times: dict[str, int] = {}
+        self._times: dict[tuple[int, str], int] = {}
         self._calls: list[_Call] = []
         self._starts: dict[int, int] = {}
         self._foreign: set[int] = set()
 
-    def add(self, name: str, tag: int, *, keep: bool) -> _Call:
+    def add(self, name: str, tag: int, *, within: _Call | None, keep: bool) -> _Call:
         """A new call of a module in forward; one that is not kept cannot be found again."""
-        time = self._times.get(name, 0)
-        self._times[name] = time + 1
-        call = _Call(name, self.seed_of(name, time))
+        outer = self.ambient if within is None else within.seed
+        time = self._times.get((outer, name), 0)
+        self._times[outer, name] = time + 1
+        call = _Call(name, key(outer, name, time))
         if tag != self._tag:  # the model seeded or set the generator itself, so this tag tells no place
             self._foreign.add(tag)
         self._tag = call.seed
@@ -106,9 +108,9 @@ class _Record:
         call = self._calls[place]
         return call if call.name == name and call.end is not None else None
 
-    def seed_of(self, name: str, time: int | str) -> int:
-        """The seed of a module's stream when it is called for the ``time``-th time."""
-        return key(*self._parts, name, time)
+    def unknown(self, name: str) -> int:
+        """The seed of a module's stream in a call that cannot be told."""
+        return key(*self._parts, name, "again")
 
 
 class _Frame:
@@ -204,10 +206,11 @@ class Streams:
             if replay:
                 call = record.find(name, tag)
             else:
-                call = record.add(name, tag, keep=module.training or torch.is_grad_enabled())
+                within = self._frames[-1].call if self._frames else None
+                call = record.add(name, tag, within=within, keep=module.training or torch.is_grad_enabled())
             frame = _Frame(states, call, replay=replay)
             self._frames.append(frame)
-            self._seed_all(call.seed if call is not None else record.seed_of(name, "again"))
+            self._seed_all(call.seed if call is not None else record.unknown(name))
             if call is None:
                 frame.seeded = [generator.get_state() for generator in self._generators]
 

@@ -33,9 +33,7 @@ def affordable(blueprint: Blueprint, plan: Plan, memory_bytes: int) -> None:
     A lower bound: optimizer state and activations come on top (``sheaf plan`` counts those too).
     Raises PlanError with the numbers.
     """
-    whole = {
-        name: value for name, value in blueprint.parameters.items() if not plan.split_parts or plan.part(name) != "tp"
-    }
+    whole = {name: value for name, value in blueprint.parameters.items() if plan.part(name) not in ("tp", "ep")}
     parts = [value for name, value in blueprint.parameters.items() if name not in whole]
     held = sum(value.numel() * blueprint.dtype_of(value).itemsize for value in whole.values())
     trained = sum(value.numel() * blueprint.dtype_of(value).itemsize for value in whole.values() if value.requires_grad)
@@ -44,7 +42,7 @@ def affordable(blueprint: Blueprint, plan: Plan, memory_bytes: int) -> None:
     copies_trained = 1 if plan.zero >= 2 else plan.dp
     needed = held * copies_held + trained * copies_trained + once
     if needed > memory_bytes:
-        remedy = "use zero=3, which shards both, or " if plan.zero < 3 and plan.dp > 1 and not plan.split_parts else ""
+        remedy = "use zero=3, which shards both, or " if plan.zero < 3 and plan.dp > 1 and not plan.by_parts else ""
         there_is = pretty_bytes(float(memory_bytes))
         raise PlanError(
             f"the model does not fit: {plan} keeps {copies_held} x {pretty_bytes(float(held))} of parameters and "

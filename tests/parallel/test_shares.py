@@ -1,0 +1,66 @@
+"""Who is dealt how much when workers are not alike."""
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from plain import mlp_float64
+from torch import nn
+
+import sheaf
+from sheaf.parallel.shares import REMEMBERED, Balanced, lifted
+from sheaf.plans import Plan
+
+
+class Slowed(nn.Module):
+    """Takes its time on one worker."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(12, 5)
+
+    def forward(self, inputs):
+        if torch.distributed.get_rank() == 1:
+            time.sleep(0.03)
+        return self.inner(inputs)
+
+
+def counted(text, steps):
+    step = sheaf.build(replace(mlp_float64(batch=45), model=Slowed), Plan.parse(text))
+    reports = [step() for _ in range(steps)]
+    step.close()
+    return [report.microbatches for report in reports], [report.computed for report in reports]
+
+
+@pytest.mark.parametrize("text", ["dp=2,shares=balanced", "dp=2,zero=2,shares=balanced"])
+def test_a_slow_worker_is_dealt_less_after_the_first_step(ranks, text):
+    (counts, computed), (others, _) = ranks(counted, 2, text, 4)
+    assert counts == others, "all workers must deal alike"
+    assert counts[0] == (8, 7)
+    assert all(fast > slow for fast, slow in counts[2:])
+    assert all(sum(step) == 15 and min(step) >= 1 for step in counts)
+    assert all(slow > 0.02 for _, slow in computed)
+
+
+def test_speeds_are_medians_of_the_last_steps():
+    dealer = Balanced(2, 0)
+    assert dealer.counts(8) == (4, 4)
+    dealer.learn([1.0, 3.0], [4, 4])
+    assert dealer.counts(8) == (6, 2)
+    for _ in range(REMEMBERED // 2):
+        dealer.learn([100.0, 3.0], [4, 4])  # a hiccup
+    assert dealer.counts(8)[0] < 6
+    for _ in range(REMEMBERED):
+        dealer.learn([4.0, 4.0], [4, 4])
+    assert dealer.counts(8) == (4, 4)
+
+
+def test_nobody_is_forgotten():
+    dealer = Balanced(3, 0)
+    dealer.learn([0.1, 0.1, 100.0], [3, 3, 3])
+    assert dealer.counts(9)[2] == 1
+    assert dealer.counts(2) == (1, 1, 0)
+    dealer.learn([0.1, 0.1, 0.0], [4, 4, 0])  # who had nothing is not timed
+    assert dealer.counts(9)[2] == 1
+    assert lifted((9, 0, 0), 1) == (7, 1, 1)
