@@ -27,10 +27,10 @@ format: setup ## put the code into its form, and fix what can be fixed
 	$(bin)/ruff check --fix
 
 test: check ## check, and every test (TESTS='tests/test_pool.py -x' for a part)
-	$(bin)/python -m pytest $(TESTS)
+	$(bin)/python -m pytest -n 2 $(TESTS)
 
-nightly: setup ## every case that `test` thins out, and 500 random models under random plans (SHEAF_EXAMPLES=500)
-	SHEAF_NIGHTLY=1 SHEAF_EXAMPLES=$${SHEAF_EXAMPLES:-500} $(bin)/python -m pytest tests/parallel tests/split
+nightly: setup ## every test, thinned ones too, types and shapes checked at each call, 500 random models (SHEAF_EXAMPLES)
+	SHEAF_NIGHTLY=1 SHEAF_EXAMPLES=$${SHEAF_EXAMPLES:-500} $(bin)/python -m pytest --jaxtyping-packages=sheaf,typechecker.check
 
 demo: setup ## the whole road on this machine
 	$(bin)/python examples/demo.py

@@ -63,7 +63,7 @@ def reference() -> Run:
 @pytest.mark.parametrize("plan", ["tp=2", "pp=2", "pp=2:zero-bubble,recompute=full", "dp=2,zero=3", "dp=2"])
 def test_a_functional_model_is_the_same_under_any_plan(ranks, plan):
     found = ranks(planned, Plan.parse(plan).workers, task(), plan, STEPS)[0]
-    assert_same(found, reference(), 2e-5)  # Keras computes in float32
+    assert_same(found, reference(), 1e-4)  # Keras computes in float32
 
 
 def test_its_layers_are_blocks_with_parameters_and_buffers_of_their_own():

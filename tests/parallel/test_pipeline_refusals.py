@@ -209,16 +209,16 @@ def test_a_pipeline_says_what_it_cannot_follow(ranks, name):
 def test_a_path_that_changes_in_a_later_step_is_refused(ranks):
     def grown() -> None:
         from sheaf.parallel import build
-        from sheaf.parallel.passing import Passing
+        from sheaf.parallel.course import Course
         from sheaf.plans import Plan
 
-        own, Passing._has_drawn = Passing._has_drawn, lambda _self: False  # the checker of types draws in these tests
+        own, Course._has_drawn = Course._has_drawn, lambda _self: False  # a checker of types draws where one is there
         try:
             step = build(task, Plan.parse("pp=2,stages=3:2"))
             for _ in range(5):
                 step()
         finally:
-            Passing._has_drawn = own
+            Course._has_drawn = own
 
     task = replace(odd("skips"), model=Growing, name="growing")
     reason = r"comes to torch.Tensor.sin, and for batches of the same shapes it came to torch.Tensor.tanh before"

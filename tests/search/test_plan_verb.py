@@ -123,7 +123,7 @@ def test_this_machine_is_measured_and_the_second_time_remembered(tmp_path, monke
     first = plan(task(microbatch=4), workers=2, quick=True)
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*") if path.is_file()}
     assert len([path for path in kept if path.parent.name == "profiles"]) == 2, "one profile per number of workers"
-    assert len([path for path in kept if path.parent.name == "splits"]) == 2, "plain and along the sequence"
+    assert len([path for path in kept if path.parent.name == "splits"]) == 3, "plain, along the sequence, and cp"
     second = plan(task(microbatch=4), workers=2, quick=True)
     assert second.to_dict() == first.to_dict()
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*") if path.is_file()} == kept

@@ -200,7 +200,7 @@ def test_json_has_the_promised_shape():
     assert set(values) == {"plans", "refused", "cluster", "batch", "microbatch", "splits"}
     first, second = values["plans"][:2]
     shared = {
-        "text", "seconds", "step_seconds", "hidden_seconds", "memory", "peak_bytes", "traffic_bytes",
+        "text", "exact", "seconds", "step_seconds", "hidden_seconds", "memory", "peak_bytes", "traffic_bytes",
         "stages",
     }  # fmt: skip
     assert set(first) == shared | {"reason"}

@@ -34,8 +34,9 @@ def measure(
         raise ClusterError(f"workers={workers}: at least one worker is needed")
     cluster = None if fresh else _cached(workers, quick=quick)
     if cluster is None:
-        cluster = _measured(workers, quick=quick)
-        write(cluster, cache_file(workers, quick=quick))
+        path = cache_file(workers, quick=quick)
+        write(_measured(workers, quick=quick), path)
+        cluster = read(path)  # as every later call will find it, rounded
     if out is not None:
         write(cluster, out)
     return cluster

@@ -64,9 +64,9 @@ class Course:
             self._tails[self._batch] = None if whole else tuple(self._path[: self._last])
             self._arrivals[self._batch] = arrivals
 
-    def arrivals(self, stage: int, batch: Any) -> tuple[Any, ...]:
-        """What a stage received for such a batch, where it always will; nothing where that is not known."""
-        return self._arrivals.get((stage, signature(batch)), ())
+    def arrivals(self, stage: int, batch: Any) -> tuple[Any, ...] | None:
+        """What a stage received for such a batch, where it always will; None where that is not known."""
+        return self._arrivals.get((stage, signature(batch)))
 
     def _has_drawn(self) -> bool:
         before, here = self._drawn, _generators()

@@ -115,9 +115,9 @@ class LocalSteps(Replicated):
         if self.together:
             super().finish(used)
             return
-        gradients = list(self.held().values())
-        if gradients:
-            torch._foreach_mul_(gradients, self._expectation.weight / self._exchange.own_weight)
+        gradients, weight = list(self.held().values()), self._exchange.own_weight
+        if gradients and weight:  # without any, all its samples were padding, and its gradients are zero
+            torch._foreach_mul_(gradients, self._expectation.weight / weight)
 
     def after_update(self) -> None:
         """Count the step; start the meetings that are due, and end those that have travelled long enough."""

@@ -94,10 +94,15 @@ class Passing(TorchFunctionMode):
         self._ledger.forget()
         self.stage = -1
 
-    def expect(self, stage: int, batch: Any) -> None:
-        """A microbatch's forward as this stage comes soon: be ready for what it received for such a batch before."""
-        for origin, shape, dtype, device in self._course.arrivals(stage, batch):
+    def expect(self, stage: int, batch: Any) -> bool:
+        """A microbatch's forward as this stage comes soon: be ready for what it received for such a batch before.
+
+        False where that is not known.
+        """
+        arrivals = self._course.arrivals(stage, batch)
+        for origin, shape, dtype, device in arrivals or ():
             self._post.expect(torch.empty(shape, dtype=dtype, device=device), origin, stage, FORWARD)
+        return arrivals is not None
 
     def computed_here(self, tensor: Tensor) -> bool:
         """Whether this stage made a tensor in the forward under way."""

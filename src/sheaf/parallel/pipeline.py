@@ -52,6 +52,8 @@ class Pipeline(AbstractStaged):
         for place, action in enumerate(mine):
             for soon in range(place, min(place + 2, len(mine))):
                 ready[soon] = ready[soon] or self._expect(mine[soon])
+                if not ready[soon]:  # messages come in order: what comes first must be received first
+                    break
             start, waited = time.perf_counter(), parts.spread.waited_seconds
             parts.holding.enter_stage(action.stage, forward=action.kind == "F")
             if action.microbatch >= len(self._mine):
@@ -76,13 +78,12 @@ class Pipeline(AbstractStaged):
         return action.kind == "F" and action.stage == last and action.microbatch < len(self._mine)
 
     def _expect(self, action: Action) -> bool:
-        """Be ready for what an action will receive, as far as that is known; False where its forward has not run."""
+        """Be ready for what an action will receive, as far as that is known; False where it is not."""
         if action.microbatch >= len(self._mine) or action.kind == "W":
             return True
         microbatch = self._mine[action.microbatch]
         if action.kind == "F":
-            self._passing.expect(action.stage, self.batch_of(microbatch))
-            return True
+            return self._passing.expect(action.stage, self.batch_of(microbatch))
         kept = self._kept.get((microbatch.index, action.stage))
         if kept is None:
             return False

@@ -229,7 +229,7 @@ class Plan:
     @classmethod
     def from_pairs(cls, pairs: list[tuple[str, str]]) -> "Plan":
         """Read a plan from (key, text) pairs; raises PlanError listing everything wrong with them."""
-        values, broken = text.values(pairs, {field.name for field in fields(cls)})
+        values, broken = text.values(pairs, [field.name for field in fields(cls)])
         try:
             plan = cls(**values)  # pyright: ignore[reportArgumentType]
         except PlanError as error:

@@ -8,7 +8,7 @@ from sheaf.cost.analytic.networks import networks
 from sheaf.cost.analytic.step import Job
 
 BYTES = ("parameters", "gradients", "optimizer_state", "activations", "logits", "gathered", "reserve")
-MARGIN = 0.3  # stated for every peak: of published runs never fitted on, 97 in 100 needed no more than this beside it
+MARGIN = 0.3  # stated for every peak: wide enough that the published run out of memory is never called safe
 _WIDE = 4.0  # arrays of the hidden size that a layer keeps: what enters each norm, and what leaves it
 _MASKS = 1.0  # two dropout masks of a byte, as elements of two bytes
 _SCORES, _SCORES_DROPPED = 1.0, 2.5  # arrays of attention's scores kept where they are written
