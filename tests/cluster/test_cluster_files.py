@@ -46,6 +46,12 @@ def test_a_written_cluster_reads_back_equal(tmp_path, description):
     assert read(tmp_path / "cluster.toml") == cluster
 
 
+def test_overlap_may_be_below_zero_as_it_is_measured_on_busy_cores(tmp_path):
+    cluster = dataclasses.replace(read("a100-dgx"), overlap=-0.33)
+    write(cluster, tmp_path / "cluster.toml")
+    assert read(tmp_path / "cluster.toml") == cluster
+
+
 def test_lists_of_numbers_take_one_line(tmp_path):
     write(read("a100-dgx"), tmp_path / "folder" / "cluster.toml")
     text = (tmp_path / "folder" / "cluster.toml").read_text()

@@ -83,7 +83,7 @@ def _single(hint: Any, value: Any, where: str, problems: list[str], rules: Rules
         wrong = f"found {_shown(value)}, wanted a number"
     elif not math.isfinite(value):
         wrong = f"found {value}, wanted a finite number"
-    elif value < 0:
+    elif value < 0 and name not in rules:
         wrong = f"found {value}, wanted a number that is not negative"
     elif hint is int and value != int(value):
         wrong = f"found {value}, wanted a whole number"
