@@ -89,7 +89,8 @@ def test_a_plan_too_long_for_the_table_stays_whole_with_its_reason_below():
 
 def test_what_the_first_plan_that_splits_layers_splits_is_told():
     split = {
-        "sent": 0, "sequences": False, "workers": 2, "matrices": 14, "split": 12, "by_output": 8, "by_input": 4, "sums": 6, "sums_bytes": 2**20,
+        "sent": 0, "sequences": False,
+        "workers": 2, "matrices": 14, "split": 12, "by_output": 8, "by_input": 4, "sums": 6, "sums_bytes": 2**20,
         "gathered": [{"block": "<loss>", "for": "cross_entropy", "times": 1, "bytes": 2048}],
         "whole": {"odd": "PlanError: a sort"},
     }  # fmt: skip
