@@ -68,7 +68,7 @@ def compared(
 ) -> dict[str, Any]:
     """Seconds per step of every contender, and how far their losses are apart, on this worker."""
     with ExitStack() as held:
-        limited = held.enter_context(quota(share)) if dist.get_rank() == 1 and share < 1 else share >= 1
+        limited = held.enter_context(quota(share)) if dist.get_rank() == 1 and share < 1 else True
         told = torch.tensor(float(limited))
         dist.all_reduce(told)
         if told < 2:
