@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Subset
 
-from bench.executors import adamw, plain_model, task
+from bench.executors import adamw, plain_model, task, tokens
 from bench.interleaved import ratio, rounds
 from bench.quota import quota
 from sheaf import Plan, Task, build, launch
@@ -34,8 +35,10 @@ STALL_SECONDS, BETWEEN_SECONDS = 1.0, 1.0  # between two stalls: on the average
 
 
 def small_task(samples: int) -> Task:
-    """The model of bench.executors, a step of twelve microbatches."""
-    return replace(task(2), batch=2 * PER_WORKER * samples, microbatch=samples)
+    """The model of bench.executors, a step of twelve microbatches; every step has all of them, as DDP needs it."""
+    batch = 2 * PER_WORKER * samples
+    data = Subset(tokens(), range(len(tokens()) // batch * batch))
+    return replace(task(2), data=data, batch=batch, microbatch=samples)
 
 
 def ddp_loop(given: Task, losses: list[float]) -> Callable[[], None]:
