@@ -4,17 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from statistics import fmean
+
+import numpy as np
 
 from sheaf.api.choice import checked
 from sheaf.api.run import Run
-from sheaf.api.train import train
+from sheaf.api.train import folder_name, train
 from sheaf.errors import PlanError, RunError, SheafError
 from sheaf.launch import FromFile
 from sheaf.plans import Plan
 from sheaf.task import Task
 from sheaf.watch import draw_comparison
 from sheaf.watch.comparison import Curve
+from sheaf.watch.picture import trailing_mean
 
 ALL_REDUCE = "all-reduce"  # what a plan means that says nothing else
 PICTURE = "comparison.png"
@@ -112,7 +114,7 @@ def compare(
             task,
             one,
             steps=steps,
-            out=place / _folder(name),
+            out=place / folder_name(name),
             quiet=quiet,
             threads=threads,
             source=source,
@@ -131,13 +133,9 @@ def compare(
     return Comparison(runs, picture)
 
 
-def _folder(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
-
-
 def _smooth(losses: Sequence[float]) -> list[float]:
     span = max(1, len(losses) // 10)
-    return [fmean(losses[max(0, end - span) : end]) for end in range(1, len(losses) + 1)]
+    return trailing_mean(np.array(losses, dtype=float), span).tolist()
 
 
 def _reached(run: Run, goal: float) -> float | None:

@@ -163,11 +163,16 @@ def _loaded(source: FromFile) -> Task:
     return task
 
 
+def folder_name(text: str) -> str:
+    """The text as part of a path."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in text)
+
+
 def run_directory(task: Task, out: str | Path | None) -> Path:
     """Where a run goes: ``out``, or the first ``runs/NAME-N`` that is not there yet."""
     if out is not None:
         return Path(out)
-    name = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in task.name)
+    name = folder_name(task.name)
     number = 1
     while (path := Path("runs") / f"{name}-{number}").exists():
         number += 1

@@ -109,11 +109,6 @@ class Gathered(AbstractHolding):
         """Gradients in ``held`` are disjoint pieces."""
         return True
 
-    @property
-    def touched(self) -> set[str]:
-        """Parameters that got a gradient in this step."""
-        return self._touched.names
-
     def begin_step(self) -> None:
         """Forget the last step's gradients; gather what belongs to no block, for the whole step."""
         self._touched.names.clear()

@@ -149,9 +149,9 @@ class AbstractHolding(ABC):
         """Whether the gradients in ``held`` are disjoint pieces of the whole."""
 
     @property
-    @abstractmethod
     def touched(self) -> set[str]:
         """Parameters that this worker's backwards gave a gradient in this step."""
+        return self._touched.names
 
     def close(self) -> None:
         """Take every hook off the model, and give its blocks their own forward back."""

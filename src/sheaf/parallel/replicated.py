@@ -69,10 +69,6 @@ class Replicated(AbstractHolding):
     def sharded(self) -> bool:
         return False
 
-    @property
-    def touched(self) -> set[str]:
-        return self._touched.names
-
     def begin_step(self) -> None:
         self._touched.names.clear()
         self._turnstile.forget()

@@ -65,10 +65,6 @@ class Sharded(AbstractHolding):
     def sharded(self) -> bool:
         return True
 
-    @property
-    def touched(self) -> set[str]:
-        return self._touched.names
-
     def begin_step(self) -> None:
         self._touched.names.clear()
         self._turnstile.forget()

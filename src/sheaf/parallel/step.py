@@ -350,7 +350,7 @@ class Step:
             terms=terms,
             gradient_norm=norm if self.task.clip is not None else None,
             learning_rate=float(self._holding.optimizer.param_groups[0]["lr"]),
-            memory_bytes=_memory_bytes(self._world.device),
+            memory_bytes=memory_bytes(self._world.device),
             microbatches=self._spread.shared(told.counts),
             computed=tuple(computed),
             skipped=skipped,
@@ -358,7 +358,8 @@ class Step:
         )
 
 
-def _memory_bytes(device: torch.device) -> int:
+def memory_bytes(device: torch.device) -> int:
+    """The most memory that this worker has held: of its process, or on its accelerator."""
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return int(torch.accelerator.max_memory_allocated(device))

@@ -40,10 +40,6 @@ class Beside(AbstractHolding):
     def sharded(self) -> bool:
         return False
 
-    @property
-    def touched(self) -> set[str]:
-        return self._touched.names
-
     def begin_step(self) -> None:
         self._touched.names.clear()
         for parameter in self.parameters.values():

@@ -6,8 +6,9 @@
 import torch
 from torch import Tensor
 
-PLAIN, SCALED, COMPENSATED, BUFFERED = "plain", "scaled", "compensated", "buffered"
-WAYS = (PLAIN, SCALED, COMPENSATED, BUFFERED)
+from sheaf.plans.server import LATE
+
+PLAIN, SCALED, COMPENSATED, BUFFERED = LATE
 COMPENSATION = 0.04  # the constant of DC-ASGD-c
 
 

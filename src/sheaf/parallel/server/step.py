@@ -1,8 +1,8 @@
 """One step beside a parameter server: own microbatches, one exchange with every shard, the values that come back."""
 
 import math
-import resource
 import time
+from collections import Counter
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from sheaf.parallel.server.host import Host
 from sheaf.parallel.server.link import Failed
 from sheaf.parallel.server.restore import kept, restored, shared
 from sheaf.parallel.server.seats import PRIMARY
-from sheaf.parallel.step import Step
+from sheaf.parallel.step import Step, memory_bytes
 from sheaf.plans import Plan
 from sheaf.record import StepReport
 from sheaf.task import Microbatch
@@ -36,7 +36,7 @@ class ServedStep(Step):
         assert isinstance(self._holding, Beside)
         self.client, self.hosts = client, hosts
         self._beside = self._holding
-        self._staleness: list[int] = []
+        self._staleness: Counter[int] = Counter()  # how often each was seen
 
     def __call__(self) -> StepReport:
         """Run the next step: of all workers together in lock-step, else of this one."""
@@ -56,7 +56,7 @@ class ServedStep(Step):
             self._statistics.apply(len(microbatches))
         if self._observer is not None:
             self._observer.gradients(self.index, self._gradients())
-        self._staleness.append(seen.staleness)
+        self._staleness[seen.staleness] += 1
         told: list[list[float]] = seen.told["losses"] or [[*one] for one in self._exchange.mine]
         weight = math.fsum(one[2] for one in told)
         if self.plan.exact:
@@ -71,13 +71,13 @@ class ServedStep(Step):
             terms={"compute": self._runner.compute_seconds, "communicate": waited},
             gradient_norm=norm if self.task.clip is not None else None,
             learning_rate=seen.told["rate"],
-            memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            memory_bytes=memory_bytes(self._world.device),
             microbatches=tuple(seen.told["counts"].get(str(worker), 0) for worker in range(self.workers)),
             stop=seen.stop,
             server={
                 "staleness": seen.staleness,
                 "staleness_max": max(self._staleness),
-                "staleness_mean": sum(self._staleness) / len(self._staleness),
+                "staleness_mean": self._staleness_mean,
                 "delay": seen.delay,
                 "dropped": again,
                 "missed": seen.finished - self.index - 1,
@@ -89,6 +89,11 @@ class ServedStep(Step):
         self.index = seen.finished
         self._beside.index = self.index
         return report
+
+    @property
+    def _staleness_mean(self) -> float:
+        seen = self._staleness
+        return sum(clocks * times for clocks, times in seen.items()) / seen.total()
 
     @property
     def state_owner(self) -> int:
