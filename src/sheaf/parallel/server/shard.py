@@ -20,9 +20,9 @@ _KEPT_CLOCKS = 3  # finished clocks of which losses are still known
 class Terms:
     """What all shards and workers of a run agree on.
 
-    ``staleness`` in clocks, None: unbounded; ``late`` one of ``plans.server.LATE``; ``dropped_beyond`` updates a gradient
-    is not applied; ``clip`` the largest global norm of a clock's gradient, at staleness 0; ``lease_seconds`` without a
-    sign of life end a worker's membership, and a silent seat's.
+    ``staleness`` in clocks, None: unbounded; ``late`` one of ``plans.server.LATE``; ``dropped_beyond`` updates a
+    gradient is not applied; ``clip`` the largest global norm of a clock's gradient, at staleness 0; ``lease_seconds``
+    without a sign of life end a worker's membership, and a silent seat's.
     """
 
     workers: int
