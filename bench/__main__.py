@@ -72,7 +72,7 @@ def environment(name: str, rounds: int | None) -> dict[str, Any]:
 def show(name: str, results: list[dict[str, Any]], console: Console) -> None:
     """Tables, then goals."""
     if name == "planner":
-        for result in results:
+        for result in (one for one in results if "rows" in one):
             console.print(drawn(report.plan_table(result)))
     table, goals = report.SHOWN[name]
     console.print(drawn(table(results)))

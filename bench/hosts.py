@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from sheaf.cluster.cluster import Cluster, Device, Host, Link
+
 NETWORK, PORT = "10.77.0", 29517
 BURST, LATENCY = "256kb", "50ms"
 COUNTERS = Path("/sys/class/net/eth0/statistics")
@@ -43,6 +45,25 @@ def unavailable() -> str | None:
 def sent_bytes() -> int:
     """What this host has put on its link so far, headers included; call it on a host."""
     return int((COUNTERS / "tx_bytes").read_text())
+
+
+def cluster(count: int, rate: str, flops_per_second: float = 3e10) -> Cluster:
+    """Such hosts as the planner knows them: one worker each, links of a rate such as ``100mbit`` or ``1gbit``.
+
+    ``flops_per_second`` of a worker is a guess; what is sent does not depend on it.
+    """
+    number, unit = float(rate.rstrip("bgitmk")), rate.lstrip("0123456789.")
+    bits = number * {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}[unit]
+    device = Device(
+        name="a share of a core",
+        kind="cpu",
+        flops_per_second={"fp32": flops_per_second},
+        memory_bytes_per_second=1e10,
+        memory_bytes=64 * 2**30,
+    )
+    link = Link(name=rate, latency_seconds=1e-4, bytes_per_second=bits / 8)
+    host = Host(name="host", count=count, workers=1, device=device, cores=1, memory_bytes=64 * 2**30)
+    return Cluster(name=f"{count} hosts at {rate}", backend="gloo", hosts=(host,), intra=link, inter=link)
 
 
 class Hosts:

@@ -1,9 +1,11 @@
 """Layers in stages: Sheaf's pipelines beside `torch.distributed.pipelining` with stages of equally many layers.
 
-The model is the GPT of `bench.tensor`, whose head over 8192 words costs as much as several layers, so that an equal
-count of layers is no equal share of the work. Everyone runs the same microbatches in one process group, one thread
-per worker. Four stages on fewer than four cores get a quota each, such as half a core (see ``bench.quota``). Where that
-cannot be set they share the cores, and hide each other's waiting: neither balance nor bubbles show then.
+The first model is the GPT of `bench.tensor`, whose head over 8192 words costs as much as several layers, so that an
+equal count of layers is no equal share of the work; then VGG-16, whose layers differ in cost, and a translation
+transformer, whose decoder's layers cost more than its encoder's and whose head costs most. Everyone runs the same
+microbatches in one process group, one thread per worker. Four stages on fewer than four cores get a quota each, such as
+half a core (see ``bench.quota``). Where that cannot be set they share the cores, and hide each other's waiting: neither
+balance nor bubbles show then.
 """
 
 import statistics
@@ -14,71 +16,71 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from torch.nn import functional as F
 
 from bench.interleaved import ratio, rounds
+from bench.pipeline_models import CASES, Case
 from bench.quota import quota
-from bench.tensor import BATCH, LAYERS, Planned, adamw, agreed, batches, plain_model, task
-from sheaf import launch
+from bench.tensor import LAYERS, Planned, adamw, agreed
+from sheaf import Task, launch
 from sheaf.cluster.machine import available_cores
 from sheaf.parallel.pipeline import Pipeline
 from sheaf.plans.schedule import Action, actions
 from sheaf.plans.timeline import simulate
+from sheaf.task import Blueprint, Order, fetch
 
 MICROBATCHES = 8
 SCHEDULES: dict[str, type[PipelineScheduleSingle]] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 LEADING, TRAILING = 2, 2  # blocks of the GPT before its layers (two embeddings) and behind them (norm, head)
 
 
-class Stage(nn.Module):
-    """Some of the GPT's layers; the embeddings with the first, norm and head with the last."""
-
-    def __init__(self, whole: Any, first: int, last: int) -> None:
-        super().__init__()
-        self.tokens, self.positions = (whole.tokens, whole.positions) if first == 0 else (None, None)
-        self.layers = nn.Sequential(*whole.blocks[first:last])
-        self.end = nn.Sequential(whole.norm, whole.head) if last == LAYERS else nn.Identity()
-
-    def forward(self, given: Tensor) -> Tensor:
-        if self.tokens is not None and self.positions is not None:
-            given = self.tokens(given) + self.positions(torch.arange(given.shape[1]))
-        return self.end(self.layers(given))
-
-
 class Handmade:
     """A step of torch's own pipeline; ``losses`` are the last stage's."""
 
-    def __init__(self, kind: type[PipelineScheduleSingle], given: Iterator[Any]) -> None:
-        self.rank, self.stages = dist.get_rank(), dist.get_world_size()
-        each = LAYERS // self.stages
-        module = Stage(plain_model(), self.rank * each, (self.rank + 1) * each)
+    def __init__(self, case: Case, kind: type[PipelineScheduleSingle]) -> None:
+        self.case, self.rank, self.stages = case, dist.get_rank(), dist.get_world_size()
+        each = case.layers // self.stages
+        self.first, self.last = self.rank * each, (self.rank + 1) * each
+        given = case.task()
+        module = case.stage(Blueprint(given).fill(torch.device("cpu")), self.first, self.last)
         stage = PipelineStage(module, self.rank, self.stages, torch.device("cpu"))
         self.schedule = kind(stage, MICROBATCHES, loss_fn=_loss)
-        self.optimizer, self.batches = adamw(module.parameters()), given
+        self.optimizer, self.batches = adamw(module.parameters()), batches(given)
         self.losses: list[float] = []
 
     def __call__(self) -> None:
-        inputs, targets = next(self.batches)
+        batch = next(self.batches)
+        inputs, targets = self.case.given(batch)
         self.optimizer.zero_grad()
         found: list[Tensor] = []
-        given: dict[str, Any] = {"target": targets, "losses": found} if self.rank == self.stages - 1 else {}
-        self.schedule.step(*([inputs] if self.rank == 0 else []), **given)
+        told: dict[str, Any] = {"target": targets, "losses": found} if self.rank == self.stages - 1 else {}
+        named = self.case.named(batch, self.first, self.last)
+        self.schedule.step(*([inputs] if self.rank == 0 else []), **named, **told)
         self.optimizer.step()
         self.losses += [float(torch.stack(found).detach().mean())] if found else []
 
 
 def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+def batches(given: Task) -> Iterator[Any]:
+    """The samples of Sheaf's steps, for ever."""
+    step, order = 0, Order(given.num_samples, given.batch, given.batch, given.seed, shuffle=given.shuffle)
+    while True:
+        yield fetch(given, order.step(step)[0].samples, 0)
+        step += 1
 
 
 class Watched(Planned):
     """A step of Sheaf's pipeline that notes what each action took without waiting, and when it began and ended."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(replace(task(), microbatch=BATCH // MICROBATCHES), text)
+    def __init__(self, case: Case, text: str) -> None:
+        given = case.task()
+        super().__init__(replace(given, microbatch=given.batch // MICROBATCHES), text)
         self.steps: list[list[tuple[str, int, float, float, float]]] = []  # kind, stage, start, stop, without waiting
         runner: Any = self.step._runner  # a bench may look inside
         assert isinstance(runner, Pipeline)
@@ -101,24 +103,25 @@ class Watched(Planned):
         return noted
 
 
-def plans(stages: int) -> dict[str, str]:
-    """Sheaf's plans by name: both schedules with stages it balances, and 1F1B with equally many layers in each."""
+def plans(case: Case, stages: int) -> dict[str, str]:
+    """Sheaf's plans by name: schedules with stages it balances, and for the GPT 1F1B with as many layers in each."""
+    balanced = {f"pp={stages}:gpipe": "gpipe", f"pp={stages}": "1f1b"}
+    if case.name != "gpt":
+        return balanced
     each = LAYERS // stages
     equal = ":".join(str(each + LEADING * (stage == 0) + TRAILING * (stage == stages - 1)) for stage in range(stages))
-    return {f"pp={stages}:gpipe": "gpipe", f"pp={stages}": "1f1b", f"pp={stages},stages={equal}": "1f1b"}
+    return balanced | {f"pp={stages},stages={equal}": "1f1b"}
 
 
-def together(count: int, steps: int) -> dict[str, Any]:
+def together(name: str, count: int, steps: int) -> dict[str, Any]:
     """Every contender on this many workers, in turn."""
     with quota(available_cores() / dist.get_world_size()) as limited:
-        return _together(count, steps) | {"limited": limited}
+        return _together(CASES[name], count, steps) | {"limited": limited}
 
 
-def _together(count: int, steps: int) -> dict[str, Any]:
-    contenders: dict[str, Handmade | Watched] = {
-        kind.__name__: Handmade(kind, batches()) for kind in SCHEDULES.values()
-    }
-    contenders |= {text: Watched(text) for text in plans(dist.get_world_size())}
+def _together(case: Case, count: int, steps: int) -> dict[str, Any]:
+    contenders: dict[str, Handmade | Watched] = {kind.__name__: Handmade(case, kind) for kind in SCHEDULES.values()}
+    contenders |= {text: Watched(case, text) for text in plans(case, dist.get_world_size())}
     seconds = rounds(dict(contenders), count=count, steps=steps)
     return {
         "seconds": seconds,
@@ -151,18 +154,20 @@ def bubble(by_worker: Sequence[list[list[tuple[str, int, float, float, float]]]]
     }
 
 
-def compare(stages: int, count: int, steps: int) -> list[dict[str, Any]]:
-    """Ratios and bubbles of one number of stages."""
-    told = launch.run(together, stages, count, steps, threads=1)
+def compare(name: str, stages: int, count: int, steps: int) -> list[dict[str, Any]]:
+    """Ratios and bubbles of one model in one number of stages."""
+    case = CASES[name]
+    told = launch.run(together, stages, name, count, steps, threads=1)
     losses = {name: [one["losses"][name] for one in told if len(one["losses"][name])] for name in told[0]["losses"]}
     apart = agreed(losses, next(iter(SCHEDULES.values())).__name__)
     rows: list[dict[str, Any]] = []
-    for text, schedule in plans(stages).items():
+    for text, schedule in plans(case, stages).items():
         bubbles = bubble([one["spans"][text] for one in told], schedule)
         peer = SCHEDULES[schedule].__name__
         rows.append(
             asdict(ratio(told[0]["seconds"], text, peer))
             | {
+                "model": name,
                 "stages": stages,
                 "cores": available_cores(),
                 "limited": all(one["limited"] for one in told),
@@ -175,9 +180,9 @@ def compare(stages: int, count: int, steps: int) -> list[dict[str, Any]]:
     return rows
 
 
-def run(count: int = 11, steps: int = 2) -> list[dict[str, Any]]:
-    """Two stages, and four."""
-    return [row for stages in (2, 4) for row in compare(stages, count, steps)]
+def run(count: int = 7, steps: int = 2) -> list[dict[str, Any]]:
+    """Each model in two stages, and in four."""
+    return [row for name in CASES for stages in (2, 4) for row in compare(name, stages, count, steps)]
 
 
 if dist.is_available() and __name__ == "__main__":

@@ -42,11 +42,16 @@ def goals(results: dict[str, Any]) -> list[Goal]:
 def table(results: dict[str, Any]) -> Table:
     """Error of the step's time by source, beside a constant share of the peak."""
     plain = results["baseline"]["sources"]
-    rows = [_row(name, one, plain[name]["mean"]) for name, one in results["seconds"]["sources"].items() if one["count"]]
-    rows.append(
-        _row("**dense GPT on A100**", results["dense_a100"]["all"], results["baseline_dense_a100"]["all"]["mean"])
-    )
-    rows.append(_row("**all**", results["seconds"]["all"], results["baseline"]["all"]["mean"]))
+    unseen, repeated = results.get("unseen", {"sources": {}, "all": None}), results.get("repeated", {})
+    rows = [
+        _row(name, one, _share(unseen["sources"].get(name)), _share(repeated.get(name)), plain[name]["mean"])
+        for name, one in results["seconds"]["sources"].items()
+        if one["count"]
+    ]
+    dense, of_dense = results["dense_a100"]["all"], results["baseline_dense_a100"]["all"]["mean"]
+    rows.append(_row("**dense GPT on A100**", dense, "", "", of_dense))
+    every, of_every = results["seconds"]["all"], results["baseline"]["all"]["mean"]
+    rows.append(_row("**all**", every, _share(unseen["all"]), "", of_every))
     headings = (
         "source",
         "predictions",
@@ -54,6 +59,8 @@ def table(results: dict[str, Any]) -> Table:
         "median",
         "90th percentile",
         "bias",
+        "mean error when the whole source was never seen",
+        "runs alike, from each other",
         "constant share of the peak for each software and device, mean error",
     )
     return Table(headings, rows)
@@ -73,7 +80,21 @@ def section(folder: Path = RESULTS) -> str:
     lines = "\n".join(f"- {goal}." for goal in goals(results))
     of = f"{results['workloads']} workloads in {results['parts']} parts"
     said = f"Written on {results['date']} by `{results['command']}`: {of}."
-    return "\n\n".join([table(results).markdown(), beside, lines, said])
+    return "\n\n".join([table(results).markdown(), beside, *_whole(results), lines, said])
+
+
+def _whole(results: dict[str, Any]) -> list[str]:
+    unseen = results.get("unseen")
+    if unseen is None:
+        return []
+    every, groups, memory = unseen["all"], unseen["groups"], unseen["memory"]
+    said = (
+        f"Sources never seen at all, with constants from the others' runs only: {every['mean']:.1%} mean and "
+        f"{every['median']:.1%} median error of {every['count']} runs, rank correlation "
+        f"{groups['rank_correlation']:.2f}, the first choice {groups['regret']:.1%} slower than the fastest; peak "
+        f"memory {memory['median']:.1%} median error of {memory['count']}."
+    )
+    return [said]
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -119,6 +140,10 @@ def _over(sources: dict[str, Any], most: float) -> str:
     )
 
 
-def _row(name: str, one: dict[str, Any], plain: float) -> tuple[str, ...]:
-    shares = (f"{one['mean']:.1%}", f"{one['median']:.1%}", f"{one['p90']:.1%}", f"{one['bias']:+.1%}", f"{plain:.0%}")
-    return (name, str(one["count"]), *shares)
+def _share(one: dict[str, Any] | None) -> str:
+    return f"{one['mean']:.1%}" if one and "mean" in one else ""
+
+
+def _row(name: str, one: dict[str, Any], unseen: str, alike: str, plain: float) -> tuple[str, ...]:
+    shares = (f"{one['mean']:.1%}", f"{one['median']:.1%}", f"{one['p90']:.1%}", f"{one['bias']:+.1%}")
+    return (name, str(one["count"]), *shares, unseen, alike, f"{plain:.0%}")

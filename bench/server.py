@@ -6,6 +6,8 @@ a second process that gets every update before it is acknowledged; the others do
 """
 
 import hashlib
+import importlib
+import importlib.util
 import multiprocessing
 import os
 import socket
@@ -23,10 +25,11 @@ from torch import Tensor
 from sheaf.parallel.server.client import Client
 from sheaf.parallel.server.host import Host
 from sheaf.parallel.server.link import Keys
+from sheaf.parallel.server.log import Terms
 from sheaf.parallel.server.peers import Peers
 from sheaf.parallel.server.places import Form
 from sheaf.parallel.server.seats import BACKUP, PRIMARY, Throne
-from sheaf.parallel.server.shard import Shard, Terms
+from sheaf.parallel.server.shard import Shard
 from sheaf.plans.layout import Piece
 
 WORKERS, SIZES = (2, 4), (16 * 1024, 4 * 2**20)
@@ -79,11 +82,7 @@ def _contest(workers: int, size_bytes: int, count: int) -> list[dict[str, Any]]:
 
 
 def _others() -> tuple[str, ...]:
-    try:
-        import zmq  # noqa: F401 # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return (RPC,)
-    return ZEROMQ, RPC
+    return (ZEROMQ, RPC) if importlib.util.find_spec("zmq") else (RPC,)
 
 
 class _Team:
@@ -180,8 +179,7 @@ def _sheaf(store: dist.Store, place: int, holders: int, workers: int, size_bytes
 def _zeromq(store: dist.Store, place: int, holders: int, workers: int, size_bytes: int) -> Push:  # noqa: ARG001
     import threading
 
-    import zmq  # pyright: ignore[reportMissingImports]
-
+    zmq: Any = importlib.import_module("zmq")
     context = zmq.Context()
     if place == 0:
         values = torch.zeros(size_bytes // 4)

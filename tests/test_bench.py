@@ -1,6 +1,7 @@
 """What the benchmarks of split models make of their measurements."""
 
 import runpy
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,58 @@ def test_verdicts_become_a_table_of_models_and_plans():
     assert (every.met, refused.met, failed.met) == (False, True, False)
     assert "2 of 3, 1 of them identical" in every.found
     assert refused.found == "3 blocks for 4 stages"
+
+
+@pytest.mark.parametrize("name", ["gpt", "vgg16", "translation"])
+def test_stages_cut_by_hand_are_the_whole_model_one_after_another(name):
+    import torch
+    from bench.pipeline_models import CASES
+
+    from sheaf.task import Blueprint, arguments, fetch
+
+    case = CASES[name]
+    task = case.task()
+    whole = Blueprint(task).fill(torch.device("cpu"))
+    batch = fetch(task, (3, 5), 0)
+    with torch.no_grad():
+        wanted = whole(*arguments(task, batch)[0])
+        for stages in (2, 4):
+            cuts = [case.layers * stage // stages for stage in range(stages + 1)]
+            given = case.given(batch)[0]
+            for first, last in pairwise(cuts):
+                passed = given if isinstance(given, tuple) else (given,)
+                given = case.stage(whole, first, last)(*passed, **case.named(batch, first, last))
+            torch.testing.assert_close(given, wanted)
+    assert [report.pipeline_goals([pipelined])[0].text.split(":")[0] for pipelined in _pipelined(name)] == [name]
+
+
+def _pipelined(name):
+    return [ratio("pp=2", "Schedule1F1B", 1.3, stages=2, cores=2, limited=False, model=name)]
+
+
+def mode(name, seconds, sent, predicted):
+    peer = {"hosts": 4, "rate": "100mbit", "target": 2.8, "learning_rate": 1e-3}
+    times = {"seconds": seconds, "steps": 24 if seconds else None, "step_seconds": 3.0, "best_loss": 2.7}
+    told = {"trained_steps": 24, "trained_seconds": 85.0, "sent_bytes": sent, "predicted_bytes": predicted}
+    return {"mode": name, **times, **told, **peer}
+
+
+def test_modes_that_do_not_reach_the_loss_are_told():
+    rows = [mode("DDP", 80.0, 3e7, None), mode("dp=4", None, 6e7, 6.1e7), mode("dp=4,local=16", 40.0, 4e6, 3.7e6)]
+    table, goals = report.SHOWN["slow"]
+    assert [row[1:3] for row in table(rows).rows] == [("80 s", "1.00"), ("not in 85 s", ""), ("40 s", "2.00")]
+    near, faster = goals(rows)
+    assert (near.met, faster.met) == (False, True)
+    assert "`dp=4,local=16` is -7.5% off" in near.found
+    assert goals(rows[:2])[0].met
+
+
+def test_tables_as_rows_are_judged_on_the_slowest_links():
+    sent = {"sheaf_sent_bytes": 8e6, "peer_sent_bytes": 1e8, "losses_apart": 4e-8, "hosts": 4}
+    rows = [ratio("rows", "DDP", 2.0, rate="1gbit", **sent), ratio("rows", "DDP", 6.0, rate="100mbit", **sent)]
+    _, goals = report.SHOWN["translation"]
+    (goal,) = goals(rows)
+    assert goal.met
+    assert "6.00 (`rows`), losses 4e-08 apart" in goal.found
+    assert not goals([rows[1] | {"median": 4.9}])[0].met
+    assert goals([{"skipped": "no apt-get"}]) == []

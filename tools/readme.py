@@ -13,7 +13,8 @@ sys.path.insert(0, str(PROJECT))
 
 from bench import published_report, report  # noqa: E402 - the project's own folder must be on the path first
 
-PAGES = (PROJECT / "README.md", PROJECT / "docs" / "planning.md", PROJECT / "docs" / "exactness.md")
+_DOCS = ("planning.md", "exactness.md", "servers.md", "relaxed.md", "sparse.md")
+PAGES = (PROJECT / "README.md", *(PROJECT / "docs" / name for name in _DOCS))
 SECTION = re.compile(r"(?P<open><!-- numbers: (?P<name>\w+) -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
 
 

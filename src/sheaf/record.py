@@ -15,7 +15,9 @@ class StepReport:
     (transfers that nothing hid), wait (for workers that computed longer, and for other stages of a pipeline), optimizer
     and host; ``gradient_norm`` is the true global norm before clipping, when the task clips. ``server`` has staleness
     (this step's, the largest and the mean so far, in clocks), delay (updates between pull and push), how often a
-    gradient was dropped, steps missed while this worker was given up, bytes sent and time waited.
+    gradient was dropped, steps missed while this worker was given up, bytes sent and time waited. ``meeting`` has how
+    many workers were present and absent, the weight of what met, seconds waited, and of this worker so far: meetings
+    for which it was late, samples that it missed (dealt to it, and not computed) and that were dropped.
     """
 
     step: int
@@ -29,7 +31,9 @@ class StepReport:
     memory_bytes: int = 0
     microbatches: tuple[int, ...] = ()  # how many each worker computed
     computed: tuple[float, ...] = ()  # and for how many seconds
+    sent_bytes: float = 0.0  # by this worker to others, without the network's headers
     server: dict[str, float] = field(default_factory=dict[str, float])  # beside a parameter server: what was seen
+    meeting: dict[str, float] = field(default_factory=dict[str, float])  # that some may miss: who was there
     skipped: bool = False  # fp16: gradients overflowed, the loss scale backed off, no update
     stop: bool = False  # a worker was asked to stop; every worker sees it at the same step
 

@@ -42,6 +42,15 @@ def test_a_slower_host_is_its_own_entry():
     assert fast.device == slow.device
 
 
+def test_hosts_keep_the_order_of_their_ranks_whatever_their_speed():
+    rates = (0.5e10, 1e10, 0.97e10, 0.5e10)
+    cluster = assemble([measured(rank, f"h{rank}", rate=rate) for rank, rate in enumerate(rates)], name="uneven")
+    assert [(host.name, host.count) for host in cluster.hosts] == [("h0", 1), ("h1", 2), ("h3", 1)]
+    slow, fast, last = (host.speed for host in cluster.hosts)
+    assert slow == last
+    assert slow / fast == pytest.approx(0.5 / 0.985, rel=1e-3)
+
+
 def test_contention_is_the_share_of_the_lone_rate_and_never_rises():
     results = [
         measured(0, "a", busy={"1": 1e10, "2": 0.9e10, "3": 0.95e10}),

@@ -6,6 +6,7 @@ from cluster_cases import built, clusters
 from hypothesis import HealthCheck, given, settings
 
 from sheaf.cluster import known, read, write
+from sheaf.cluster.cluster import Tier
 from sheaf.errors import ClusterError
 
 GOOD = """
@@ -38,10 +39,26 @@ def problems_of(text, tmp_path, **arguments):
     return [problem.removeprefix(f"{path}: ") for problem in caught.value.broken]
 
 
+def sound(cluster):
+    """The drawn cluster with figures that go together."""
+    kind = {"gloo": "cpu", "nccl": "cuda"}[cluster.backend]
+    hosts = tuple(
+        dataclasses.replace(
+            host,
+            memory_bytes=max(host.memory_bytes, host.device.memory_bytes),
+            device=dataclasses.replace(
+                host.device, kind=kind, flops_per_second={"fp32": 1e9, **host.device.flops_per_second}
+            ),
+        )
+        for host in cluster.hosts
+    )
+    return dataclasses.replace(cluster, hosts=hosts)
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(description=clusters)
 def test_a_written_cluster_reads_back_equal(tmp_path, description):
-    cluster = built(description)
+    cluster = sound(built(description))
     write(cluster, tmp_path / "cluster.toml")
     assert read(tmp_path / "cluster.toml") == cluster
 
@@ -160,3 +177,70 @@ def test_the_number_of_hosts_cannot_be_set_for_several_kinds(tmp_path):
     assert len(tomllib.loads((tmp_path / "two.toml").read_text())["hosts"]) == 2
     with pytest.raises(ClusterError, match="2 kinds"):
         read(tmp_path / "two.toml", hosts=3)
+
+
+TIER = """
+[[tiers]]
+name = "{name}"
+workers = {workers}
+latency_seconds = 1e-6
+bytes_per_second = 1e9
+"""
+
+
+def test_fields_that_contradict_each_other_are_told_together(tmp_path):
+    text = (
+        GOOD.replace('backend = "gloo"', 'backend = "nccl"')
+        .replace("memory_bytes = 8e9", "memory_bytes = 4e9")
+        .replace("flops_per_second = {fp32 = 50e9}", "flops_per_second = {}\nprice_per_hour = 2.5")
+        .replace("workers = 2", "workers = 4")
+        .replace("count = 1", "count = 2")
+    )
+    text += (
+        TIER.format(name="rack", workers=6) + TIER.format(name="rack", workers=8) + TIER.format(name="inter", workers=2)
+    )
+    problems = problems_of(text, tmp_path)
+    wanted = [
+        "inter is missing",
+        "flops_per_second is empty",
+        "which CPU workers share",
+        "backend nccl is for cuda, hosts[0].device.kind is cpu",
+        "currency is not",
+        "two tiers are called 'rack'",
+        "a tier is called 'inter'",
+        "tiers[0].workers: 6 is no part of a host of 4 workers",
+    ]
+    assert [any(one in problem for problem in problems) for one in wanted] == [True] * len(wanted)
+    assert len(problems) == len(wanted)
+
+
+def test_prices_below_zero_and_for_some_devices_only_are_told(tmp_path):
+    assert "hosts[0].device.price_per_hour: found -1, wanted a number that is not negative" in problems_of(
+        GOOD + "price_per_hour = -1", tmp_path
+    )
+    other = GOOD[GOOD.index("[[hosts]]") :]
+    assert any(
+        "for some hosts' devices" in problem
+        for problem in problems_of('currency = "USD"' + GOOD + "price_per_hour = 1\n" + other, tmp_path)
+    )
+
+
+def test_a_device_may_be_named_and_a_name_that_is_not_known_has_its_nearest_told(tmp_path):
+    start = GOOD.index("[hosts.device]")
+    text = GOOD[:start].replace("gloo", "nccl")
+    (tmp_path / "named.toml").write_text(text + 'device = "A100-SXM4-80GB"')
+    assert read(tmp_path / "named.toml").hosts[0].device == read("a100-dgx").hosts[0].device
+    problems = problems_of(text.replace("count = 1", "count = 0") + 'device = "A100-SMX4-80GB"', tmp_path)
+    assert "hosts[0].device: 'A100-SMX4-80GB' is not known; did you mean A100-SXM4-80GB?" in problems
+    assert any("hosts[0].count" in problem for problem in problems)
+
+
+def test_tiers_and_prices_are_written_and_read_back(tmp_path):
+    cluster = read("a100-dgx", hosts=4)
+    host = dataclasses.replace(
+        cluster.hosts[0], device=dataclasses.replace(cluster.hosts[0].device, price_per_hour=1.5)
+    )
+    tiers = (Tier(name="socket", workers=4, latency_seconds=1e-6, bytes_per_second=3e11),)
+    priced = dataclasses.replace(cluster, hosts=(host,), tiers=tiers, currency="USD")
+    write(priced, tmp_path / "cluster.toml")
+    assert read(tmp_path / "cluster.toml") == priced

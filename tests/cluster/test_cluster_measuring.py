@@ -80,3 +80,15 @@ def test_what_the_budget_cannot_hold_is_left_out(ranks):
 )
 def test_counts(workers, counts):
     assert counts_up_to(workers) == counts
+
+
+def test_everyone_hears_what_everyone_gives(ranks):
+    def given():
+        import torch.distributed as dist
+
+        from sheaf.cluster import from_everyone
+
+        return from_everyone({"rank": dist.get_rank(), "text": "ü" * 300 * dist.get_rank(), "none": None})
+
+    found = ranks(given, 3)
+    assert found == [[{"rank": rank, "text": "ü" * 300 * rank, "none": None} for rank in range(3)]] * 3

@@ -5,8 +5,10 @@ import math
 import pytest
 from published_cases import row
 
+from sheaf.cost.analytic.constants import book
 from sheaf.cost.analytic.machine import machine
 from sheaf.cost.analytic.rows import Refused, workload
+from sheaf.cost.analytic.step import job, seconds
 
 
 def refused(changed):
@@ -73,6 +75,40 @@ def test_models_that_no_formula_knows_are_refused_by_their_layers():
 def test_an_unknown_device_names_the_nearest():
     with pytest.raises(Refused, match="did you mean A100-SXM4-80GB"):
         machine(workload(row(hardware__gpu="A1000-SXM4-80GB")))
+
+
+@pytest.mark.parametrize(
+    ("said", "taken"),
+    [("H100 NVL", "H100-SXM5-80GB"), ("A100-PCIE-40GB", "A100-SXM4-40GB"), ("GB200", None), ("T4", None)],
+)
+def test_a_device_of_a_known_generation_is_taken_as_the_nearest_and_that_is_said(said, taken):
+    found = machine(workload(row(hardware__gpu=said)))
+    assert bool(found.assumed) == bool(taken)
+    assert all(said in each and str(taken) in each for each in found.assumed)
+
+
+def test_a_word_that_begins_like_a_device_is_not_that_device():
+    with pytest.raises(Refused, match="'A10' is not known"):
+        machine(workload(row(hardware__gpu="A10")))
+
+
+def test_layers_that_divide_only_with_embedding_and_head_are_dealt_out_with_them():
+    plan = {"parallel__tp": 1, "parallel__pp": 4, "parallel__dp": 1, "model__layers": 30}
+    assert job(workload(row(**plan)), book()).stages == (7.0, 8.0, 8.0, 7.0)
+    assert job(workload(row(**plan | {"model__layers": 32})), book()).stages == (8.0,) * 4
+
+
+@pytest.mark.parametrize("experts", [10**7, 3])
+def test_any_number_of_experts_is_priced_at_once(experts):
+    many = row(model__family="moe", model__experts=experts, model__experts_topk=1, model__moe_ffn=64)
+    assert sum(seconds(job(workload(many), book()), book().expected()).values()) > 0
+
+
+def test_recipes_say_what_tables_leave_out():
+    experts = {"model__family": "moe", "model__experts": 128, "model__experts_topk": 8, "model__moe_ffn": 768}
+    common = {**experts, "software": "NeMo 26.02", "precision": "MXFP8", "model__name": "Qwen3_235B_a22B"}
+    hosts = [job(workload(row(**common, hardware__gpu=device)), book()).stack.launched for device in ("GB200", "B200")]
+    assert hosts[0] < hosts[1] == 1.0
 
 
 def test_two_kinds_of_devices_go_at_the_slower_ones_pace():

@@ -1,6 +1,7 @@
 """Fitting and scoring: constants come back from runs made with them, and shipped ones fit the runs they are from."""
 
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -39,7 +40,49 @@ def test_a_fit_finds_a_slower_machine_and_predicts_plans_it_has_not_seen():
     known = fit_runs(measured[::2])
     before, after = (predict(measured[1::2], used)["summary"]["seconds"]["all"]["mean"] for used in (empty, known))
     assert after < 0.05 < before
-    assert set(known.fitted) == {("", "A100"), ("megatron-deepspeed", "A100")}
+    stack = empty.stack(" Megatron-DeepSpeed ")
+    assert set(known.fitted) == set(empty.effects(stack, "A100"))
+    assert known.constants(stack, "A100").layer_seconds > 1.2 * empty.expected().layer_seconds
+
+
+def test_what_was_never_fitted_shares_what_its_device_and_its_kin_show():
+    empty = unfitted(book())
+    ones = dict.fromkeys(Constants.names(), 1.0)
+    known = dataclasses.replace(
+        empty,
+        fitted={
+            ("", ""): Constants(**ones | {"head": 1.1}),
+            ("", "A100"): Constants(**ones | {"matmul": 0.8}),
+            ("", "Ampere and later"): Constants(**ones | {"memory": 0.9}),
+            ("megatron-deepspeed", ""): Constants(**ones | {"layer_seconds": 2.0}),
+            ("megatron-deepspeed", "A100"): Constants(**ones | {"inter": 0.5}),
+        },
+    )
+    expected = empty.expected()
+    unheard = known.constants(empty.stack("unheard of"), "A100")
+    assert (unheard.matmul, unheard.layer_seconds) == pytest.approx((0.8 * expected.matmul, expected.layer_seconds))
+    assert unheard.head == pytest.approx(1.1 * expected.head)
+    elsewhere = known.constants(empty.stack(" Megatron-DeepSpeed "), "RTX-4090")
+    assert (elsewhere.matmul, elsewhere.memory) == pytest.approx((expected.matmul, 0.9 * expected.memory))
+    assert (elsewhere.layer_seconds, elsewhere.inter) == pytest.approx((2 * expected.layer_seconds, expected.inter))
+    like = known.constants(empty.stack("BigScience"), "A100")  # like megatron-deepspeed
+    assert (like.layer_seconds, like.inter) == pytest.approx((2 * expected.layer_seconds, 0.5 * expected.inter))
+
+
+def test_runs_of_a_stack_that_scatter_move_what_others_share_less():
+    empty = unfitted(book())
+    steady = [{**each, "measured": {"iter_time_s": 1.3 * predicted(each, empty)}} for each in plans()]
+    wild = [
+        {**each, "software": "Composer", "measured": {"iter_time_s": times * predicted(each, empty)}}
+        for each, times in zip(plans(), itertools.cycle((0.6, 3.0)), strict=False)
+    ]
+    found = predict(steady, fit_runs([*steady, *wild]))["summary"]["seconds"]["all"]
+    assert found["median"] < 0.04
+
+
+def predicted(each, known):
+    made = job(workload(each), known)
+    return sum(seconds(made, known.constants(made.stack, made.kind)).values())
 
 
 def test_fitted_constants_are_written_and_read_again(tmp_path, monkeypatch):
@@ -47,7 +90,7 @@ def test_fitted_constants_are_written_and_read_again(tmp_path, monkeypatch):
     write_fitted(book(), path, "a test")
     written = json.loads(path.read_text())
     assert written["source"] == "a test"
-    assert set(written["fitted"][0]["constants"]) == set(Constants.names())
+    assert set(written["fitted"][0]["factors"]) == set(Constants.names())
     assert len(written["fitted"]) == len(book().fitted)
     assert len(written["measured"]) == len(book().measured)
 

@@ -1,5 +1,7 @@
 """The price of relaxed plans: what travels is what the executors send."""
 
+from dataclasses import replace
+
 import made
 import pytest
 
@@ -21,6 +23,23 @@ def test_local_steps_send_a_share_of_what_gradients_would():
     bytes_met = 2 * 3 / 4 * made.facts(8).trainable_bytes
     assert seldom.traffic_bytes == pytest.approx(bytes_met / 8)
     assert seldom.step_seconds < each.step_seconds
+
+
+def unequal(text):
+    """Priced for four workers of which one is three times slower."""
+    cluster = made.cluster(1, speeds=(1.0, 1.0, 1.0, 1 / 3), inter_bytes_per_second=1e10)
+    return price(Plan.parse(text), made.facts(8), cluster, None, microbatches=SIZES)
+
+
+def test_by_their_own_pace_workers_wait_less():
+    each, quorum, speed = (unequal("dp=4,local=8" + more) for more in (":quorum=4", ":quorum=3", ":steps=speed"))
+    assert quorum.seconds["wait"] == pytest.approx(0.0, abs=1e-12)
+    assert quorum.step_seconds < 0.5 * each.step_seconds
+    assert quorum.step_seconds < speed.step_seconds < 0.6 * each.step_seconds
+    assert unequal("dp=4,local=8:quorum=3:grace=100").seconds["wait"] == pytest.approx(each.seconds["wait"])
+    assert speed.seconds["wait"] < 0.2 * each.seconds["wait"]
+    backup = unequal("dp=4,local=1:backup:quorum=3")
+    assert backup.traffic_bytes == pytest.approx(2 * 3 / 4 * made.facts(8).trainable_bytes)
 
 
 @pytest.mark.parametrize("fragments", [1, 2, 4])
@@ -61,3 +80,22 @@ def test_relaxed_plans_are_proposed_only_when_allowed():
     assert any(entry.plan.meets_locally == Local.parse("32:diloco") for entry in relaxed)
     assert all(entry.caution for entry in relaxed)
     assert not any(entry.caution for entry in allowed if entry.plan.exact)
+
+
+def test_replicas_of_several_workers_meet_seldom_too():
+    facts = made.facts(8)
+    split = made.split(facts, 2)
+
+    def of(text):
+        return price(Plan.parse(text), facts, made.cluster(4), None, microbatches=SIZES, split=split)
+
+    for mesh in ("dp=2,tp=2", "dp=2,pp=2"):
+        each, seldom, alone = (of(text) for text in (mesh, mesh + ",local=8", mesh.replace("dp=2,", "")))
+        met = seldom.seconds["all_reduce"] - alone.seconds["all_reduce"]
+        assert 0 < met < each.seconds["all_reduce"] - alone.seconds["all_reduce"]
+        assert seldom.memory["workspace"] > each.memory["workspace"]
+    splits = {(2, 0): split}
+    question = Question(batch=32, facts={4: facts}, cluster=made.cluster(4), microbatch=4, splits=splits)
+    plans = {str(entry.plan) for entry in search(replace(question, allow_relaxed=True)).ranked}
+    assert {"dp=2,tp=2,local=8:diloco", "dp=2,pp=2,compress=bf16"} <= plans
+    assert not any("local" in str(entry.plan) for entry in search(question).ranked)

@@ -264,6 +264,12 @@ def test_replicas_that_part_ways_all_stop(ranks, fed):
         assert "control flow or a number in it depends on the microbatch" in message
 
 
+def _hidden(own: Region, given: Tensor) -> Tensor:
+    wide = torch.bmm(given, own.up)
+    with torch._C.DisableTorchFunction():
+        return torch.bmm(wide * 2, own.down)
+
+
 def _looped(own: Region, given: Tensor) -> Tensor:
     return torch.stack([given[expert] @ own.up[expert] for expert in range(EXPERTS)]) @ own.up.mT
 
@@ -274,6 +280,11 @@ def _looped(own: Region, given: Tensor) -> Tensor:
         (SMALL["moe"], "dp=2,head=ep", r"head=ep holds no experts to send tokens to; use blocks\.\*\.experts=ep"),
         (SMALL["moe"], "dp=2,nothing=ep,*.experts=ep", "nothing=ep holds no experts"),
         (SMALL["gpt"], "dp=2,blocks.*=ep", "neither does the rest of the model"),
+        (
+            lambda: stacked(_hidden),
+            "dp=2,experts=ep",
+            r"experts cannot be rehearsed with tokens .* reached tokens that are sent to experts unseen \(a com",
+        ),
         (lambda: stacked(_looped), "dp=3,experts=ep", "experts.up is taken for experts and meets __getitem__"),
     ],
 )

@@ -108,3 +108,33 @@ def test_what_it_does_not_go_with_is_refused():
     with pytest.raises(PlanError, match="cp=2 splits sequences"):
         Plan.parse("dp=2,cp=2,head=tp")
     assert Plan.parse("cp=2,pp=2,dp=2").workers == 8
+
+
+class Hiding(nn.Module):
+    """Computes with torch's functions switched off for every mode, as compiled code does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, given: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            return self.layer(given) + 1
+
+
+def test_a_model_that_cannot_be_followed_is_refused_with_its_reason():
+    from sheaf.parallel.build import refuse
+
+    data = [torch.randn(4, 6) for _ in range(4)]
+    task = Task(
+        model=Hiding,
+        loss=lambda output, batch: output.square().mean(),
+        optimizer=torch.optim.AdamW,
+        data=data,
+        inputs=lambda batch: (batch,),
+        batch=2,
+        microbatch=1,
+    )
+    reason = "layer cannot be rehearsed with its sequences split: PlanError: .* split .*; use dp or tp in place of cp"
+    with pytest.raises(PlanError, match=reason):
+        refuse(task, Plan.parse("cp=2"))

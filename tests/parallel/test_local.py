@@ -12,6 +12,7 @@ from torch.utils.data import default_collate
 
 import sheaf
 from sheaf.errors import PlanError
+from sheaf.parallel import refuse
 from sheaf.plans import Plan
 from sheaf.plans.layout import apportion
 from sheaf.task import Loss, Order, Streams, key
@@ -28,10 +29,15 @@ def adam_mlp():
     return replace(mlp_float64(), optimizer=partial(torch.optim.AdamW, lr=0.01), clip=None, scheduler=None)
 
 
+def clipped_mlp():
+    return replace(mlp_float64(), optimizer=partial(torch.optim.SGD, lr=0.5), clip=0.1, scheduler=None)
+
+
 class Played:
     """Workers of a dp plan, one after another: inner steps alone, ``meet(models, weights)`` when it says so."""
 
-    def __init__(self, task, shares):
+    def __init__(self, task, shares, *, total_weight=False):
+        self.total_weight = total_weight  # gradients are divided by a worker's part of all weight, not by its own
         first = Blueprint(task).fill(torch.device("cpu"))
         self.task, self.shares = task, shares
         self.models = [copy.deepcopy(first) for _ in shares]
@@ -59,8 +65,11 @@ class Played:
                 loss.sum.backward()
                 total, own = total + float(loss.sum.detach()), own + float(loss.weight)
             if own:
+                whole = sum(len(microbatch.samples) for microbatch in microbatches)
                 for parameter in model.parameters():
-                    parameter.grad /= own
+                    parameter.grad /= whole / len(self.shares) if self.total_weight else own
+                if self.task.clip is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), self.task.clip)
                 optimizer.step()
             weight += own
             self.seen[worker] += own
@@ -102,10 +111,12 @@ def test_with_one_step_between_meetings_and_plain_sgd_it_is_the_serial_answer(ra
     assert_same(found, plain(task, 4), 1e-12 if make is sgd_mlp else 2e-5)
 
 
-@pytest.mark.parametrize(("shares", "text"), [((1, 1), "dp=2"), ((2, 1, 1), "dp=3,shares=2:1:1")])
-def test_weights_meet_as_a_mean_every_few_steps(ranks, shares, text):
-    found = ranks(run, len(shares), adam_mlp(), text + ",local=3")
-    played = Played(adam_mlp(), shares)
+@pytest.mark.parametrize(
+    ("shares", "text", "make"), [((1, 1), "dp=2", clipped_mlp), ((2, 1, 1), "dp=3,shares=2:1:1", adam_mlp)]
+)
+def test_weights_meet_as_a_mean_every_few_steps(ranks, shares, text, make):
+    found = ranks(run, len(shares), make(), text + ",local=3")
+    played = Played(make(), shares)
     for step in range(STEPS):
         loss = played.step(step)
         if (step + 1) % 3 == 0:
@@ -186,4 +197,4 @@ def test_compressed_training_stays_near_and_alike_on_all_workers(ranks, kind):
 
 def test_scaled_precision_is_refused():
     with pytest.raises(PlanError, match="fp16"):
-        sheaf.parallel.refuse(replace(adam_mlp(), precision="fp16"), Plan.parse("dp=2,local=4"))
+        refuse(replace(adam_mlp(), precision="fp16"), Plan.parse("dp=2,local=4"))

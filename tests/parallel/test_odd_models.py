@@ -1,6 +1,7 @@
 """Models that trip other tools: unused, frozen and shared parameters, repeated and skipped blocks, few samples."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -83,8 +84,32 @@ class Reaching(nn.Module):
         return self.out(F.linear(hidden @ self.into.weight, self.into.weight) + F.linear(hidden, self.never.weight))
 
 
+class Blocked(torch.autograd.Function):
+    """Has no gradient to give, where ``detach`` would say so before backward."""
+
+    @staticmethod
+    def forward(ctx: Any, given: Tensor) -> Tensor:
+        return given.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        return None
+
+
+class Blocking(nn.Module):
+    """Backward comes to a layer, and brings nothing: its parameters have no gradient, and must not decay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.aside, self.out = nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, given: Tensor) -> Tensor:
+        hidden = self.into(given).tanh()
+        return self.out(hidden + Blocked.apply(self.aside(hidden)))
+
+
 @pytest.mark.parametrize("plan", ALL)
-@pytest.mark.parametrize("model", [Odd, Skipping, Reaching])
+@pytest.mark.parametrize("model", [Odd, Skipping, Reaching, Blocking])
 def test_an_odd_model_is_exact(ranks, model, plan):
     task = mlp_float64(model=model)
     assert_same(ranks(planned, world(plan), task, plan, 3)[0], plain(task, 3), 1e-11)

@@ -8,6 +8,7 @@ import torch
 from odd_stages import WIDTH, Keeper, Layers, odd
 from plain import planned
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pool import RankRaised
 from sheaf.errors import PlanError
@@ -185,7 +186,24 @@ class Custom(Layers):
         return self.head(given)
 
 
+class Counting(Layers):
+    """Between blocks by values, for a lone sample only: a number of classes that is not said has to be looked up."""
+
+    def forward(self, given: Tensor) -> Tensor:
+        if given.sum() > 1e9:
+            return self.head(given)
+        for layer in self.layers:
+            given = layer(given)
+        kinds = F.one_hot(given.argmax(-1), WIDTH if len(given) > 1 else -1)
+        return self.head(given) + kinds.sum()
+
+
 REFUSED = {
+    "a function that needs values for some": (
+        Counting,
+        1,
+        "calls torch.nn.functional.one_hot on a tensor of stage 1, a",
+    ),
     "a view that goes stale": (Viewed, 1, "after another stage changed a view of it in place: write y = y"),
     "an attribute nobody saw": (Unseen, 1, "that a block of another pipeline stage keeps in an attribute: return it"),
     "a path of one worker": (Parting, 1, "the model takes another path in each stage, as by an attribute"),

@@ -1,6 +1,7 @@
 """What a step refuses, and that it says why before anything is updated."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from plain import mlp_float64, norm_resnet
 from torch import Tensor, nn
 
 from pool import RankRaised
+from sheaf import Loss
 from sheaf.errors import DataError, NonFiniteLoss, PlanError, TaskError
-from sheaf.parallel import build
+from sheaf.parallel import build, refuse
 from sheaf.plans import Plan
 
 
@@ -37,6 +39,41 @@ def test_a_plan_for_another_number_of_workers():
 def test_two_different_microbatches():
     with pytest.raises(PlanError, match=r"the plan says microbatch=2 and the task microbatch=3"):
         build(mlp_float64(), Plan(microbatch=2))
+
+
+def test_a_microbatch_larger_than_the_batch():
+    with pytest.raises(PlanError, match="microbatch=15 is larger than batch=14: lower it or raise batch"):
+        build(mlp_float64(microbatch=None), Plan(microbatch=15))
+
+
+@pytest.mark.parametrize("plan", ["dp=2,compress=int8", "dp=2,local=4", "dp=2,server=1:staleness=2"])
+def test_a_loss_scale_that_workers_could_not_change_together(plan):
+    reason = "does not go with precision='fp16', whose loss scale .*: use bf16 or fp32"
+    with pytest.raises(PlanError, match=reason):
+        refuse(mlp_float64(precision="fp16"), Plan.parse(plan))
+    refuse(mlp_float64(precision="fp16"), Plan(dp=2))
+
+
+def _nothing_counts(output: Tensor, batch: Any) -> Loss:
+    return Loss(output.sum() * 0, torch.zeros(()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": _nothing_counts}, r"loss of microbatch 0 at step 0 is nan.*No microbatch of the step has any weight"),
+        (
+            {"loss": lambda output, batch: (output * 0).sum().sqrt(), "clip": 1.0},
+            "The loss is a number but its gradient is not: look for sqrt or log at zero, or 0/0",
+        ),
+    ],
+)
+def test_a_step_without_a_sound_gradient_is_not_applied(changes, message):
+    step = build(mlp_float64(**changes), Plan())
+    before = {name: value.detach().clone() for name, value in step.model.named_parameters()}
+    with pytest.raises(NonFiniteLoss, match=f"(?s){message}"):
+        step()
+    assert all(torch.equal(before[name], value) for name, value in step.model.named_parameters())
 
 
 def test_an_optimizer_whose_slices_depend_on_each_other(ranks):

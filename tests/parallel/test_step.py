@@ -16,7 +16,8 @@ from pool import RankRaised
 from sheaf import Loss, checkpoint
 from sheaf.errors import PlanError, TaskError, WorkerFailed
 from sheaf.parallel import build, with_microbatch
-from sheaf.parallel.build import _depends_on_microbatch, default_device
+from sheaf.parallel.build import default_device
+from sheaf.parallel.microbatch import _depends_on_microbatch
 from sheaf.parallel.optimizers import load_named_state, named_state
 from sheaf.parallel.shares import Stolen
 from sheaf.plans import Plan

@@ -31,6 +31,14 @@ class Parted(nn.Module):
         return self.part(self.features(given).flatten(1))
 
 
+class Leading(Parted):
+    """Dropout is the part's first block, as in AlexNet, and one of several in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Sequential(nn.Dropout(0.3), nn.Linear(8, 31), nn.ReLU(), nn.Dropout(0.5), nn.Linear(31, 5))
+
+
 class Turned(Parted):
     """What goes to the part has samples in its second dimension, and by chance as many elements in its first."""
 
@@ -71,13 +79,17 @@ def task(make: Callable[[], nn.Module]) -> Task:
     [
         ("plain", "dp=2,part.*=tp", True),
         ("plain", "dp=3,shares=2:1:1,part.*=tp", True),
-        ("dropout", "dp=2,part.*=tp", False),
+        ("dropout", "dp=2,part.*=tp", True),
+        ("leading", "dp=3,shares=2:1:1,part.*=tp", True),
+        ("dropout", "dp=2,recompute=full,part.*=tp", False),
         ("turned", "dp=2,part.*=tp", False),
         ("mixing", "dp=2,part.*=tp", False),
     ],
 )
 def test_a_round_at_once_computes_the_serial_answer(ranks, name, plan, at_once):
-    made = task({"plain": Parted, "dropout": lambda: Parted(0.4), "turned": Turned, "mixing": Mixing}[name])
+    made = task(
+        {"plain": Parted, "dropout": lambda: Parted(0.4), "leading": Leading, "turned": Turned, "mixing": Mixing}[name]
+    )
 
     def run():
         went: list[bool] = []

@@ -175,7 +175,9 @@ GOLDEN = [
     ("dp=2,zero=1", "as fast within 1 %, but longer to write"),
     ("dp=2,shares=stolen", "as fast within 1 %, but longer to write"),
     ("dp=2,shares=stolen,zero=1", "as fast within 1 %, but longer to write"),
+    ("dp=2,server=2", "as fast within 1 %, but needs 19.1 MiB more memory"),
     ("dp=2,zero=2", "6.60 ms more reduce-scatter that nothing hides"),
+    ("dp=2,server=1", "12.7 ms more pushing gradients to shards and pulling values"),
     ("dp=2,zero=3", "10.1 ms more all-gather that nothing hides"),
     ("pp=2:zero-bubble", "20.0 ms more idling in the pipeline"),
     ("pp=2:interleaved,virtual=2", "30.0 ms more idling in the pipeline"),
@@ -197,7 +199,10 @@ GOLDEN = [
 
 def test_json_has_the_promised_shape():
     values = json.loads(json.dumps(search(question(batch=12, microbatch=6)).to_dict()))
-    assert set(values) == {"plans", "refused", "cluster", "batch", "microbatch", "splits"}
+    assert set(values) == {
+        "plans", "refused", "cluster", "batch", "microbatch", "splits", "looked_at", "proven", "least_seconds",
+        "explanation", "costs", "workers_needed",
+    }  # fmt: skip
     first, second = values["plans"][:2]
     shared = {
         "text", "exact", "seconds", "step_seconds", "hidden_seconds", "memory", "peak_bytes", "traffic_bytes",

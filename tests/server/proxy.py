@@ -11,13 +11,18 @@ from sheaf.parallel.server.frame import HEAD_BYTES
 
 
 class Proxy:
-    """Stands before ``address``. Faults follow from the seed: of every ten messages to the server about one each is
-    delayed, sent twice, cut in the middle, and dropped with its connection.
+    """Stands before ``address``. Faults follow from the seed: of every fifteen messages to the server about one each is
+    delayed, sent twice, cut in the middle, dropped with its connection, and held until one of another connection that
+    came later has passed it.
+
+    Whole messages change places between connections only. Within one, TCP itself keeps the order, and both ends build
+    on it; what comes twice there comes twice in a row.
     """
 
     def __init__(self, address, seed):
         self.target, self.random = address, random.Random(seed)
-        self.faults = {"delay": 0, "twice": 0, "cut": 0, "drop": 0}
+        self.faults = {"delay": 0, "twice": 0, "cut": 0, "drop": 0, "hold": 0}
+        self.passed = 0
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.open, self.sockets, self.lock = True, [], threading.Lock()
         threading.Thread(target=self._accept, daemon=True).start()
@@ -56,17 +61,22 @@ class Proxy:
                 meta, data = struct.unpack_from("<IQ", head, HEAD_BYTES - 16)
                 message = head + self._exactly(caller, meta + data)
                 with self.lock:
-                    fault = self.random.choice(["delay", "twice", "cut", "drop", *[""] * 12])
+                    fault = self.random.choice(["delay", "twice", "cut", "drop", "hold", *[""] * 12])
                 if fault:
                     self.faults[fault] += 1
                 if fault == "delay":
                     time.sleep(0.03)
+                if fault == "hold":
+                    until, passed = time.monotonic() + 0.05, self.passed
+                    while self.passed == passed and time.monotonic() < until:
+                        time.sleep(0.001)
                 if fault == "drop":
                     break
                 if fault == "cut":
                     server.sendall(message[: len(message) // 2])
                     break
                 server.sendall(message)
+                self.passed += 1
                 if fault == "twice":
                     server.sendall(message)
         except OSError:

@@ -8,6 +8,7 @@ import threading
 import torch
 import torch.distributed as dist
 
+from sheaf.parallel.server.borrowing import Borrower
 from sheaf.parallel.server.client import Client
 from sheaf.parallel.server.host import Host
 from sheaf.parallel.server.link import Keys
@@ -71,7 +72,8 @@ class Servers:
             else:
                 host.open()
         reached = [[between(address) for address in seats] for seats in addresses] if between else addresses
-        self.clients = [Client(worker, reached, self.forms, KEYS, terms) for worker in range(terms.workers)]
+        kind = Borrower if terms.lent else Client
+        self.clients = [kind(worker, reached, self.forms, KEYS, terms) for worker in range(terms.workers)]
 
     def __enter__(self):
         return self

@@ -11,47 +11,64 @@ import torch
 import torch.distributed as dist
 from server_cases import KEYS, forms, gradient, listener, put, shard_of
 
+from sheaf.parallel.server import points
+from sheaf.parallel.server.borrowing import Borrower
 from sheaf.parallel.server.client import Client
 from sheaf.parallel.server.host import Host
 from sheaf.parallel.server.link import Failed
 from sheaf.parallel.server.peers import Peers
 from sheaf.parallel.server.seats import BACKUP, PRIMARY, Throne
+from sheaf.parallel.server.spare import Spare
 
 START_S = 90.0
 
 
-def hold(pipe, number, seat, terms, port, momentum):
+def hold(pipe, number, seat, terms, port, momentum, fail=""):
     """Be one seat of a shard until the pipe closes."""
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=20))
     form = forms(terms.shards)[number]
-    peers = Peers(KEYS, terms.lease_seconds)
-    shard = shard_of(
-        number, form, terms, lambda values: torch.optim.SGD(values, lr=1.0, momentum=0.5 if momentum else 0.0)
-    )
-    host = Host(shard, seat, listener(), KEYS, Throne(store, f"shard/{number}"), peers)
-    pipe.send(host.address)
+    peers, throne = Peers(KEYS, terms.lease_seconds), Throne(store, f"shard/{number}")
+
+    def make():
+        return shard_of(
+            number, form, terms, lambda values: torch.optim.SGD(values, lr=1.0, momentum=0.5 if momentum else 0.0)
+        )
+
+    if seat in (PRIMARY, BACKUP):
+        host = spare = Host(make(), seat, listener(), KEYS, throne, peers)
+    else:
+        host, spare = None, Spare(number, form, make, listener(), KEYS, throne, peers, terms.lease_seconds)
+    pipe.send(spare.address)
     peers.addresses = pipe.recv()
-    if seat == BACKUP:
-        host.open()
+    spare.recruits = [address for address in peers.addresses[number][2:] if address != spare.address]
+    if seat != PRIMARY:
+        spare.open()
         pipe.send("open")
     else:
         pipe.recv()
         host.open(peers.addresses[number][1])
         pipe.send("open")
+    points.arm(fail)
     while True:
         try:
             pipe.recv()
         except EOFError:
             os._exit(0)
-        pipe.send({"seat": host.seat, "took_over_at": host.took_over_at, "version": host.shard.version})
+        host = host or spare.host
+        if host is None:
+            pipe.send({"seat": seat})
+            continue
+        told = {"took_over_at": host.took_over_at, "version": host.shard.version, "backed": host.backed}
+        pipe.send({"seat": host.seat, **told})
 
 
-def work(pipe, worker, addresses, terms, clocks, pause):
+def work(pipe, worker, addresses, terms, clocks, pause, fail=""):
     """Be a worker: push whole numbers, and tell how long each exchange took."""
     torch.set_num_threads(1)
     client = Client(worker, addresses, forms(terms.shards), KEYS, terms)
     client.join(0)
+    points.arm(fail)
     clock = 0
     while clock < clocks:
         time.sleep(pause)
@@ -73,7 +90,48 @@ def work(pipe, worker, addresses, terms, clocks, pause):
     os._exit(0)
 
 
-def train(pipe, rank, workers, port, text, steps, lease_seconds):
+def borrow(pipe, worker, addresses, terms, clocks, pause, fail=""):
+    """Be a worker that borrows microbatches: push whole numbers, one gradient for each, and tell of every step."""
+    torch.set_num_threads(1)
+    made = forms(terms.shards)
+    client = Borrower(worker, addresses, made, KEYS, terms)
+    client.join(0)
+    points.arm(fail)
+    clock = 0
+    while clock < clocks:
+        start, computed, refused, again = time.monotonic(), [], 0, False
+        while True:
+            held = []
+            while True:
+                found = client.take(clock, terms.lent, held, wait=not held and (again or not held), stop=False)
+                if found is None:
+                    break
+                time.sleep(pause)
+                held.append(found)
+                if again:
+                    break
+            again = True
+            if not held:
+                break
+            whole = gradient(held[0], clock)
+            for other in held[1:]:
+                whole = {name: value + gradient(other, clock)[name] for name, value in whole.items()}
+            told = {"losses": [[index, 1.0, 1.0] for index in held], "expected": float(terms.lent)}
+            metas = [{**meta, **told} for meta in put(client, whole)]
+            if client.cover(clock, terms.lent, metas):
+                computed += held
+            else:
+                refused += 1
+        seen = client.catch_up(clock + 1)
+        pipe.send(("clock", seen.finished - 1, time.monotonic() - start, computed, refused))
+        clock = seen.finished
+    pipe.send(("done", client.rejoined))
+    with contextlib.suppress(EOFError):
+        pipe.recv()
+    os._exit(0)
+
+
+def train(pipe, rank, workers, port, text, steps, lease_seconds, lost=()):
     """Be a worker of a plan with a server, in a process group that nobody mends, and tell of every step."""
     import sys
     from pathlib import Path
@@ -97,7 +155,9 @@ def train(pipe, rank, workers, port, text, steps, lease_seconds):
         report = step()
         pipe.send(("clock", report.step, time.monotonic() - start, report.loss))
         time.sleep(0.005)
-    whole = {name: value.clone() for name, value in step.full_state().items()}
+    if lost:
+        step.lost = lambda: lost
+    whole = {name: value.clone() for name, value in step.full_state_alone().items()}
     seats = {host.shard.number: host.seat for host in step.hosts}
     pipe.send(("done", whole, seats))
     with contextlib.suppress(EOFError):
@@ -117,25 +177,31 @@ def started(context, function, *args):
 class Processes:
     """K shards with both seats and N workers, each a process; killed when the ``with`` block ends."""
 
-    def __init__(self, terms, clocks, pause=0.005, momentum=False):
-        self.terms = terms
+    def __init__(self, terms, clocks, pause=0.005, momentum=False, fails=None, spares=0):
+        self.terms, fails = terms, fails or {}
+        self.seats = (PRIMARY, BACKUP, *(f"spare {number}" for number in range(spares)))
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["server_processes"])
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.all, self.pipes, self.context = {}, {}, context
         for number in range(terms.shards):
-            for seat in (PRIMARY, BACKUP):
-                self._start((seat, number), hold, number, seat, terms, self.store.port, momentum)
-        self.addresses = [[self._heard((seat, number)) for seat in (PRIMARY, BACKUP)] for number in range(terms.shards)]
+            for seat in self.seats:
+                fail = fails.get((seat, number), "")
+                self._start((seat, number), hold, number, seat, terms, self.store.port, momentum, fail)
+        self.addresses = [[self._heard((seat, number)) for seat in self.seats] for number in range(terms.shards)]
         for pipe in self.pipes.values():
             pipe.send(self.addresses)
         for number in range(terms.shards):
-            self._heard((BACKUP, number))
+            for seat in self.seats[1:]:
+                self._heard((seat, number))
         for number in range(terms.shards):
             self.pipes[PRIMARY, number].send("now")
             self._heard((PRIMARY, number))
         for worker in range(terms.workers):
-            self._start(("worker", worker), work, worker, self.addresses, terms, clocks, pause)
+            be = borrow if terms.lent else work
+            self._start(
+                ("worker", worker), be, worker, self.addresses, terms, clocks, pause, fails.get(("worker", worker), "")
+            )
 
     def _start(self, name, function, *args):
         self.all[name], self.pipes[name] = started(self.context, function, *args)

@@ -17,8 +17,8 @@ from sheaf.parallel.server.addresses import own_address
 from sheaf.parallel.server.frame import HEAD_BYTES, BadFrame, Head, Kind, Wire
 from sheaf.parallel.server.greeting import WORKER, Guest, Refused, greet
 from sheaf.parallel.server.link import Keys, Link
+from sheaf.parallel.server.log import Terms
 from sheaf.parallel.server.places import spread
-from sheaf.parallel.server.shard import Terms
 from sheaf.plans.layout import Held
 
 QUICK = 5.0

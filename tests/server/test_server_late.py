@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from server_cases import forms, shard_of
+from server_cases import Servers, forms, gradient, same, shard_of, step, wanted
 
 from sheaf.parallel.server.frame import Kind
-from sheaf.parallel.server.shard import Entry, Fenced, Terms
+from sheaf.parallel.server.log import Entry, Fenced, Terms
 
 FORM = forms(1)[0]
 
@@ -69,6 +69,53 @@ def test_a_buffer_applies_the_mean_of_as_many_as_there_are_workers():
     assert (value(shard), shard.version) == (-4.0, 1)
     push(shard, 1, 1, 0, 0, 1.0)
     assert shard.version == 1
+
+
+def test_delayed_nesterov_steps_plainly_between_and_lets_momentum_see_the_mean():
+    terms = Terms(workers=3, shards=1, staleness=None, late="delayed")
+    rate, momentum = 0.5, 0.9
+    shard = shard_of(0, FORM, terms, lambda values: torch.optim.SGD(values, lr=rate, momentum=momentum, nesterov=True))
+    for worker in range(3):
+        shard.do(Entry(Kind.JOIN, worker, 1))
+    theta, seen, gathered, pushed = 0.0, 0.0, 0.0, [2.0, -1.0, 4.0, 3.0, 0.5, 1.0, 7.0]
+    for turn, one in enumerate(pushed):  # algorithm 3 of Liu et al., 2024, with c = 0
+        gathered += one
+        if (turn + 1) % 3 == 0:
+            seen = momentum * seen + gathered / 3
+            theta -= rate * (momentum * seen + one / 3)
+            gathered = 0.0
+        else:
+            theta -= rate * one / 3
+        push(shard, turn % 3, turn // 3 + 1, turn // 3, shard.version, one)
+        assert value(shard) == pytest.approx(theta)
+        assert shard.version == turn + 1
+
+
+@pytest.mark.parametrize("late", ["buffered", "delayed"])
+def test_what_is_gathered_when_training_ends_is_applied_with_its_weight_once(late):
+    def optimizer(values):
+        return torch.optim.SGD(values, lr=1.0, momentum=0.5, nesterov=True)
+
+    shard = shard_of(0, FORM, Terms(workers=2, shards=1, staleness=None, late=late), optimizer)
+    for worker in range(2):
+        shard.do(Entry(Kind.JOIN, worker, 1))
+    push(shard, 0, 1, 0, 0, 4.0)
+    for _ in range(2):
+        shard.do(Entry(Kind.DRAIN, 0, 1))
+        assert value(shard) == -(2.0 + 0.5 * 2.0)  # half of a round of two; Nesterov adds momentum times what it saw
+    assert shard.buffer.gathered == 0
+
+
+def test_a_worker_has_the_shards_apply_what_is_left():
+    terms = Terms(workers=2, shards=2, staleness=None, late="buffered", lease_seconds=5.0)
+    with Servers(terms) as servers:
+        for client in servers.clients:
+            client.join(0)
+        step(servers.clients[0], 0, gradient(0, 0))
+        assert same(servers.read(), wanted([]))
+        for _ in range(2):
+            servers.clients[0].drain()
+        assert same(servers.read(), {name: value / 2 for name, value in wanted([(0, 0)]).items()})
 
 
 def test_the_past_is_not_heard():

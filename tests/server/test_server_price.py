@@ -1,6 +1,7 @@
 """What a plan with a server is predicted to cost: shards share the load, and it moves what it says."""
 
 import made
+import pytest
 
 from sheaf.cost import SECONDS_TERMS, microbatch_sizes, price
 from sheaf.plans import Plan
@@ -17,8 +18,22 @@ def test_more_shards_share_the_load_and_nothing_is_all_reduced_but_small_things(
     assert four.seconds["all_reduce"] < ring.seconds["all_reduce"]
     assert ring.seconds["server"] == 0
     whole = made.facts().trainable_bytes
-    assert abs(four.traffic_bytes - 3 * whole) <= 4
+    assert four.traffic_bytes == (1 + 3 / 2) * whole, "all to the backup; three quarters pushed, and as much given"
+    assert one.traffic_bytes == (4 + 3) * whole, "of the worker with the shard"
     assert four.memory["workspace"] > 2 * whole
+
+
+def test_nobody_waits_for_a_straggler_without_a_bound():
+    def on(speeds, text):
+        cluster = made.cluster(1, speeds=speeds)
+        return price(Plan.parse(text), made.facts(), cluster, None, microbatches=microbatch_sizes(32, 4))
+
+    alike, unlike = (1.0, 1.0), (1.0, 0.5)
+    assert on(alike, "dp=2,server=2:async").step_seconds == on(alike, "dp=2,server=2").step_seconds
+    lock_step, bounded, free = (on(unlike, f"dp=2,server=2{how}") for how in ("", ":staleness=4", ":async"))
+    assert bounded.seconds["wait"] == lock_step.seconds["wait"] > 0, "in the end all go at the slowest's pace"
+    own = lock_step.seconds["compute"]  # of the faster; the slower needs twice that for as many samples
+    assert free.seconds["wait"] == pytest.approx(own / 3, rel=0.02), "a batch takes both together 4/3 of its time"
 
 
 def test_staleness_costs_no_more_than_lock_step():

@@ -19,6 +19,8 @@ from sheaf.task import Loss
     [
         ("dp=2,server=2", {}),
         ("dp=3,server=2,shares=2:1:1", {"clip": 0.05}),
+        ("dp=3,server=2,shares=stolen", {"clip": 0.05}),
+        ("dp=2,server=1,shares=stolen", {}),
         ("dp=2,server=1", {"scheduler": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)}),
     ],
 )
@@ -159,6 +161,7 @@ def test_a_loss_that_is_no_number_is_named_everywhere_and_nothing_is_applied(ran
             },
             ["9 shards for 6 trained parameters: use at most server=6", "use bf16 or fp32", "such as AdamW"],
         ),
+        ("dp=2,server=2:async,late=delayed", {}, ["momentum=0.9, nesterov=True), or late=buffered"]),
         (
             "dp=2,server=2:async",
             {"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau},
@@ -183,13 +186,46 @@ def test_embeddings_lie_on_shards_by_rows():
     assert rows == [(0, 4), (4, 7), (7, 10)]
 
 
+def test_stolen_shares_refuse_statistics_that_need_everyone():
+    with pytest.raises(PlanError, match=r"keeps running statistics, .* use dealt shares"):
+        refuse(norm_resnet(), Plan.parse("dp=2,server=1,shares=stolen"))
+    refuse(mlp_float64(), Plan.parse("dp=2,server=1,shares=stolen"))
+
+
+def far(task, plan, steps):
+    """Steps of a worker that is far slower than the other in the middle of the run: what it reports."""
+    import time
+
+    step = build(task, Plan.parse(plan))
+    found = []
+    while step.index < steps:
+        if step.rank == 1 and step.index == 2:
+            time.sleep(0.6)
+        found.append(step())
+    step.close()
+    return found
+
+
+def test_a_worker_that_the_others_went_on_without_reports_the_step_where_they_are(ranks):
+    whole, slow = ranks(far, 2, mlp_float64(), "dp=2,server=2,shares=stolen", 12)
+    assert [report.step for report in whole] == list(range(12))
+    missed = [report.server["missed"] for report in slow]
+    assert sum(missed) + len(slow) == 12
+    assert slow[-1].step == 11
+    told = {report.step: (report.loss, report.weight, report.samples) for report in whole}
+    assert all(told[report.step] == (report.loss, report.weight, report.samples) for report in slow)
+    assert all(sum(report.microbatches) == -(-report.samples // 3) for report in whole)
+    assert all(len(report.computed) == 2 for report in whole)
+
+
 @pytest.mark.whole
 @pytest.mark.parametrize("name", ["mlp", "gpt", "transformer_seq2seq"])
 def test_verify_finds_lock_step_exact(name):
     import sheaf
     from sheaf.zoo.tasks.small import SMALL
 
-    assert sheaf.verify(SMALL[name](), "dp=2,server=2", steps=2).verdict in ("identical", "rounding")
+    plan = "dp=2,server=2,shares=stolen" if name == "gpt" else "dp=2,server=2"
+    assert sheaf.verify(SMALL[name](), plan, steps=2).verdict in ("identical", "rounding")
 
 
 @pytest.mark.whole

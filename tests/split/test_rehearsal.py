@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import SMALL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -139,6 +140,24 @@ class Sorted(nn.Module):
 
     def forward(self, given: Tensor) -> Tensor:
         return given.sort(dim=-1).values
+
+
+@pytest.mark.parametrize(
+    ("name", "sums"),
+    [
+        # every second layer of the chain of convolutions and the head; a projection beside split channels sums too
+        ("resnet50", {"blocks.0": 2 + 1, "blocks.1": 1, "blocks.2": 2 + 1, "blocks.3": 1, "head": 1}),
+        ("resnet", {f"blocks.{block}": 1 for block in range(6)} | {"head": 1}),
+    ],
+)
+def test_two_convolutions_share_one_sum_with_batch_norms_between(name, sums):
+    facts = rehearse(SMALL[name](), 2, samples=2)
+    forward = [move for move in facts.moves if not move.backward]
+    assert Counter(move.block for move in forward if move.operation == "all_reduce") == sums
+    others = Counter(move.why for move in forward if move.operation != "all_reduce")
+    statistics = others.pop("running statistics of batch_norm")
+    assert statistics == 1  # one message for all norms on split channels
+    assert others == ({"whole for pad": 2} if name == "resnet" else {})  # channels are added where the image halves
 
 
 def test_what_is_gathered_is_told_with_its_reason():

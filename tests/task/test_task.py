@@ -140,6 +140,13 @@ class Movable:
         return Movable(self.x.to(where))
 
 
+class Rigid(Movable):
+    def to(self, where: torch.device | torch.dtype) -> "Rigid":
+        if isinstance(where, torch.dtype):
+            raise NotImplementedError("of one type only")
+        return self
+
+
 class Stuck:
     def __init__(self) -> None:
         self.x = torch.ones(1)
@@ -160,3 +167,5 @@ def test_a_batch_of_any_kind_is_moved():
     assert found[0]["new"] == []
     with pytest.raises(TaskError, match=r"a Stuck, which has tensors but no .to\(device\)"):
         moved({"a": Stuck()}, torch.device("cpu"))
+    with pytest.raises(TaskError, match=r"Rigid.to\(torch.float64\) raised NotImplementedError: of one type only"):
+        moved([Rigid(ones)], torch.device("cpu"), torch.float64)

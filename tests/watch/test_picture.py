@@ -112,3 +112,33 @@ def test_no_predicted_second_is_lost(predicted):
 def test_measured_terms_fill_the_step(terms):
     series = picture.measured_terms([report(0, terms=terms, seconds=0.2)])
     assert sum(values[0] for values in series.values()) == pytest.approx(0.2)
+
+
+def test_what_was_predicted_stands_beside_what_was_measured_term_by_term(tmp_path):
+    predicted = {"compute": 0.1, "recompute": 0.02, "dispatch": 0.01, "all_reduce": 0.03, "host": 0.004}
+    plan = {"kind": "plan", "plan": "dp=2", "predicted": predicted}
+    found = picture.compared(run_of(tmp_path, plan, *range(4)))
+    assert found["compute"] == pytest.approx({"predicted": 0.13, "measured": 0.1})
+    assert found["communicate"] == pytest.approx({"predicted": 0.03, "measured": 0.04})
+    assert found["step"] == pytest.approx({"predicted": 0.164, "measured": 0.21})
+    assert found["wait"] == pytest.approx({"predicted": 0.0, "measured": 0.02})
+    assert sum(each["predicted"] for term, each in found.items() if term != "step") == pytest.approx(0.164)
+
+
+def test_meetings_every_few_steps_are_shared_out_as_predictions_share_them(tmp_path):
+    plan = {"kind": "plan", "plan": "dp=2,local=4", "predicted": {"compute": 0.1}}
+    steps = [report(step, seconds=1.0 if step == 4 else 0.2) for step in range(5)]
+    assert picture.compared(run_of(tmp_path, plan, *steps))["step"]["measured"] == pytest.approx(0.4)
+
+
+def test_nothing_is_compared_where_nothing_was_predicted(tmp_path):
+    assert picture.compared(run_of(tmp_path, {"kind": "plan", "plan": "dp=2"}, *range(4))) == {}
+
+
+def test_bytes_that_were_predicted_stand_beside_those_that_were_sent(tmp_path):
+    plan = {"kind": "plan", "plan": "dp=2", "predicted": {"compute": 1.0}, "predicted_sent_bytes": 1000.0}
+    steps = [report(number, sent_bytes=sent) for number, sent in enumerate((9e9, 1100.0, 900.0))]
+    directory = run_of(tmp_path, plan, *steps)
+    assert picture.sent_bytes(directory) == {"predicted": 1000.0, "measured": 1000.0}, "the first warms up"
+    assert "sends 0.98 KiB a step (0.98 KiB predicted)" in picture._title(picture._read(directory))
+    assert picture.sent_bytes(run_of(tmp_path, {"kind": "plan", "plan": "dp=3"}, *range(3))) == {}

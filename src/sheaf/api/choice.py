@@ -50,7 +50,9 @@ def choose(
         def best() -> dict[str, Any]:
             from sheaf.api.plan import plan as rank
 
-            ranking = rank(task, workers=there_are, allow_relaxed=allow_relaxed, source=source, note=note)
+            ranking = rank(
+                task, workers=there_are, allow_relaxed=allow_relaxed, source=source, note=note, explain=False
+            )
             # Those that torchrun started are there, with or without work.
             fitting = [entry.price for entry in ranking.ranked if world is None or entry.plan.workers == world.workers]
             return _told(fitting[0] if fitting else ranking.best)

@@ -5,12 +5,15 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sheaf import launch
-from sheaf.cluster import Cluster, assemble, available_cores, measure_rank, read, write
+from sheaf.checkpoint.together import is_first
+from sheaf.cluster import Cluster, assemble, available_cores, from_everyone, measure_rank, read, write
 from sheaf.cluster.machine import host_name, processor_name
 from sheaf.errors import ClusterError
 
@@ -52,6 +55,12 @@ def cache_file(workers: int, *, quick: bool) -> Path:
     return folder / f"{machine}-{workers}-{digest}{'-quick' if quick else ''}.toml"
 
 
+def kept_file(workers: int) -> Path:
+    """Where the measurement is kept that ``measure`` with ``quick`` gives: the full one where there is one."""
+    full = cache_file(workers, quick=False)
+    return full if _cached(workers, quick=False) is not None else cache_file(workers, quick=True)
+
+
 def _cached(workers: int, *, quick: bool) -> Cluster | None:
     for also_quick in (False, True) if quick else (False,):
         path = cache_file(workers, quick=also_quick)
@@ -64,13 +73,29 @@ def _cached(workers: int, *, quick: bool) -> Cluster | None:
 
 
 def _measured(workers: int, *, quick: bool) -> Cluster:
-    function = (
-        functools.partial(measure_rank, sizes_bytes=_QUICK_SIZES_BYTES, seconds_budget=_QUICK_SECONDS_BUDGET)
-        if quick
-        else functools.partial(measure_rank, seconds_budget=_SECONDS_BUDGET)
-    )
-    results = launch.run(function, workers, threads=max(1, available_cores() // workers), timeout_s=300.0)
+    threads = max(1, available_cores() // workers)
+    results = launch.run(_rank_measuring(quick=quick), workers, threads=threads, timeout_s=300.0)
     return assemble(results, name=host_name())
+
+
+def measure_here(*, out: Path | None = None, quick: bool = False) -> Cluster:
+    """The workers that are here already, on one machine or several, as a cluster: the same on all of them (collective).
+
+    Hosts are told apart by their names. Nothing is kept; the first worker writes ``out``. Raises ClusterError when
+    nothing could be measured, or written.
+    """
+    results = from_everyone(_rank_measuring(quick=quick)())
+    names = list(dict.fromkeys(result["host"] for result in results))
+    cluster = assemble(results, name=names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more")
+    if out is not None and is_first():
+        write(cluster, out)
+    return cluster
+
+
+def _rank_measuring(*, quick: bool) -> Callable[[], dict[str, Any]]:
+    if quick:
+        return functools.partial(measure_rank, sizes_bytes=_QUICK_SIZES_BYTES, seconds_budget=_QUICK_SECONDS_BUDGET)
+    return functools.partial(measure_rank, seconds_budget=_SECONDS_BUDGET)
 
 
 def default_workers() -> int:

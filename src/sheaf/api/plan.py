@@ -1,24 +1,28 @@
 """Rank every way to split a task over a machine or a cluster, with reasons."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from sheaf.api.measure import measure
 from sheaf.api.profiles import measured_profiles
-from sheaf.api.splits import described, splits
+from sheaf.api.rehearsals import WORKERS as REHEARSING
+from sheaf.api.rehearsals import kept_rehearsals, overheads, wanted
+from sheaf.api.splits import described, rehearsed, splits
+from sheaf.api.verdicts import finished
 from sheaf.cluster import Cluster, read
 from sheaf.cluster.machine import host_name
 from sheaf.cost import microbatch_sizes, price
 from sheaf.cost.placement import seats
 from sheaf.cost.price import Price
-from sheaf.errors import PlanError, TaskError
+from sheaf.errors import PlanError, SheafError, TaskError
 from sheaf.graph import ModelFacts, Profile, trace
 from sheaf.launch import FromFile
 from sheaf.plans import Plan
 from sheaf.plans.split import SplitFacts
 from sheaf.plans.stages import default_microbatch
-from sheaf.search import Question, Ranking, Refusal, broken, search, unmergeable
+from sheaf.search import Progress, Question, Ranking, Refusal, broken, search, unmergeable
 from sheaf.search.measured import facts_for
 from sheaf.search.space import microbatch_choices
 from sheaf.split.sequences import sequences
@@ -41,6 +45,10 @@ def plan(
     fresh: bool = False,
     source: FromFile | None = None,
     note: Callable[[str], None] | None = None,
+    heard: Callable[[Progress], None] | None = None,
+    seconds: float | None = None,
+    target_samples: int = 0,
+    explain: bool = True,
 ) -> Ranking:
     """Every plan for the task, best first, each with its predicted step time and memory; ``.best`` leads.
 
@@ -52,6 +60,10 @@ def plan(
     ``fresh``    measure again what an earlier call has measured
     ``source``   where each worker finds the task by itself, for a task that cannot be sent to it
     ``note``     is told in a line what is being done
+    ``heard``    is told of the best plan so far while the search goes on
+    ``seconds``  after which a search ends with the best so far (what is traced and measured before is not counted)
+    ``target_samples``  what training is to see in all, for its cost where the cluster's file has a price per hour
+    ``explain``  also say what binds the best plan, and what would have to change for others to win
 
     Raises TaskError for a model that cannot be traced, and for an open microbatch where its size decides the answer;
     ClusterError, DataError, and WorkerFailed when measuring fails.
@@ -60,17 +72,50 @@ def plan(
     question = ask(task, workers=workers, cluster=cluster, quick=quick, fresh=fresh, note=note)
     question = replace(question, allow_relaxed=allow_relaxed)
     question, unsplit = _with_splits(task, question, fresh=fresh, say=say)
-    roofline = search(question)
+
+    def whole(ranking: Ranking) -> Ranking:
+        return finished(_told(question, ranking, unsplit), target_samples=target_samples, explain=explain)
+
+    roofline = search(question, seconds=seconds, heard=heard)
     if not (measured and roofline.ranked and _is_here(question.cluster, given=cluster is not None)):
-        return _told(question, roofline, unsplit)
+        return whole(roofline)
     profiles = {}
     for busy in _company(question, roofline):
         sizes = _sizes(task, question.batch, busy)
         facts = [question.facts[size] for size in sizes if size in question.facts] or list(question.facts.values())
         say(f"measuring the model's blocks on {busy} worker{'s' if busy > 1 else ''}")
         found = measured_profiles(task, facts, busy, source=source, fresh=fresh)
-        profiles.update({(one.samples, busy): _with_collectives(question, one) for one in found})
-    return _told(question, search(replace(question, profiles=profiles)), unsplit)
+        profiles.update({(one.samples, busy): one for one in found})
+    plans = [entry.plan for entry in roofline.ranked]
+    if wanted(plans):
+        say("rehearsing executors on 2 workers")
+    profiles = _with_overheads(task, question, profiles, plans, source=source, fresh=fresh, say=say)
+    return whole(search(replace(question, profiles=profiles), seconds=seconds, heard=heard))
+
+
+def _with_overheads(
+    task: Task,
+    question: Question,
+    profiles: Mapping[tuple[int, int], Profile],
+    plans: Sequence[Plan],
+    *,
+    source: FromFile | None,
+    fresh: bool = False,
+    say: Callable[[str], None],
+) -> dict[tuple[int, int], Profile]:
+    """The profiles with what the plans' executors add to blocks and messages; failing that, with what replicas took."""
+    if not profiles or question.available < REHEARSING or not wanted(plans):
+        return dict(profiles)
+    (samples, _), start = min(profiles.items(), key=lambda one: abs(one[0][1] - REHEARSING))
+    facts, found = facts_for(question.facts, samples), None
+    try:
+        found = kept_rehearsals(task, facts, start, wanted(plans), source=source, fresh=fresh)
+    except SheafError as error:  # planning goes on without
+        say(f"nothing was rehearsed: {(str(error).splitlines() or [''])[0]}")
+    if found is None:
+        return {(size, busy): with_collectives(question, one, busy) for (size, busy), one in profiles.items()}
+    added = overheads(question, found, REHEARSING)
+    return {key: replace(profile, overheads=added) for key, profile in profiles.items()}
 
 
 def _with_splits(
@@ -108,12 +153,12 @@ def _told(question: Question, ranking: Ranking, unsplit: tuple[Refusal, ...]) ->
     )
 
 
-def _with_collectives(question: Question, profile: Profile) -> Profile:
-    """The profile with how much longer collectives took in a real step than the cluster file says."""
-    if profile.exposed_seconds <= 0:
+def with_collectives(question: Question, profile: Profile, workers: int) -> Profile:
+    """The profile with how much longer collectives took in a real step of replicas than the cluster file says."""
+    if profile.exposed_seconds <= 0 or workers < 2:
         return profile
     alone = price(
-        Plan(dp=profile.concurrency),
+        Plan(dp=workers),
         facts_for(question.facts, profile.samples),
         question.cluster,
         profile,
@@ -153,7 +198,7 @@ def ask(
         for busy in _busy(min(most, max(host.workers for host in chosen.hosts))):
             for size in _sizes(task, batch, busy):
                 if size not in facts:
-                    facts[size] = trace(task, size)
+                    facts[size] = trace(task, size, known=first.tables)
     return Question(
         batch=batch,
         facts=facts,
@@ -245,10 +290,17 @@ def predicted(
         facts={facts.samples: facts},
         cluster=cluster,
         microbatch=task.microbatch,
-        profiles={(one.samples, plan.workers): one for one in profiles},
         precision=task.precision,
+        splits={plan.split_kind: split} if split is not None else {},
     )
-    return replace(question, splits={question.split_key(plan): split} if split is not None else {}).price(plan)
+    found = {(one.samples, plan.workers): one for one in profiles}
+    if found:
+        for kind in {one.split_kind for one in wanted([plan])} - set(question.splits):
+            with suppress(SheafError):  # what cannot be split so is not rehearsed
+                splits = {**question.splits, kind: rehearsed(task, facts, *kind)} if kind[0] > 1 else question.splits
+                question = replace(question, splits=splits)
+        found = _with_overheads(task, question, found, [plan], source=source, say=note or _nothing)
+    return replace(question, profiles=found).price(plan)
 
 
 def _is_here(cluster: Cluster, *, given: bool) -> bool:

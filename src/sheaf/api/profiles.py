@@ -60,10 +60,19 @@ def measured_profiles(
 def measure_together(
     given: Task | FromFile, facts: list[ModelFacts], threads: int, budget_seconds: float
 ) -> list[Profile]:
-    """This worker's profiles; the workers wait for each other, so that all measure the same thing at once."""
+    """This worker's profiles, among the workers that it joins."""
     launch.join()
+    return profiles_here(loaded(given), facts, threads, budget_seconds)
+
+
+def loaded(given: Task | FromFile) -> Task:
+    """The task itself."""
     found = given if isinstance(given, Task) else given.load()
-    task = found if isinstance(found, Task) else found()
+    return found if isinstance(found, Task) else found()
+
+
+def profiles_here(task: Task, facts: list[ModelFacts], threads: int, budget_seconds: float) -> list[Profile]:
+    """This worker's profiles; the workers wait for each other, so that all measure the same thing at once."""
     workers = dist.get_world_size() if dist.is_initialized() else 1
     return [
         in_a_real_step(

@@ -151,7 +151,7 @@ def _answer(name: Any, made: Job, known: Book) -> dict[str, Any]:
     step, most = sum(terms.values()), sum(memory.values())
     if not (math.isfinite(step) and math.isfinite(most)):
         raise Refused(["its sizes are beyond what numbers can hold"])
-    found = known.measured.get((made.stack.name, made.kind, made.layer_key))
+    found = known.measured.get(made.layer_keys[-1])
     answer: dict[str, Any] = {
         "id": name,
         "predicted_seconds": step,
@@ -164,8 +164,9 @@ def _answer(name: Any, made: Job, known: Book) -> dict[str, Any]:
         "stack": made.stack.name,
         "runs_with_these_layers": found.runs if found else 0,
     }
-    if made.work.assumed:
-        answer["assumed"] = list(made.work.assumed)
+    assumed = [*made.work.assumed, *made.machine.assumed]
+    if assumed:
+        answer["assumed"] = assumed
     return answer
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import sheaf.split
+from sheaf.api.shorter import Shorter
 from sheaf.errors import SheafError
 from sheaf.graph import ModelFacts
 from sheaf.graph import cache as profiles
@@ -17,6 +18,7 @@ from sheaf.plans.split import SplitFacts
 from sheaf.search import Refusal
 from sheaf.search.space import degrees, heavy_part, stacked
 from sheaf.split.experts import experts
+from sheaf.split.listed import listed
 from sheaf.split.rehearsal import rehearse
 from sheaf.split.sequences import sequences
 from sheaf.task import Task
@@ -25,6 +27,7 @@ from sheaf.units import pretty_bytes
 EACH_UP_TO = 4  # workers that may split a layer: each number is tried; beyond, powers of two and the largest
 MOST_WORKERS = 16  # that split a layer: slices get too thin for more
 BUDGET_SECONDS = 40.0  # of rehearsing; what is known from earlier takes none
+WIDE = 8  # hosts
 GATHER = "whole for "
 SUMS = ("all_reduce", "reduce_scatter")
 
@@ -53,28 +56,28 @@ def splits(
     among = [number for number in degrees(workers, batch) if number in worth_trying(workers)]
     wanted = [(number, SEQUENCES) for number in inside]  # first: it takes two runs, where layers take many
     wanted += [(number, sequence) for number in inside for sequence in (0, 1)]
+    if workers > per_machine * WIDE and inside:  # of many hosts, all workers of one come first
+        wanted.sort(key=lambda one: one[0] != inside[-1] or one[1] == SEQUENCES)
     if heavy_part(facts) is not None:
         wanted += [(number, 0) for number in among if number not in inside]
     if stacked(facts):
         wanted += [(number, EXPERTS) for number in among]
     found: Splits = {}
     refused: list[Refusal] = []
-    began, shut = time.monotonic(), set[int]()  # ways that came to nothing, for smaller numbers
+    began, shut = time.process_time(), set[int]()  # ways that came to nothing, for smaller numbers
     for number, sequence in wanted:
         if sequence in shut or (sequence == 1 and (number, 0) not in found):
             continue
         path = _path(task, facts, number, sequence)
         known = None if fresh else _read(path)
-        if known is None and time.monotonic() - began > BUDGET_SECONDS:
-            reason = (
-                f"how it would split layers was not worked out: smaller numbers took {BUDGET_SECONDS:.0f} s already"
-            )
+        if known is None and time.process_time() - began > BUDGET_SECONDS:
+            reason = f"how it would split layers was not worked out: others took {BUDGET_SECONDS:.0f} s already"
             refused.append(Refusal(_text(number, sequence), reason, "to name it yourself: it may be run, and verified"))
             continue
         if known is None:
             say(f"rehearsing {_words(number, sequence)}")
             try:
-                known = _rehearsed(task, facts, number, sequence)
+                known = rehearsed(task, facts, number, sequence)
             except Exception as error:  # noqa: BLE001 - whatever it is, other plans may still do
                 first = (str(error).splitlines() or [""])[0]
                 reason = first if isinstance(error, SheafError) else f"{type(error).__name__}: {first}"
@@ -116,9 +119,22 @@ def worth_splitting(split: SplitFacts, facts: ModelFacts) -> bool:
     return total > 0 and left <= total * (1 + 1 / split.degree) / 2
 
 
+def rehearsed(task: Task, facts: ModelFacts, number: int, sequence: int) -> SplitFacts:
+    """How ``number`` workers split the task's layers, sequences or experts, found by running it once more.
+
+    Of many layers in a row that do the same, three are run; all of them where that fails.
+    """
+    shorter = Shorter.of(task, facts) if sequence != EXPERTS else None
+    if shorter is not None:
+        with suppress(Exception):  # such as a model that counts its layers: run it as it is
+            return shorter.lengthened(_rehearsed(shorter.task, facts, number, sequence))
+    return _rehearsed(task, facts, number, sequence)
+
+
 def _rehearsed(task: Task, facts: ModelFacts, number: int, sequence: int) -> SplitFacts:
     if sequence == EXPERTS:
-        return experts(task, number, samples=facts.samples)
+        stacks = experts(task, number, samples=facts.samples)
+        return stacks if stacks.slices else listed(task, number, samples=facts.samples)
     if sequence == SEQUENCES:
         return sequences(task, number, samples=facts.samples)
     return rehearse(task, number, samples=facts.samples, sequence=bool(sequence))
@@ -153,6 +169,7 @@ def described(split: SplitFacts, facts: ModelFacts) -> dict[str, Any]:
             name: {"dim": held.dim, "sizes": list(held.cut.sizes), "outer": held.cut.outer}
             for name, held in split.slices.items()
         },
+        "modules": len(split.dealt),
         "sequences": not split.slices,
         "sent": len(sent),
         "sent_bytes": sum(sent),
@@ -189,10 +206,13 @@ def told(values: dict[str, Any], *, most: int = 3) -> list[str]:
 
 
 def _told_experts(values: dict[str, Any]) -> list[str]:
-    sizes = sorted({tuple(one["sizes"]) for one in values["slices"].values()})
-    dealt = " and ".join(":".join(str(size) for size in one) for one in sizes)
     often = f"{values['sent']} times, {pretty_bytes(values['sent_bytes'])} in all"
-    stacks = f"{values['split']} stacks of experts dealt out over {values['workers']} replicas, {dealt}"
+    if values["modules"]:
+        stacks = f"{values['modules']} experts in lists dealt out over {values['workers']} replicas"
+    else:
+        sizes = sorted({tuple(one["sizes"]) for one in values["slices"].values()})
+        dealt = " and ".join(":".join(str(size) for size in one) for one in sizes)
+        stacks = f"{values['split']} stacks of experts dealt out over {values['workers']} replicas, {dealt}"
     return [
         f"{stacks}; tokens travel {often} per microbatch forward, and as much backward",
         "the experts' gradients do not travel",

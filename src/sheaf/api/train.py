@@ -8,12 +8,14 @@ from typing import Any
 
 from sheaf import launch, training
 from sheaf.api.choice import AUTO, checked, choose, foretold
+from sheaf.api.feedback import figures, measured_for
 from sheaf.api.run import Run
 from sheaf.checkpoint import from_first, latest
 from sheaf.cost.price import Price
 from sheaf.errors import RunError, SheafError, TaskError
 from sheaf.launch import FromFile, World
 from sheaf.plans import Plan
+from sheaf.plans.server import outlives
 from sheaf.record import Record, StepReport, read_record, step_reports
 from sheaf.task import Task
 from sheaf.task.blueprint import Blueprint
@@ -91,7 +93,9 @@ def train(
         price, reason = foretold(task, found, price, world=world, source=source, note=note)
         if reason:
             events["warning"] = {"message": reason}
-    events["plan"] = {"plan": str(chosen), **({"predicted": price.seconds} if price is not None else {})}
+    elsewhere = world is not None or isinstance(plan, Price)
+    measured = 0 if elsewhere else measured_for(chosen, auto=found is None, workers=workers)
+    events["plan"] = {"plan": str(chosen), **_foretold(price, measured)}
     arguments: dict[str, Any] = {
         "resume": resume,
         "save_every": save_every,
@@ -107,6 +111,7 @@ def train(
         raise
     picture = None
     if world is None or world.rank == 0:
+        _compare(directory)
         _draw(directory)
         picture = _draw_pipeline(directory, chosen, price)
     reports = [report for report in step_reports(directory / RECORD) if report.step < outcome.steps]
@@ -138,7 +143,13 @@ def _carry_out(
         if plan.serial:
             return training.train_rank(task, plan, steps, directory, device=World.alone().device, **arguments)
         given = task if source is None else source
-        return launch.run(_train_worker, plan.workers, given, plan, steps, directory, arguments, threads=threads)[0]
+        survive = outlives(plan.serves, stolen=plan.stolen)
+        found = launch.run(
+            *(_train_worker, plan.workers, given, plan, steps, directory, arguments),
+            threads=threads,
+            on_lost=_tell_lost if survive else None,
+        )
+        return next(outcome for outcome in found if outcome is not None)
     except SheafError as error:
         _note_failure(directory, error)
         raise
@@ -150,7 +161,11 @@ def _train_worker(
     world = launch.join()
     assert world is not None
     task = given if isinstance(given, Task) else _loaded(given)
-    return training.train_rank(task, plan, steps, directory, device=world.device, **arguments)
+    return training.train_rank(task, plan, steps, directory, device=world.device, lost=launch.lost, **arguments)
+
+
+def _tell_lost(rank: int, why: str) -> None:
+    print(f"sheaf: worker {rank} {why}; the others go on", file=sys.stderr, flush=True)
 
 
 def _loaded(source: FromFile) -> Task:
@@ -191,6 +206,32 @@ def _say(line: str) -> None:
 
 def _say_nothing(_line: str) -> None:
     """Tell nobody."""
+
+
+def _foretold(price: Price | None, measured: int) -> dict[str, Any]:
+    """What the record keeps of a prediction, and from which figures of this machine it was made.
+
+    ``measured`` counts the workers with which the machine was measured; 0: elsewhere, or not now.
+    """
+    if price is None:
+        return {}
+    on = {"on": figures(measured)} if measured else {}
+    sent = {"predicted_sent_bytes": price.traffic_bytes}
+    return {"predicted": price.seconds, "hidden_seconds": price.hidden_seconds, **sent, **on}
+
+
+def _compare(directory: Path) -> None:
+    """Write into the record what was predicted beside what was measured, term by term."""
+    try:
+        from sheaf.watch import compared, sent_bytes
+
+        terms, sent = compared(directory), sent_bytes(directory)
+    except Exception:  # noqa: BLE001  watching never stops a run
+        return
+    if terms:
+        record = Record(directory / RECORD)
+        record.event("compared", terms=terms, sent_bytes=sent)
+        record.close()
 
 
 def _draw(directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -63,6 +64,29 @@ def save(step: Saveable, directory: Path, *, keep: int = 2, task_digest: str = "
     return final
 
 
+def save_alone(
+    step: Saveable,
+    states: Sequence[tuple[dict[str, Tensor], dict[str, Any]]],
+    directory: Path,
+    *,
+    keep: int = 2,
+    task_digest: str = "",
+) -> Path:
+    """The same, by one worker that has every worker's state: ``states`` by worker."""
+    final = files.step_path(directory, step.index)
+    if final.exists() and files.damage(final) is None and _same_plan(final, step):
+        return final
+    unfinished = final.with_name(final.name + ".tmp")
+    for old in (final, unfinished):
+        shutil.rmtree(old, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    for rank, (tensors, values) in enumerate(states):
+        _write(unfinished, rank, tensors, values)
+    _finish(step, unfinished, final, task_digest)
+    files.prune(directory, keep)
+    return final
+
+
 def load(step: Saveable, path: Path) -> None:
     """Give every worker back what it saved; all workers call this.
 
@@ -93,8 +117,11 @@ def _write_own(step: Saveable, directory: Path) -> None:
             f"worker {step.rank} does not see {directory}, which worker 0 made: "
             "the run directory must be on a file system that all workers share"
         )
-    tensors, values = step.state()
-    tensors_file, values_file = _names(step.rank)
+    _write(directory, step.rank, *step.state())
+
+
+def _write(directory: Path, rank: int, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    tensors_file, values_file = _names(rank)
     files.write_tensors(directory / tensors_file, tensors)
     files.write_json(directory / values_file, {"tensors": files.described(directory / tensors_file), "values": values})
 

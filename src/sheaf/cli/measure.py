@@ -22,13 +22,33 @@ if TYPE_CHECKING:
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write a cluster file.")
 @click.option("--quick", is_flag=True, help="Fewer and smaller messages, in a third of the time.")
 @click.option("--fresh", is_flag=True, help="Measure again, even what was measured before.")
+@click.option(
+    "--from-run", type=click.Path(path_type=Path, file_okay=False, exists=True), metavar="DIRECTORY",
+    help="Put what was measured right by a run of this machine: what it took beside what was predicted.",
+)  # fmt: skip
 @json_option
-def measure(workers: int | None, out: Path | None, quick: bool, fresh: bool, as_json: bool) -> None:
-    """Measure this machine: matrix and memory rates of each worker, time of each collective between them."""
-    with Answer(as_json=as_json) as answer:
-        from sheaf.api.measure import measure as run
+def measure(
+    workers: int | None, out: Path | None, quick: bool, fresh: bool, from_run: Path | None, as_json: bool
+) -> None:
+    """Measure this machine: matrix and memory rates of each worker, time of each collective between them.
 
-        cluster = run(workers, out=out, quick=quick, fresh=fresh)
+    Started by torchrun, on one machine or several, it measures the workers that are there and the links between them.
+    """
+    with Answer(as_json=as_json) as answer:
+        from sheaf import launch
+        from sheaf.api.measure import measure as run
+        from sheaf.api.measure import measure_here
+
+        if from_run is not None:
+            _put_right(answer, from_run, out)
+            return
+        world = launch.join()
+        if world is None:
+            cluster = run(workers, out=out, quick=quick, fresh=fresh)
+        else:
+            cluster = measure_here(out=out, quick=quick)
+            if world.rank:
+                return
 
         def show(console: Console) -> None:
             console.print("\n".join(described(cluster)), markup=False, soft_wrap=True)
@@ -38,6 +58,25 @@ def measure(workers: int | None, out: Path | None, quick: bool, fresh: bool, as_
                 console.print(f"written to {out}; plan for it with --cluster {out}", markup=False, soft_wrap=True)
 
         answer.give(asdict(cluster), show)
+
+
+def _put_right(answer: Answer, directory: Path, out: Path | None) -> None:
+    from sheaf.api.feedback import from_run
+
+    cluster, changes = from_run(directory, out=out)
+
+    def show(console: Console) -> None:
+        console.print("\n".join(described(cluster)), markup=False, soft_wrap=True)
+        table = Table(title=f"put right by {directory}", title_justify="left", box=None)
+        for heading in ("figure", "before", "now"):
+            table.add_column(heading, justify="left" if heading == "figure" else "right")
+        for change in changes:
+            table.add_row(change.figure, f"{change.before:.4g}", f"{change.after:.4g}")
+        console.print(table if changes else f"{directory} took what was predicted: nothing changed")
+        if out is not None:
+            console.print(f"written to {out}; plan for it with --cluster {out}", markup=False, soft_wrap=True)
+
+    answer.give({**asdict(cluster), "changes": [asdict(change) for change in changes]}, show)
 
 
 def _timings(cluster: "Cluster") -> Table:

@@ -2,6 +2,9 @@
 
 import math
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -9,14 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sheaf.cli.answer import Answer, note
+from sheaf.cli.answer import Answer, leads, note
 from sheaf.cli.options import file_argument, json_option, workers_option
 from sheaf.cli.show import described
 from sheaf.units import pretty_bytes, pretty_seconds
 
 if TYPE_CHECKING:
     from sheaf.cluster import Cluster
-    from sheaf.search import Ranking
+    from sheaf.search import Progress, Ranking
 
 _ROWS = 12  # a longer ranking is cut unless asked for
 _REFUSALS = 8  # and so are reasons why plans were refused
@@ -28,32 +31,128 @@ _NUMBERS, _REASON = 30, 20  # columns that a plan's numbers take, and that what 
 @workers_option
 @click.option("--cluster", "source", metavar="C.toml|NAME", help="Plan for this cluster instead of this machine.")
 @click.option("--allow-relaxed", is_flag=True, help="Also propose plans that do not compute the serial answer.")
+@click.option("--what-if", "changes", metavar="CHANGES",
+              help="Rank again with other figures, such as inter_node=10Gbit,workers=64,memory=x2.")  # fmt: skip
+@click.option("--chart", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.png",
+              help="Draw step time and cost against workers and bandwidth, one line per strategy.")  # fmt: skip
+@click.option("--seconds", type=click.FloatRange(min=0), metavar="N",
+              help="End the search after so many seconds, with the best so far.")  # fmt: skip
+@click.option("--target-samples", type=click.IntRange(min=1), metavar="N",
+              help="What training is to see in all, for its cost (price_per_hour in the cluster file).")  # fmt: skip
+@click.option("--target-tokens", type=click.IntRange(min=1), metavar="N", help="The same in tokens.")
 @click.option("--all", "everything", is_flag=True, help="Show every plan, and every reason for refusing one.")
 @json_option
 def plan(
-    file: str, workers: int | None, source: str | None, allow_relaxed: bool, everything: bool, as_json: bool
+    file: str,
+    workers: int | None,
+    source: str | None,
+    allow_relaxed: bool,
+    changes: str | None,
+    chart: Path | None,
+    seconds: float | None,
+    target_samples: int | None,
+    target_tokens: int | None,
+    everything: bool,
+    as_json: bool,
 ) -> None:
     """Rank the plans for a task, with the step time and memory that each is expected to take, and why."""
     with Answer(as_json=as_json) as answer:
         from sheaf.api.measure import measure
         from sheaf.api.plan import plan as rank
+        from sheaf.api.verdicts import sweeps, tokens_per_sample, what_if
         from sheaf.cli.files import load, own_source
         from sheaf.cluster import read
+        from sheaf.search.change import parse
 
         task = load(file)
         note(f"the cluster: {source or 'this machine, measured'}")
         cluster = measure(workers) if source is None else read(source)
-        ranking = rank(
-            task,
-            workers=workers,
-            cluster=cluster,
-            allow_relaxed=allow_relaxed,
-            source=own_source(task, file),
-            note=note,
+        if changes is not None:
+            parse(changes, cluster)  # what is wrong with it is told before anything else is done
+        target = target_samples or (-(-target_tokens // tokens_per_sample(task)) if target_tokens else 0)
+        with _progress() as heard:
+            ranking = rank(
+                task,
+                workers=workers,
+                cluster=cluster,
+                allow_relaxed=allow_relaxed,
+                source=own_source(task, file),
+                note=note,
+                heard=heard,
+                seconds=seconds,
+                target_samples=target,
+            )
+        other = what_if(ranking, changes) if changes is not None else None
+        drawn = None
+        if chart is not None and ranking.ranked:
+            from sheaf.watch.chart import draw_chart
+
+            note("drawing: a search for every point")
+            drawn = sweeps(ranking)
+            draw_chart(drawn, chart, f"{Path(file.partition(':')[0]).stem} on {cluster.name}, batch {ranking.batch}")
+        values = ranking.to_dict()
+        if other is not None:
+            values["what_if"] = {"changes": changes, **other.to_dict()}
+        if drawn is not None:
+            values["chart"] = {"file": str(chart), "sweeps": drawn}
+
+        def shown(console: Console) -> None:
+            rows = None if everything else _ROWS
+            show(ranking, cluster, console, rows=rows)
+            if other is not None:
+                _say_what_if(ranking, other, changes or "", console, rows)
+            if drawn is not None:
+                console.print(f"\nstrategies by workers and bandwidth: {chart}", markup=False, soft_wrap=True)
+
+        answer.give(values, shown)
+
+
+@contextmanager
+def _progress() -> "Iterator[Callable[[Progress], None] | None]":
+    """Shows the best plan so far on a terminal's standard error while the block runs."""
+    console = Console(stderr=True, highlight=False, quiet=not leads())
+    if not console.is_terminal:
+        yield None
+        return
+    with console.status("looking for plans") as status:
+
+        def heard(progress: "Progress") -> None:
+            if progress.best is not None:
+                step = pretty_seconds(progress.best.step_seconds)
+                status.update(f"best so far: {progress.best.plan}, {step}; {progress.priced} plans looked at")
+
+        yield heard
+
+
+def _say_what_if(before: "Ranking", after: "Ranking", changes: str, console: Console, rows: int | None) -> None:
+    """The ranking with other figures, and where each plan was before."""
+    console.print(Text.assemble("\n", (f"if {changes}", "bold")))
+    if not after.ranked:
+        console.print("no plan fits" + (f"; {after.workers_needed} workers would do" if after.workers_needed else ""))
+        return
+    places = {str(entry.plan): (place, entry) for place, entry in enumerate(before.ranked, start=1)}
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("plan", overflow="fold")
+    for heading in ("step", "before", "place before"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for place, entry in enumerate(after.ranked[:rows]):
+        was = places.get(str(entry.plan))
+        table.add_row(
+            str(entry.plan),
+            pretty_seconds(entry.price.step_seconds),
+            pretty_seconds(was[1].price.step_seconds) if was else "",
+            str(was[0]) if was else "not there",
+            style="bold green" if place == 0 else None,
         )
-        answer.give(
-            ranking.to_dict(), lambda console: show(ranking, cluster, console, rows=None if everything else _ROWS)
-        )
+    console.print(table)
+    old = before.ranked[0] if before.ranked else None
+    new = after.ranked[0]
+    if old is None or str(old.plan) != str(new.plan):
+        than = f" in place of {old.plan}" if old is not None else ""
+        console.print(f"{new.plan} leads{than}: {new.reason}", soft_wrap=True)
+    else:
+        times = new.price.step_seconds / old.price.step_seconds
+        console.print(f"{new.plan} leads as before, and takes {times:.2f} times as long", soft_wrap=True)
 
 
 def show(ranking: "Ranking", cluster: "Cluster | None", console: Console, *, rows: int | None = _ROWS) -> None:
@@ -68,6 +167,7 @@ def show(ranking: "Ranking", cluster: "Cluster | None", console: Console, *, row
             console.print(f"and {hidden} more; `sheaf plan --all` shows every one", style="dim")
         best = ranking.ranked[0]
         console.print(Text.assemble("\n", (str(best.plan), "bold green"), f" leads: {best.reason}"))
+        _say_why(ranking, console)
         _say_split(ranking, console)
         _say_cautions(ranking, rows, console)
     # The plans that would use most of what there is come first: those are the ones people ask about.
@@ -83,6 +183,28 @@ def show(ranking: "Ranking", cluster: "Cluster | None", console: Console, *, row
     if len(refusals) > len(shown_refusals):
         more = sum(len(plans) for _, _, plans in refusals[len(shown_refusals) :])
         console.print(f"and {more} more plans; `sheaf plan --all` shows why each", style="dim")
+
+
+def _say_why(ranking: "Ranking", console: Console) -> None:
+    """What the best plan's time is made of, what would make others win, and what it costs."""
+    found, money = ranking.explanation, ranking.costs
+    if ranking.least_seconds is not None:
+        least = pretty_seconds(ranking.least_seconds)
+        console.print(f"the search was ended: no plan that was left out takes less than {least}", soft_wrap=True)
+    for line in found.lines if found is not None else ():
+        console.print(line, markup=False, soft_wrap=True)
+    if found is not None and found.needed:
+        console.print("\nwhat it would take for others to win", style="bold")
+        for one in found.needed:
+            grid = Table.grid(padding=(0, 1))
+            grid.add_row(Text("-"), Text.assemble((one.plan, "bold"), f": {one.words}"))
+            console.print(grid)
+    if money is not None:
+        text = str(ranking.ranked[0].plan)
+        said = f"{money.per_hour[text]:.2f} {money.currency} per hour, {money.per_step[text]:.3g} per step"
+        if money.to_target is not None:
+            said += f", {money.to_target[text]:.4g} for {money.target} samples in {money.steps} steps"
+        console.print(f"\n{text} costs {said}", markup=False, soft_wrap=True)
 
 
 def _say_split(ranking: "Ranking", console: Console) -> None:

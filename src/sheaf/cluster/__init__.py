@@ -5,7 +5,7 @@ from sheaf.cluster.cluster import Cluster, Device, Host, Link, Timing
 from sheaf.cluster.files import known, read, write
 from sheaf.cluster.links import OPERATIONS, collective_seconds, model_seconds
 from sheaf.cluster.machine import available_cores, describe_local, free_memory_bytes
-from sheaf.cluster.measuring import measure_rank
+from sheaf.cluster.measuring import from_everyone, measure_rank
 from sheaf.cluster.primitives import all_gather, reduce_scatter
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "collective_seconds",
     "describe_local",
     "free_memory_bytes",
+    "from_everyone",
     "known",
     "measure_rank",
     "model_seconds",

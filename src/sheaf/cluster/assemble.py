@@ -17,8 +17,9 @@ BUSY_CORES = 0.3  # other programs that take more than this of a host are told o
 def assemble(results: Sequence[dict[str, Any]], *, name: str) -> Cluster:
     """The cluster that ``measure_rank`` saw, from the results of all its workers.
 
-    Workers of one host name are one host; hosts with the same device, cores and number of workers and within 10 % of
-    each other's speed are one entry with a count. Links are fitted to their timings, which are kept.
+    Workers of one host name are one host; hosts that follow each other, with the same device, cores and number of
+    workers and within 10 % of each other's speed, are one entry with a count. Links are fitted to their timings, which
+    are kept.
     Raises ClusterError when there are no results.
     """
     if not results:
@@ -47,33 +48,43 @@ def assemble(results: Sequence[dict[str, Any]], *, name: str) -> Cluster:
 
 
 def _hosts(measured: list[list[dict[str, Any]]]) -> tuple[Host, ...]:
-    kinds: dict[tuple[Any, ...], list[list[dict[str, Any]]]] = {}
+    kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for workers in measured:
-        lead = workers[0]
-        kinds.setdefault((lead["device"]["name"], lead["cores"], lead["threads"], len(workers)), []).append(workers)
+        kinds.setdefault(_kind(workers), []).append(workers[0])
+    devices = {kind: _device(leads) for kind, leads in kinds.items()}
+    teams: list[list[list[dict[str, Any]]]] = []
+    for workers in measured:  # ranks keep their order, and with it their places
+        if teams and _kind(workers) == _kind(teams[-1][0]) and _alike(workers, teams[-1][0]):
+            teams[-1].append(workers)
+        else:
+            teams.append([workers])
     hosts: list[Host] = []
-    for alike in kinds.values():
-        device = _device([workers[0] for workers in alike])
-        teams: list[list[list[dict[str, Any]]]] = []
-        for workers in sorted(alike, key=_fp32_rate, reverse=True):
-            if teams and _fp32_rate(workers) > (1 - SAME_SPEED) * _fp32_rate(teams[-1][0]):
-                teams[-1].append(workers)
-            else:
-                teams.append([workers])
-        for team in teams:
-            speed = statistics.median(_fp32_rate(workers) for workers in team) / device.flops_per_second["fp32"]
-            hosts.append(
-                Host(
-                    name=team[0][0]["host"],
-                    count=len(team),
-                    workers=len(team[0]),
-                    device=device,
-                    cores=team[0][0]["cores"],
-                    memory_bytes=min(workers[0]["host_memory_bytes"] for workers in team),
-                    speed=_rounded(speed) if len(teams) > 1 else 1.0,
-                )
+    for team in teams:
+        kind = _kind(team[0])
+        unequal = not all(_alike([lead], kinds[kind][:1]) for lead in kinds[kind])
+        speed = statistics.median(_fp32_rate(workers) for workers in team) / devices[kind].flops_per_second["fp32"]
+        hosts.append(
+            Host(
+                name=team[0][0]["host"],
+                count=len(team),
+                workers=len(team[0]),
+                device=devices[kind],
+                cores=team[0][0]["cores"],
+                memory_bytes=min(workers[0]["host_memory_bytes"] for workers in team),
+                speed=_rounded(speed) if unequal else 1.0,
             )
+        )
     return tuple(hosts)
+
+
+def _kind(workers: list[dict[str, Any]]) -> tuple[Any, ...]:
+    lead = workers[0]
+    return lead["device"]["name"], lead["cores"], lead["threads"], len(workers)
+
+
+def _alike(workers: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
+    slow, fast = sorted((_fp32_rate(workers), _fp32_rate(others)))
+    return slow > (1 - SAME_SPEED) * fast
 
 
 def _device(leads: list[dict[str, Any]]) -> Device:

@@ -24,6 +24,7 @@ class Device:
     threads: int = 1
     thread_speedup: dict[int, float] = field(default_factory=dict[int, float])
     multiprocessors: int = 0  # of an accelerator: tiles of a matrix product that are computed at once; 0: not known
+    price_per_hour: float = 0.0  # of one such device (a CPU: of its host), in the cluster's currency; 0: not known
     source: str = ""
 
 
@@ -46,6 +47,31 @@ class Link:
     bytes_per_second: float  # one direction, per worker
     timings: tuple[Timing, ...] = ()
     source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tier:
+    """Workers closer to each other than to the rest: a socket within a host; a rack, a hall or a region of hosts.
+
+    Each run of ``workers`` consecutive workers of full hosts is one; two workers of it that no smaller tier (nor, for
+    tiers of hosts, one host) holds reach each other over its link.
+    """
+
+    name: str
+    workers: int
+    latency_seconds: float
+    bytes_per_second: float  # one direction, per worker
+    source: str = ""
+
+    @property
+    def link(self) -> Link:
+        """The link among its workers."""
+        return Link(
+            name=self.name,
+            latency_seconds=self.latency_seconds,
+            bytes_per_second=self.bytes_per_second,
+            source=self.source,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +98,10 @@ class Host:
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """A set of hosts, the link inside a host and the link between hosts.
+    """A set of hosts, the link inside a host and the link between hosts; ``tiers`` name links between those.
+
+    A socket's tier is of fewer workers than a host, a rack's or a region's of whole hosts: ``intra`` then is between
+    sockets, ``inter`` between the largest of them.
 
     ``contention`` maps n busy workers of one CPU host, each with its device's number of threads, to the share of its
     lone speed that each reaches.
@@ -87,7 +116,10 @@ class Cluster:
     inter: Link | None = None
     contention: dict[int, float] = field(default_factory=dict[int, float])
     overlap: float = 0.0
+    host_seconds: float = 0.0  # of a step on the host, beside what is measured of a task: from a run
     source: str = ""
+    tiers: tuple[Tier, ...] = ()
+    currency: str = ""  # of every ``price_per_hour``
 
     @property
     def workers(self) -> int:

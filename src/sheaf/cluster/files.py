@@ -5,6 +5,7 @@ import re
 import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +20,7 @@ from sheaf.errors import ClusterError, nearest
 from sheaf.task import PRECISIONS
 
 _NARROW = ("tf32", "fp8", "fp4")  # precisions of matrix units that no task names, published runs do
+_TAKEN = {"intra", "inter", "links", "workers", "memory", "flops", "batch"}  # names that mean something else
 _KNOWN = resources.files("sheaf.cluster") / "known"
 
 
@@ -59,8 +61,8 @@ def read(source: str | Path, *, hosts: int | None = None) -> Cluster:
     cluster = _cluster(table, problems)
     if cluster is not None and hosts is not None:
         cluster = _with_hosts(cluster, hosts, problems)
-    if cluster is not None and sum(host.count for host in cluster.hosts) > 1 and cluster.inter is None:
-        problems.append("inter is missing: several hosts need the link between them; add a table [inter]")
+    if cluster is not None:
+        problems += _contradictions(cluster)
     if problems or cluster is None:
         raise ClusterError([f"{name}: {problem}" for problem in problems])
     return cluster
@@ -109,12 +111,85 @@ def _cluster(table: dict[str, Any], problems: list[str]) -> Cluster | None:
         if isinstance(link, dict) and "timings" in link:
             timings[tier] = _timings(link["timings"], f"{tier}.timings", problems)
             table = {**table, tier: {key: value for key, value in link.items() if key != "timings"}}
-    cluster: Cluster | None = decode(Cluster, table, "", problems, _RULES)
+    before = len(problems)
+    cluster: Cluster | None = decode(Cluster, _with_devices(table, problems), "", problems, _RULES)
+    if len(problems) > before:
+        return None
     if cluster is None:
         return None
     if not cluster.hosts:
         problems.append("hosts is empty: add at least one [[hosts]]")
     return replace(cluster, **{tier: replace(_link(cluster, tier), timings=found) for tier, found in timings.items()})
+
+
+def _contradictions(cluster: Cluster) -> list[str]:
+    """Fields that are sound each, and do not go together."""
+    found: list[str] = []
+    if sum(host.count for host in cluster.hosts) > 1 and cluster.inter is None:
+        found.append("inter is missing: several hosts need the link between them; add a table [inter]")
+    for index, host in enumerate(cluster.hosts):
+        place, device = f"hosts[{index}]", host.device
+        if not device.flops_per_second:
+            found.append(f"{place}.device.flops_per_second is empty: give a rate, such as fp32 = 19.5e12")
+        if device.kind == "cpu" and device.memory_bytes > host.memory_bytes:
+            found.append(
+                f"{place}: the device has {device.memory_bytes} bytes of memory and its host {host.memory_bytes}, "
+                "which CPU workers share: give the host at least as many"
+            )
+        wanted = {"gloo": ("cpu", "cuda"), "nccl": ("cuda",), "xla": ("xla",)}[cluster.backend]
+        if device.kind not in wanted:
+            found.append(
+                f"backend {cluster.backend} is for {' or '.join(wanted)}, {place}.device.kind is {device.kind}"
+            )
+    priced = [host for host in cluster.hosts if host.device.price_per_hour]
+    if priced and not cluster.currency:
+        found.append('price_per_hour is given and currency is not: name it, such as currency = "USD"')
+    if priced and len(priced) < len(cluster.hosts):
+        found.append("price_per_hour is given for some hosts' devices and not for others: give all of them, or none")
+    names = [tier.name for tier in cluster.tiers]
+    found += [f"two tiers are called {name!r}: name each once" for name in sorted(set(names)) if names.count(name) > 1]
+    found += [f"a tier is called {name!r}, which is a table of its own" for name in sorted(set(names) & _TAKEN)]
+    sizes = {host.workers for host in cluster.hosts}
+    for index, tier in enumerate(cluster.tiers):
+        apart = [size for size in sizes if max(size, tier.workers) % min(size, tier.workers)]
+        if apart or (min(sizes) < tier.workers < max(sizes)) or tier.workers in sizes:
+            found.append(
+                f"tiers[{index}].workers: {tier.workers} is no part of a host of {_listed(sizes)} workers and no "
+                "number of whole hosts: use a divisor, or a multiple"
+            )
+    return found
+
+
+def _with_devices(table: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """The table with known devices in the place of their names."""
+    hosts = table.get("hosts")
+    if not isinstance(hosts, list):
+        return table
+    filled: list[Any] = []
+    for index, host in enumerate(hosts):
+        name = host.get("device") if isinstance(host, dict) else None
+        if not isinstance(name, str):
+            filled.append(host)
+            continue
+        devices = _devices()
+        if name not in devices:
+            problems.append(f"hosts[{index}].device: {name!r} is not known; {nearest(name, devices)}")
+        filled.append({**host, "device": devices.get(name, next(iter(devices.values())))})
+    return {**table, "hosts": filled}
+
+
+@cache
+def _devices() -> dict[str, dict[str, Any]]:
+    """The devices of the known clusters by name, as their files have them."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in known():
+        for host in tomllib.loads((_KNOWN / f"{name}.toml").read_text(encoding="utf-8"))["hosts"]:
+            found.setdefault(host["device"]["name"], host["device"])
+    return found
+
+
+def _listed(numbers: set[int]) -> str:
+    return " or ".join(str(number) for number in sorted(numbers))
 
 
 def _link(cluster: Cluster, tier: str) -> Link:

@@ -1,6 +1,7 @@
 """What every worker of a group measures of itself, its machine and its links."""
 
 import datetime as dt
+import json
 import time
 from typing import Any
 
@@ -13,8 +14,6 @@ from sheaf.task import PRECISIONS
 
 SIZES_BYTES = tuple(2**power for power in (10, 14, 17, 20, 23, 25))  # 1 KiB to 32 MiB
 SECONDS_BUDGET = 15.0
-
-_NAME_BYTES = 256
 
 
 def measure_rank(
@@ -30,7 +29,7 @@ def measure_rank(
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     device = _device()
     free_bytes = machine.free_memory_bytes()
-    hosts = _hosts(machine.host_name(), device)
+    hosts = _hosts(machine.host_name())
     mine = hosts[machine.host_name()]
     result: dict[str, Any] = {
         "rank": rank,
@@ -144,6 +143,21 @@ def _timings(
     ]
 
 
+def from_everyone(value: Any) -> list[Any]:
+    """What every worker gives, of what JSON knows, by rank (collective). Nothing is unpickled."""
+    if not dist.is_initialized():
+        return [value]
+    content = json.dumps(value).encode()
+    device = _device()
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(content)], device=device))
+    longest = max(int(size) for size in sizes)
+    sent = torch.tensor(list(content.ljust(longest, b" ")), dtype=torch.uint8, device=device)
+    arrived = [torch.empty_like(sent) for _ in sizes]
+    dist.all_gather(arrived, sent)
+    return [json.loads(bytes(letters.tolist())) for letters in arrived]
+
+
 def _device() -> torch.device:
     if dist.is_initialized() and dist.get_backend() != "gloo" and torch.accelerator.is_available():
         accelerator = torch.accelerator.current_accelerator()
@@ -173,15 +187,9 @@ def _wait(device: torch.device) -> None:
         barrier(None, device)
 
 
-def _hosts(name: str, device: torch.device) -> dict[str, list[int]]:
-    """Host name -> its ranks, in order of their first rank. Names travel as bytes of a tensor: nothing is unpickled."""
-    if not dist.is_initialized():
-        return {name: [0]}
-    encoded = name.encode()[:_NAME_BYTES].ljust(_NAME_BYTES, b"\0")
-    sent = torch.tensor(list(encoded), dtype=torch.uint8, device=device)
-    arrived = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
-    dist.all_gather(arrived, sent)
+def _hosts(name: str) -> dict[str, list[int]]:
+    """Host name -> its ranks, in order of their first rank."""
     hosts: dict[str, list[int]] = {}
-    for rank, letters in enumerate(arrived):
-        hosts.setdefault(bytes(letters.tolist()).rstrip(b"\0").decode(errors="replace"), []).append(rank)
+    for rank, theirs in enumerate(from_everyone(name)):
+        hosts.setdefault(theirs, []).append(rank)
     return hosts

@@ -5,11 +5,13 @@ sends and receives with a local sum are two to four times faster (``sheaf measur
 thread of their own. Every other backend gets its native collective. ``start_*`` return at once; the plain names wait.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from sheaf.cluster.traffic import traffic
 
 
 class Pending:
@@ -48,6 +50,7 @@ def start_reduce_scatter(output: Tensor, given: Tensor, group: dist.ProcessGroup
     """
     ranks = dist.get_world_size(group)
     _require_fit(part=output, whole=given, ranks=ranks)
+    traffic.collective("reduce_scatter", given.nbytes, ranks)
     if ranks > 1 and not _pairwise(given, group):
         return Pending([_work(dist.reduce_scatter_tensor(output, given, group=group, async_op=True))])
     rank = dist.get_rank(group)
@@ -65,6 +68,7 @@ def start_all_gather(output: Tensor, given: Tensor, group: dist.ProcessGroup | N
     """
     ranks = dist.get_world_size(group)
     _require_fit(part=given, whole=output, ranks=ranks)
+    traffic.collective("all_gather", output.nbytes, ranks)
     if ranks > 1 and not _pairwise(given, group):
         return Pending([_work(dist.all_gather_into_tensor(output, given, group=group, async_op=True))])
     rank = dist.get_rank(group)
@@ -81,6 +85,7 @@ def start_all_to_all(received: Tensor, given: Tensor, group: dist.ProcessGroup |
     """
     ranks = dist.get_world_size(group)
     _require_fit(part=given[0], whole=received, ranks=ranks)
+    traffic.collective("all_to_all", given.nbytes, ranks)
     if ranks > 1 and not _pairwise(given, group):
         return Pending([_work(dist.all_to_all_single(received, given, group=group, async_op=True))])
     rank = dist.get_rank(group)
@@ -90,7 +95,21 @@ def start_all_to_all(received: Tensor, given: Tensor, group: dist.ProcessGroup |
 
 def start_all_reduce(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Pending:
     """``tensor`` becomes the sum of all ranks' ``tensor``."""
+    traffic.collective("all_reduce", tensor.nbytes, dist.get_world_size(group))
     return Pending([_work(dist.all_reduce(tensor, group=group, async_op=True))])
+
+
+def start_trade(
+    sent: Sequence[tuple[Tensor, int]], received: Sequence[tuple[Tensor, int]], group: dist.ProcessGroup | None = None
+) -> Pending:
+    """Messages between some of the ranks: each tensor with whom it goes to, or comes from.
+
+    Tensors are one-dimensional and contiguous; empty ones are left out, on both sides.
+    """
+    traffic.message(sum(one.nbytes for one, _ in sent))
+    operations = [dist.P2POp(dist.isend, one, group=group, group_peer=to) for one, to in sent if one.numel()]
+    operations += [dist.P2POp(dist.irecv, one, group=group, group_peer=of) for one, of in received if one.numel()]
+    return Pending(dist.batch_isend_irecv(operations) if operations else [])
 
 
 def reduce_scatter(output: Tensor, given: Tensor, group: dist.ProcessGroup | None = None) -> None:

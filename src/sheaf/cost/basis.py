@@ -5,10 +5,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from sheaf.cluster.cluster import Cluster
-from sheaf.cost.communication import Fabric, fabric_of_groups
+from sheaf.cost.communication import Fabric
 from sheaf.cost.compute import Pace, Pacer, block_seconds
-from sheaf.cost.placement import Seat, seats
+from sheaf.cost.placement import Seat
 from sheaf.cost.portion import Portion, bounded, in_part, portion, scoped, together
+from sheaf.cost.seating import Seating
 from sheaf.cost.tensor import Crossing
 from sheaf.graph.facts import GLUE, LOSS, ModelFacts, Profile
 from sheaf.plans import Plan
@@ -17,6 +18,9 @@ from sheaf.plans.split import Move, SplitFacts
 from sheaf.plans.stages import placed
 
 T = TypeVar("T")
+_MODELS = {
+    "whole", "middle", "stages", "default", "default costs", "placed", "kinds", "together", "replicated", "parts",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +35,7 @@ class Basis:
     cluster: Cluster
     precision: str
     split: SplitFacts | None
+    seating: Seating
     _known: dict[Any, Any] = field(default_factory=dict[Any, Any])
 
     @classmethod
@@ -43,13 +48,28 @@ class Basis:
         *,
         precision: str = "fp32",
         split: SplitFacts | None = None,
+        seating: Seating | None = None,
     ) -> "Basis":
-        """The basis for a plan; raises ValueError when it splits layers and ``split`` does not say how."""
-        return cls(facts, profile, cluster, precision, scoped(plan, facts, split))
+        """The basis for a plan; raises ValueError when it splits layers and ``split`` does not say how.
+
+        ``seating`` is that of another basis on the same cluster, to be shared.
+        """
+        return cls(
+            facts, profile, cluster, precision, scoped(plan, facts, split), seating or Seating(cluster, precision)
+        )
+
+    def elsewhere(self, cluster: Cluster, seating: Seating) -> "Basis":
+        """The same model on a cluster whose kernels launch as fast; what only the model decides is taken over."""
+        kept = {key: value for key, value in self._known.items() if _of_the_model(key)}
+        return replace(self, cluster=cluster, seating=seating, _known=kept)
 
     def seats(self, workers: int) -> tuple[Seat, ...]:
         """One seat per rank; raises PlanError when the cluster has fewer."""
-        return self.once(("seats", workers), lambda: seats(self.cluster, workers, self.precision))
+        return self.seating.seats(workers)
+
+    def alike(self, workers: int) -> bool:
+        """Whether so many workers are equally fast."""
+        return self.seating.alike(workers)
 
     def fabric(self, plan: Plan, kind: str) -> Fabric:
         """The links among the plan's workers of one ``kind`` of group: ``dp``, ``tp`` or ``pp``.
@@ -57,20 +77,11 @@ class Basis:
         Those that split sequences are in the place of ``tp``; their gradients meet among all of ``dp`` and ``cp``.
         """
         mesh = Mesh.of(plan)
+        return self.seating.fabric(mesh, "stage" if kind == "dp" and plan.cp > 1 else kind, self.factor)
 
-        def made() -> Fabric:
-            alike = mesh.stage_groups if plan.cp > 1 else mesh.dp_groups
-            groups = {"dp": alike, "tp": mesh.tp_groups, "pp": mesh.pp_groups}[kind]
-            return fabric_of_groups(self.cluster, self.seats(plan.workers), groups, self.factor)
-
-        return self.once((kind, mesh), made)
-
-    def between(self, plan: Plan, ranks: Sequence[int]) -> Fabric:
+    def between(self, ranks: Sequence[int]) -> Fabric:
         """The links among these ranks."""
-        return self.once(
-            ("between", plan.workers, *ranks),
-            lambda: fabric_of_groups(self.cluster, self.seats(plan.workers), [ranks], self.factor),
-        )
+        return self.seating.between(tuple(ranks), self.factor)
 
     @property
     def factor(self) -> float:
@@ -84,14 +95,53 @@ class Basis:
             return self.once("whole", lambda: Portion(self.facts, self.profile))
         return self.stage(tuple(block.name for block in placed(self.facts)), 0, 1)
 
-    def stage(self, names: tuple[str, ...], number: int, stages: int) -> Portion:
-        """Stage ``number`` of a pipeline, made of the blocks of these names."""
+    def stage(self, names: tuple[str, ...], number: int, stages: int, turn: int = 0) -> Portion:
+        """Stage ``number`` of a pipeline, made of the blocks of these names.
+
+        Those of one ``turn`` (of a worker's stages the first, the second) that are made of the same kinds of blocks
+        may be one portion, with the names of the first of them.
+        """
         first, last = number == 0, number == stages - 1
 
         def made() -> Portion:
             return bounded(self._portion(names, 1 / stages, first=first, last=last), first=first, last=last)
 
-        return self.once((names, number, stages), made)
+        if first or last or not self._kinds.keys() >= set(names):
+            return self.once((names, number, stages), made)
+        return self.once(("middle", tuple(self._kinds[name] for name in names), stages, turn), made)
+
+    @property
+    def _kinds(self) -> dict[str, Any]:
+        """What kind of block each is, for those whose parameters and buffers are nobody else's."""
+
+        def made() -> dict[str, Any]:
+            known = {one.name: one for one in self.facts.parameters}
+            shared = [alias for one in self.facts.parameters if one.aliases for alias in (one.name, *one.aliases)]
+            moved: dict[str, list[Any]] = {}
+            for move in self.split.moves if self.split else ():
+                moved.setdefault(move.block, []).append((move.operation, move.size_bytes, move.backward))
+            kinds: dict[str, Any] = {}
+            for block in placed(self.facts):
+                apart = f"{block.name}."
+                if any(name.startswith(apart) for name in shared) or any(
+                    buffer.name.startswith(apart) for buffer in self.facts.buffers
+                ):
+                    continue
+                held = [known[name] for name in block.parameters]
+                kinds[block.name] = (
+                    replace(block, name="", parameters=()),
+                    tuple((one.shape, one.dtype, one.requires_grad, self._cut(one.name)) for one in held),
+                    self.split and (self.split.work.get(block.name), self.split.activations.get(block.name)),
+                    tuple(moved.get(block.name, ())),
+                    self.profile and self.profile.blocks.get(block.name),
+                )
+            numbers: dict[Any, int] = {}
+            return {name: numbers.setdefault(kind, len(numbers)) for name, kind in kinds.items()}
+
+        return self.once("kinds", made)
+
+    def _cut(self, name: str) -> Any:
+        return self.split.slices.get(name) if self.split else None
 
     def together(self, parts: Sequence[Portion]) -> Portion:
         """Several portions of one worker."""
@@ -144,7 +194,7 @@ class Basis:
                 found[-1] += seconds.get(LOSS, 0.0)
             return tuple(found)
 
-        return self.once(("seconds", plan.recompute, Mesh.of(plan)), made)
+        return self.once(("seconds", plan.recompute, id(self.fabric(plan, "tp")), self.seats(plan.workers)[0]), made)
 
     def _portion(self, names: tuple[str, ...], glue_share: float, *, first: bool, last: bool) -> Portion:
         host = self.cluster.hosts[0]
@@ -164,3 +214,9 @@ class Basis:
         if key not in self._known:
             self._known[key] = make()
         return self._known[key]
+
+
+def _of_the_model(key: Any) -> bool:
+    """Whether what is known under a key holds on any cluster: portions of the model, and its default cuts."""
+    first = key[0] if isinstance(key, tuple) else key
+    return first in _MODELS if isinstance(first, str) else isinstance(first, tuple)

@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from sheaf.cluster.cluster import Cluster, Link
 from sheaf.cluster.links import collective_seconds
-from sheaf.cost.placement import Seat, machines
+from sheaf.cluster.traffic import share
+from sheaf.cost.placement import Seat
 from sheaf.graph.facts import GLUE, LOSS, ModelFacts
 from sheaf.plans import Plan, layout
 from sheaf.plans.layout import Held
@@ -41,14 +44,8 @@ class Fabric:
         return self._known[operation, size_bytes]
 
     def sent_bytes(self, operation: str, size_bytes: int) -> float:
-        """What one worker sends in a bandwidth-optimal ring (Patarasuk and Yuan 2009).
-
-        Reduce-scatter and all-gather send (n - 1)/n of the size, an all-reduce both.
-        """
-        if operation == TRADE:
-            return float(size_bytes)
-        once = size_bytes * (self.workers - 1) / self.workers
-        return 2 * once if operation == ALL_REDUCE else once
+        """What one worker sends in a collective, as ``sheaf.cluster.traffic`` counts it where it is sent."""
+        return share(operation, self.workers) * size_bytes
 
     def passing_seconds(self, size_bytes: int) -> float:
         """One message from one worker to another over the slowest of the links."""
@@ -62,21 +59,53 @@ class Fabric:
 
 
 def fabric(cluster: Cluster, placed: tuple[Seat, ...], factor: float = 1.0) -> Fabric:
-    """The links that workers on these seats use."""
-    spans = machines(placed) > 1
-    links = (cluster.intra, *((cluster.inter,) if spans and cluster.inter else ()))
-    if spans and cluster.inter and machines(placed) == len(placed):
-        links = (cluster.inter,)  # one worker per machine: the link inside a machine is not used
-    return Fabric(links, len(placed), factor)
+    """The links that workers on the first seats of a cluster use."""
+    return Neighbourhood.of(cluster, placed).fabric(np.arange(len(placed))[None, :], factor)
 
 
-def fabric_of_groups(
-    cluster: Cluster, placed: tuple[Seat, ...], groups: Sequence[Sequence[int]], factor: float = 1.0
-) -> Fabric:
-    """The links of groups of as many ranks each, which communicate at once and wait for the slowest."""
-    fabrics = [fabric(cluster, tuple(placed[rank] for rank in group), factor) for group in groups]
-    links = {id(link): link for one in fabrics for link in one.links}
-    return Fabric(tuple(links.values()), fabrics[0].workers, factor)
+@dataclass(frozen=True)
+class Neighbourhood:
+    """Who is near whom: for each tier from the smallest, in which unit of it each rank is, and its link.
+
+    The links of the hosts are those of a tier of their own; the last link is between units of the largest.
+    """
+
+    units: tuple[np.ndarray, ...]
+    links: tuple[Link, ...]
+    inside: int  # the place of the link within a host
+
+    @classmethod
+    def of(cls, cluster: Cluster, placed: tuple[Seat, ...]) -> "Neighbourhood":
+        """That of the workers on the first seats of a cluster."""
+        machine = np.fromiter((seat.machine for seat in placed), dtype=np.int64, count=len(placed))
+        ranks = np.arange(len(placed))
+        largest = max(host.workers for host in cluster.hosts)
+        tiers = sorted(cluster.tiers, key=lambda tier: tier.workers)
+        inner = [tier for tier in tiers if tier.workers < largest]
+        outer = [tier for tier in tiers if tier.workers >= largest]
+        return cls(
+            (*(ranks // tier.workers for tier in inner), machine, *(ranks // tier.workers for tier in outer)),
+            (
+                *(tier.link for tier in inner),
+                cluster.intra,
+                *(tier.link for tier in outer),
+                cluster.inter or cluster.intra,
+            ),
+            len(inner),
+        )
+
+    def fabric(self, groups: np.ndarray, factor: float = 1.0) -> Fabric:
+        """The links of groups (rows) of as many ranks each, which communicate at once and wait for the slowest."""
+        levels = np.unique(self.levels(groups)) if groups.shape[1] > 1 else (self.inside,)
+        return Fabric(tuple(self.links[level] for level in levels), groups.shape[1], factor)
+
+    def levels(self, groups: np.ndarray) -> np.ndarray:
+        """Over which link each rank of a group reaches the next: that of the smallest tier that holds both."""
+        left, right = groups[:, :-1], groups[:, 1:]
+        apart = np.zeros(left.shape, dtype=np.int64)  # how many tiers do not hold both
+        for unit in self.units:
+            apart += unit[left] != unit[right]
+        return apart
 
 
 def exposed(pieces: Sequence[float], window_seconds: float, overlap: float) -> float:
@@ -108,10 +137,20 @@ def meetings(facts: ModelFacts, plan: Plan, workers: int) -> list[tuple[tuple[st
         groups = layout.fragments([(one.name, one.num_elements, one.dtype) for one in trained], local.fragments)
     else:
         groups = [[one.name for one in bucket] for bucket in _grouped(facts, plan.bucket_bytes)]
-    return [
+    if local.graph:  # to each neighbour, whole
+        to = 2 if local.kind == "ring" and workers > 2 else 1
+        return [tuple([(TRADE, sum(known[name].size_bytes for name in names))] * to) for names in groups]
+    found = [
         plan.compression.messages([known[name].shape for name in names], known[names[0]].itemsize_bytes, workers)
         for names in groups
     ]
+    if local.kind == "adasum":  # halves are exchanged as in an all-reduce; at each level, sums of products by layer
+        levels = workers.bit_length() - 1
+        return [
+            (*sent, *((ALL_REDUCE, 24 * len(names) * (2**levels >> level + 1)) for level in range(levels)))
+            for sent, names in zip(found, groups, strict=True)
+        ]
+    return found
 
 
 def _grouped(facts: ModelFacts, bucket_bytes: int) -> tuple[tuple[Held, ...], ...]:

@@ -39,6 +39,7 @@ class Pace:
     fetch: Direction
     host_seconds: float
     crossing: Crossing = NOTHING  # with the workers that split its layers
+    dispatch_seconds: float = 0.0  # of executors, for each microbatch
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from sheaf.cluster.cluster import Cluster
+from sheaf.cost import rows
 from sheaf.cost.basis import Basis
 from sheaf.cost.compute import Pace
 from sheaf.cost.experts import expert_times, replicated
 from sheaf.cost.memory import memory
+from sheaf.cost.overheads import microbatch_seconds, with_meetings
 from sheaf.cost.parts import held, part_times
-from sheaf.cost.pipeline import Pipeline, kept_stages, pipeline_times, slowest_clock
+from sheaf.cost.pipeline import Pipeline, kept_stages, pipeline_times, slowest_clock, workers
+from sheaf.cost.portion import Portion
 from sheaf.cost.price import Price
 from sheaf.cost.step import StepTimes, own_seconds, step_times
 from sheaf.graph.facts import ModelFacts, Profile
@@ -18,6 +22,7 @@ from sheaf.plans.mesh import Mesh
 from sheaf.plans.split import SplitFacts
 
 
+@lru_cache(maxsize=256)
 def microbatch_sizes(batch: int, microbatch: int) -> tuple[int, ...]:
     """Samples of each microbatch of a full step; the last may be smaller.
 
@@ -57,15 +62,32 @@ def priced(plan: Plan, basis: Basis, sizes: Sequence[int], *, drawn: bool = Fals
         return _piped(plan, basis, sizes, drawn=drawn)
     if plan.split_parts:
         times = part_times(plan, basis, sizes)
-        holds = memory(plan, held(plan, basis), basis.profile, sizes, shared=basis.parts(plan)[0])
     elif plan.expert_parts:
         times = expert_times(plan, basis, _paces(plan, basis), sizes)
-        holds = memory(plan, basis.whole, basis.profile, sizes, shared=replicated(basis))
     else:
         fabric = basis.fabric(plan, "dp")
-        times = step_times(plan, basis.whole, _paces(plan, basis), fabric, basis.cluster.overlap, sizes)
-        holds = memory(plan, basis.whole, basis.profile, sizes)
-    return _price(plan, times, holds)
+        summed = rows.kept(plan, basis.whole, basis.facts)
+        times = step_times(plan, summed, _paces(plan, basis), fabric, basis.cluster.overlap, sizes)
+    rows.add_rows(times, plan, basis, sizes)
+    return _price(plan, basis, times, holding(plan, basis, sizes))
+
+
+def holding(plan: Plan, basis: Basis, sizes: Sequence[int]) -> dict[str, int]:
+    """Peak bytes of the fullest worker by term: a price's ``memory``, quicker than the price."""
+    if plan.pp > 1:
+        kept = kept_stages(plan, len(sizes))
+        most: dict[int, tuple[int, Portion]] = {}
+        for portion, stages in zip(workers(plan, basis), kept, strict=True):
+            most[id(portion)] = max(most.get(id(portion), (0, portion)), (stages, portion), key=lambda one: one[0])
+        holds = [memory(plan, one, basis.profile, sizes, kept=stages / plan.virtual) for stages, one in most.values()]
+        return max(holds, key=lambda terms: sum(terms.values()))
+    if plan.split_parts:
+        shared = rows.kept(plan, basis.parts(plan)[0], basis.facts)
+        return memory(plan, rows.held(plan, held(plan, basis), basis.facts), basis.profile, sizes, shared=shared)
+    if plan.expert_parts:
+        return memory(plan, basis.whole, basis.profile, sizes, shared=replicated(basis))
+    summed = rows.kept(plan, basis.whole, basis.facts)
+    return memory(plan, rows.held(plan, basis.whole, basis.facts), basis.profile, sizes, shared=summed)
 
 
 def worker_seconds(plan: Plan, basis: Basis, size: int) -> tuple[float, ...]:
@@ -85,33 +107,32 @@ def _paces(plan: Plan, basis: Basis) -> list[Pace]:
     """By replica, the pace of the slowest of the workers that split its layers."""
     seats, mesh = basis.seats(plan.workers), Mesh.of(plan)
     crossing = basis.crossing(basis.whole, basis.fabric(plan, "dp" if plan.expert_parts else "tp"))
+    adding = microbatch_seconds(basis.profile, plan, stages=False)
+    if basis.alike(plan.workers):
+        pace = basis.pace(basis.whole, seats[0])
+        return [replace(pace, crossing=crossing, dispatch_seconds=adding)] * plan.dp
     paces: list[Pace] = []
     for replica in range(plan.dp):
         ranks = [mesh.rank(pp=0, dp=replica, tp=part) for part in range(mesh.tp)]
         there = [basis.pace(basis.whole, seat) for seat in dict.fromkeys(seats[rank] for rank in ranks)]
         pace = max(there, key=lambda one: own_seconds(plan, one, basis.facts.samples)) if len(there) > 1 else there[0]
-        paces.append(replace(pace, crossing=crossing) if crossing.moves else pace)
+        paces.append(replace(pace, crossing=crossing, dispatch_seconds=adding))
     return paces
 
 
 def _piped(plan: Plan, basis: Basis, sizes: Sequence[int], *, drawn: bool) -> Price:
     pipeline = Pipeline.of(plan, basis)
     times = pipeline_times(pipeline, basis, sizes)
-    kept = kept_stages(plan, len(sizes))
-    holds = [
-        memory(plan, portion, basis.profile, sizes, kept=stages / plan.virtual)
-        for portion, stages in zip(pipeline.workers, kept, strict=True)
-    ]
-    fullest = max(holds, key=lambda terms: sum(terms.values()))
-    found = _price(plan, times, fullest)
+    found = _price(plan, basis, times, holding(plan, basis, sizes))
     counts = tuple(len(names) for names in pipeline.names)
     return replace(found, stages=counts, timeline=slowest_clock(pipeline, basis, sizes).rows if drawn else ())
 
 
-def _price(plan: Plan, times: StepTimes, holds: dict[str, int]) -> Price:
+def _price(plan: Plan, basis: Basis, times: StepTimes, holds: dict[str, int]) -> Price:
+    times.seconds["host"] += basis.cluster.host_seconds
     return Price(
         plan=plan,
-        seconds=times.seconds,
+        seconds=with_meetings(times.seconds, basis.profile, plan),
         memory=holds,
         traffic_bytes=times.traffic_bytes,
         hidden_seconds=times.hidden_seconds,

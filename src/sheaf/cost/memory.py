@@ -12,6 +12,7 @@ from sheaf.cost.compute import STATE_BYTES_PER_BYTE
 from sheaf.cost.portion import Portion
 from sheaf.graph.facts import GLUE, LOSS, ModelFacts, Profile
 from sheaf.plans import Plan
+from sheaf.plans.local import OUTER
 
 MARGIN = 1.1  # allocators, fragments and what no model foresees
 PROCESS_BYTES = 300 * 2**20  # a CPU worker's Python and torch, before any tensor
@@ -58,15 +59,21 @@ def needed_bytes(peak_bytes: int, device_kind: str) -> int:
 
 def activation_bytes(plan: Plan, facts: ModelFacts, microbatches: float = 1.0) -> float:
     """What is kept from forward for backward, for so many microbatches of the facts at once."""
+    kept, most = _activations(facts, again=plan.recompute != "none")
+    return kept * microbatches + most
+
+
+def _activations(facts: ModelFacts, *, again: bool) -> tuple[float, float]:
+    """What each microbatch keeps, and beside that what the block that runs again keeps."""
     real = [block for block in facts.blocks if block.name not in (GLUE, LOSS)]
     rest = sum(block.saved_bytes + block.saved_input_bytes for block in facts.blocks if block.name in (GLUE, LOSS))
     saved = [block.saved_bytes + block.saved_input_bytes for block in real]
-    if plan.recompute == "none":
-        return (sum(saved) + rest) * microbatches
+    if not again:
+        return sum(saved) + rest, 0
     kept = [
         block.fresh_input_bytes if block.composite else block.saved_bytes + block.saved_input_bytes for block in real
     ]
-    return (sum(kept) + rest) * microbatches + max(saved, default=0)
+    return sum(kept) + rest, max(saved, default=0)
 
 
 def _parameters(plan: Plan, portion: Portion) -> int:
@@ -119,6 +126,9 @@ def _workspace(plan: Plan, portion: Portion, replicated: Portion, scale: float) 
 def _relaxed_copies(plan: Plan) -> int:
     """How many more copies of trained parameters relaxed plans keep: what was lost; what travels, anchor, velocity."""
     local, compressed = plan.meets_locally, plan.compress != "none"
-    anchored = local.kind != "average" or compressed or local.overlap > 0
-    meeting = 1 + anchored + (local.kind != "average") if local.every else 0
+    keeps = local.kind in OUTER
+    if local.rounds:  # what is brought, and was late; of backup workers, the gradients
+        return 1 if local.kind == "backup" else 2 + 1 + keeps
+    anchored = keeps or local.kind == "adasum" or compressed or local.overlap > 0
+    meeting = 1 + anchored + keeps if local.every else 0
     return compressed + meeting

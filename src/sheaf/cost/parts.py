@@ -5,7 +5,9 @@ from dataclasses import replace
 
 from sheaf.cost.basis import Basis
 from sheaf.cost.communication import ALL_REDUCE, BROADCAST
+from sheaf.cost.overheads import microbatch_seconds
 from sheaf.cost.portion import Portion, in_part, together
+from sheaf.cost.rows import kept
 from sheaf.cost.step import StepTimes, backward_seconds, dealt, own_seconds, own_terms, reduced, told, total_seconds
 from sheaf.graph.facts import BlockFact
 from sheaf.plans import Plan
@@ -21,7 +23,10 @@ def part_times(plan: Plan, basis: Basis, sizes: Sequence[int]) -> StepTimes:
     placed_there = basis.seats(plan.workers)
     paces = [basis.pace(outside, seat) for seat in placed_there]
     # Data is fetched, and the host's work done, once: outside.
-    shared = [replace(basis.pace(inside, seat), crossing=crossing) for seat in placed_there]
+    adding = microbatch_seconds(basis.profile, plan, stages=False)
+    shared = [
+        replace(basis.pace(inside, seat), crossing=crossing, dispatch_seconds=adding / plan.dp) for seat in placed_there
+    ]
     shared = [replace(pace, fetch=replace(pace.fetch, work_seconds=0.0), host_seconds=0.0) for pace in shared]
     shares = dealt(plan, sizes)
     totals = [total_seconds(plan, pace, share) for pace, share in zip(paces, shares, strict=True)]
@@ -37,8 +42,9 @@ def part_times(plan: Plan, basis: Basis, sizes: Sequence[int]) -> StepTimes:
     size = shares[slowest][-1]
     window = sum(backward_seconds(plan, pace, size) for pace in (paces[slowest], shared[slowest]))
     replicas = basis.fabric(plan, "dp")
-    reduced(times, plan, outside, replicas, window, basis.cluster.overlap)
-    stepped = outside.trainable_bytes / (plan.dp if plan.zero else 1) + inside.trainable_bytes
+    summed = kept(plan, outside, basis.facts)
+    reduced(times, plan, summed, replicas, window, basis.cluster.overlap)
+    stepped = summed.trainable_bytes / (plan.dp if plan.zero else 1) + inside.trainable_bytes
     times.seconds["optimizer"] = stepped * max(pace.optimizer_seconds_per_byte for pace in paces)
     times.seconds["host"] += max(pace.host_seconds for pace in paces)
     told(times, outside, replicas, len(sizes))

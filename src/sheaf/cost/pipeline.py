@@ -3,11 +3,13 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 from sheaf.cost.basis import Basis
 from sheaf.cost.clock import Course, course_seconds, kept, timeline
 from sheaf.cost.communication import ALL_REDUCE
 from sheaf.cost.compute import Pace
+from sheaf.cost.overheads import microbatch_seconds
 from sheaf.cost.portion import Portion
 from sheaf.cost.step import (
     StepTimes,
@@ -21,8 +23,9 @@ from sheaf.cost.step import (
     told,
 )
 from sheaf.plans import Plan
+from sheaf.plans.layout import apportion
 from sheaf.plans.mesh import Mesh
-from sheaf.plans.stages import balanced, default_costs, slowest, stages_of
+from sheaf.plans.stages import balanced, default_costs, placed, slowest, stages_of
 from sheaf.plans.timeline import Timeline
 
 WEIGHTS_SHARE = 0.5  # of a backward: the gradients of weights take as many operations as those of inputs
@@ -42,22 +45,27 @@ class Pipeline:
     @classmethod
     def of(cls, plan: Plan, basis: Basis) -> "Pipeline":
         """The pipeline of a plan; raises PlanError where its stages do not fit the model."""
-        names = basis.once(("names", plan.stages, plan.num_stages), lambda: stages_of(plan, basis.facts))
-        portions = tuple(basis.stage(one, number, len(names)) for number, one in enumerate(names))
+        names, portions = _stages(plan, basis)
         mesh, seats = Mesh.of(plan), basis.seats(plan.workers)
         fabric = basis.fabric(plan, "tp")
         crossings = [basis.crossing(portion, fabric) for portion in portions]
+        beside = microbatch_seconds(basis.profile, plan, stages=False)
+        adding = microbatch_seconds(basis.profile, plan, stages=True) + beside / len(names)
 
         def pace(replica: int, stage: int) -> Pace:
             ranks = (mesh.rank(pp=stage % plan.pp, dp=replica, tp=part) for part in range(mesh.tp))
             there = {seats[rank]: basis.pace(portions[stage], seats[rank]) for rank in ranks}
             size = basis.facts.samples
             paced = max(there.values(), key=lambda one: one.forward.seconds(size) + one.backward.seconds(size))
-            return replace(paced, crossing=crossings[stage])
+            return replace(paced, crossing=crossings[stage], dispatch_seconds=adding)
 
-        paces = tuple(tuple(pace(replica, stage) for stage in range(len(names))) for replica in range(plan.dp))
-        workers = tuple(basis.together(portions[worker :: plan.pp]) for worker in range(plan.pp))
-        return cls(plan, names, portions, paces, workers)
+        if basis.alike(plan.workers):
+            first = {id(portion): stage for stage, portion in reversed(list(enumerate(portions)))}
+            known = {stage: pace(0, stage) for stage in first.values()}
+            paces = (tuple(known[first[id(portion)]] for portion in portions),) * plan.dp
+        else:
+            paces = tuple(tuple(pace(replica, stage) for stage in range(len(names))) for replica in range(plan.dp))
+        return cls(plan, names, portions, paces, workers(plan, basis))
 
     def stages_on(self, worker: int) -> range:
         """The stages of one pipeline rank."""
@@ -67,13 +75,14 @@ class Pipeline:
         """One forward; each worker fetches a microbatch before the first of its stages."""
         pace = self.paces[replica][stage]
         fetch = pace.fetch.seconds(size) if stage < self.plan.pp else 0.0
-        return pace.forward.seconds(size) + pace.crossing.forward(size) + fetch
+        return pace.forward.seconds(size) + pace.crossing.forward(size) + fetch + pace.dispatch_seconds / 2
 
     def backward_seconds(self, replica: int, stage: int, size: int) -> float:
         """One backward, recomputation included."""
         pace = self.paces[replica][stage]
         again = self.plan.recompute == "full"
-        return backward_seconds(self.plan, pace, size) + pace.crossing.backward(size, again=again)
+        computing = backward_seconds(self.plan, pace, size) + pace.dispatch_seconds / 2
+        return computing + pace.crossing.backward(size, again=again)
 
     def busy_seconds(self, replica: int, worker: int, share: Sequence[int]) -> float:
         """What one pipeline rank computes, fetches and tells those who split its layers."""
@@ -84,6 +93,37 @@ class Pipeline:
         )
 
 
+def workers(plan: Plan, basis: Basis) -> tuple[Portion, ...]:
+    """What each pipeline rank computes and holds; raises PlanError where its stages do not fit the model."""
+    _, portions = _stages(plan, basis)
+    return tuple(basis.together(portions[worker :: plan.pp]) for worker in range(plan.pp))
+
+
+def _stages(plan: Plan, basis: Basis) -> tuple[tuple[tuple[str, ...], ...], tuple[Portion, ...]]:
+    """The names of each stage's blocks, and what they are."""
+
+    def made() -> tuple[tuple[tuple[str, ...], ...], tuple[Portion, ...]]:
+        names = stage_names(plan, basis)
+        portions = (basis.stage(one, number, len(names), number // plan.pp) for number, one in enumerate(names))
+        return names, tuple(portions)
+
+    return basis.once(("stages", plan.stages, plan.num_stages, plan.virtual), made)
+
+
+def stage_names(plan: Plan, basis: Basis) -> tuple[tuple[str, ...], ...]:
+    """The names of each stage's blocks, as ``stages_of`` gives them."""
+    if plan.stages:
+        return stages_of(plan, basis.facts)
+    blocks = basis.once("placed", lambda: tuple(block.name for block in placed(basis.facts)))
+    starts = [0, *accumulate(_default_cut(basis, plan.num_stages))]
+    return tuple(blocks[start:stop] for start, stop in pairwise(starts))
+
+
+def _default_cut(basis: Basis, count: int) -> tuple[int, ...]:
+    costs = basis.once("default costs", lambda: default_costs(basis.facts))
+    return basis.once(("default", count), lambda: balanced(costs, count))
+
+
 def pipeline_times(pipeline: Pipeline, basis: Basis, sizes: Sequence[int]) -> StepTimes:
     """Seconds of one step, in the terms of the busiest worker of the fastest replica.
 
@@ -91,7 +131,7 @@ def pipeline_times(pipeline: Pipeline, basis: Basis, sizes: Sequence[int]) -> St
     """
     plan = pipeline.plan
     shares = dealt(plan, sizes)
-    whole = [_replica_seconds(pipeline, basis, replica, share) for replica, share in enumerate(shares)]
+    whole = _each_seconds(pipeline, basis, shares)
     first, last = whole.index(min(whole)), whole.index(max(whole))
     times = StepTimes()
     busiest = max(range(plan.pp), key=lambda worker: pipeline.busy_seconds(first, worker, shares[first]))
@@ -105,22 +145,27 @@ def pipeline_times(pipeline: Pipeline, basis: Basis, sizes: Sequence[int]) -> St
     times.seconds["bubble"] = max(0.0, still - own)
     times.seconds["transfer"] = max(0.0, whole[first] - own - times.seconds["bubble"])
     times.seconds["wait"] = whole[last] - whole[first]
-    times.traffic_bytes += _passed_bytes(pipeline, basis, busiest, shares[first])
+    times.traffic_bytes = 0.0
     _replicated(times, pipeline, basis, shares, last)
+    held = [portion.trainable_bytes for portion in pipeline.workers]
+    times.traffic_bytes = max(  # of whoever sends most; what replicas send goes with what they hold
+        times.traffic_bytes * held[worker] / max(1, *held) + _sent_bytes(pipeline, basis, worker, shares[first])
+        for worker in range(plan.pp)
+    )
     return times
 
 
 def slowest_clock(pipeline: Pipeline, basis: Basis, sizes: Sequence[int]) -> Timeline:
     """The timeline of the replica that takes longest."""
     shares = dealt(pipeline.plan, sizes)
-    whole = [_replica_seconds(pipeline, basis, replica, share) for replica, share in enumerate(shares)]
+    whole = _each_seconds(pipeline, basis, shares)
     last = whole.index(max(whole))
     return timeline(_course(pipeline, basis, last, shares[last]))
 
 
 def kept_stages(plan: Plan, num_microbatches: int) -> tuple[int, ...]:
     """The most microbatches each pipeline rank keeps at once, each of its stages counted."""
-    most = max(1, *(len(share) for share in dealt(plan, [1] * num_microbatches)))
+    most = max(1, *apportion(num_microbatches, plan.weights))
     return kept(plan.schedule, plan.pp, plan.num_stages, most)
 
 
@@ -129,13 +174,16 @@ def measured_stages(plan: Plan, basis: Basis) -> str:
 
     Empty where the default cut is as good within 1 %. Raises PlanError where there are fewer blocks than stages.
     """
-    found = basis.once(("cut", Mesh.of(plan), plan.num_stages, plan.recompute), lambda: _measured_cut(plan, basis))
+    where = (id(basis.fabric(plan, "tp")), basis.seats(plan.workers)[0]) if basis.alike(plan.workers) else Mesh.of(plan)
+    found = basis.once(("cut", where, plan.num_stages, plan.recompute), lambda: _measured_cut(plan, basis))
     return ":".join(str(count) for count in found)
 
 
 def _measured_cut(plan: Plan, basis: Basis) -> tuple[int, ...]:
     mesh, seats = Mesh.of(plan), basis.seats(plan.workers)
     costs, count = basis.block_seconds(plan), plan.num_stages
+    if basis.alike(plan.workers):
+        return _worth_writing(basis, costs, count, [1.0] * count)
 
     def speed(worker: int) -> float:
         ranks = (mesh.rank(pp=worker, dp=replica, tp=part) for replica in range(plan.dp) for part in range(mesh.tp))
@@ -144,10 +192,37 @@ def _measured_cut(plan: Plan, basis: Basis) -> tuple[int, ...]:
 
     paces = [speed(worker) for worker in range(plan.pp)]
     speeds = [paces[stage % plan.pp] / paces[0] for stage in range(count)]
+    return _worth_writing(basis, costs, count, speeds)
+
+
+def _worth_writing(basis: Basis, costs: Sequence[float], count: int, speeds: Sequence[float]) -> tuple[int, ...]:
+    """The cut balanced by these costs; empty where the default one is as good."""
+    default = _default_cut(basis, count)
+    said = slowest(costs, default, speeds)
+    if said <= _least(costs, count, max(speeds)) * (1 + WORTH_SAYING):
+        return ()
     found = balanced(costs, count, speeds=speeds)
-    default = basis.once(("default", count), lambda: balanced(default_costs(basis.facts), count))
-    same = slowest(costs, default, speeds) <= slowest(costs, found, speeds) * (1 + WORTH_SAYING)
-    return () if same else found
+    return () if said <= slowest(costs, found, speeds) * (1 + WORTH_SAYING) else found
+
+
+def _least(costs: Sequence[float], count: int, speed: float) -> float:
+    """No cut's slowest stage costs less: of any so many of the largest blocks, one stage has its share or more."""
+    largest = sorted(costs, reverse=True)
+    shared = (-(-(place + 1) // count) * cost for place, cost in enumerate(largest))
+    return max(sum(costs) / count, *shared) / speed
+
+
+def _each_seconds(pipeline: Pipeline, basis: Basis, shares: Sequence[Sequence[int]]) -> list[float]:
+    """What the schedule takes, by replica; those with the same paces, links and microbatches are worked out once."""
+    passing = basis.seating.passing(Mesh.of(pipeline.plan), basis.factor)
+    known: dict[tuple[int, ...], float] = {}
+    found: list[float] = []
+    for replica, share in enumerate(shares):
+        key = (id(pipeline.paces[replica]), id(passing[replica]), len(share), sum(share))
+        if key not in known:
+            known[key] = _replica_seconds(pipeline, basis, replica, share)
+        found.append(known[key])
+    return found
 
 
 def _replica_seconds(
@@ -186,23 +261,24 @@ def _passing_seconds(pipeline: Pipeline, basis: Basis, replica: int, size: float
     """The longest any stage takes to pass a microbatch on to another worker."""
     plan = pipeline.plan
     longest = 0.0
-    mesh = Mesh.of(plan)
+    links = basis.seating.passing(Mesh.of(plan), basis.factor)[replica]
     for stage, sent_bytes in enumerate(_outputs(pipeline)):
-        here, there = stage % plan.pp, (stage + 1) % plan.pp
-        if here != there:
-            ranks = [mesh.rank(pp=worker, dp=replica, tp=0) for worker in (here, there)]
-            scaled = round(sent_bytes * size / basis.facts.samples)
-            longest = max(longest, basis.between(plan, ranks).passing_seconds(scaled))
+        scaled = round(sent_bytes * size / basis.facts.samples)
+        longest = max(longest, links[stage % plan.pp].passing_seconds(scaled))
     return longest
 
 
 def _outputs(pipeline: Pipeline) -> list[int]:
     """Bytes that each stage but the last passes on for one microbatch of the facts."""
-    portions = zip(pipeline.names[:-1], pipeline.portions, strict=False)
-    return [
-        next(block.output_bytes for block in portion.facts.blocks if block.name == names[-1])
-        for names, portion in portions
-    ]
+    return [placed(portion.facts)[-1].output_bytes for portion in pipeline.portions[:-1]]
+
+
+def _sent_bytes(pipeline: Pipeline, basis: Basis, worker: int, share: Sequence[int]) -> float:
+    """What a worker sends for the microbatches of a step: to its neighbours, and to those that split its layers."""
+    again = pipeline.plan.recompute == "full"
+    crossings = [pipeline.paces[0][stage].crossing for stage in pipeline.stages_on(worker)]
+    sent = sum(one.sent_bytes(size, again=again) for one in crossings for size in share)
+    return sent + _passed_bytes(pipeline, basis, worker, share)
 
 
 def _passed_bytes(pipeline: Pipeline, basis: Basis, worker: int, share: Sequence[int]) -> float:
@@ -248,7 +324,7 @@ def _replicated(
 
 def _shared_between_stages(times: StepTimes, pipeline: Pipeline, basis: Basis, portions: Sequence[Portion]) -> None:
     """Gradients of parameters that several workers of a pipeline hold are summed between them."""
-    plan, mesh = pipeline.plan, Mesh.of(pipeline.plan)
+    mesh = Mesh.of(pipeline.plan)
     sizes: dict[tuple[int, ...], list[int]] = {}
     for parameter in (one for one in basis.facts.parameters if one.aliases and one.requires_grad):
         local = {
@@ -261,4 +337,4 @@ def _shared_between_stages(times: StepTimes, pipeline: Pipeline, basis: Basis, p
             sizes.setdefault(tuple(local), []).append(max(local.values()))
     for workers, given in sizes.items():
         ranks = [mesh.rank(pp=worker, dp=0, tp=0) for worker in workers]
-        alone(times, basis.between(plan, ranks), ALL_REDUCE, given)
+        alone(times, basis.between(ranks), ALL_REDUCE, given)

@@ -1,6 +1,6 @@
 """Which seat of the cluster each worker of a plan takes: hosts in the cluster's order, each filled before the next."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -36,19 +36,39 @@ def seats(cluster: Cluster, workers: int, precision: str = "fp32") -> tuple[Seat
             f"the plan needs {workers} workers and {cluster.name} has {cluster.workers}: lower dp, or give more workers"
         )
     taken: list[Seat] = []
-    machine = 0
-    for host in cluster.hosts:
-        for _ in range(host.count):
-            busy = min(host.workers, workers - len(taken))
-            if busy > 0:
-                taken.extend([_seat(cluster, host, machine, busy, precision)] * busy)
-            machine += 1
+    first = 0
+    for host, count, busy in _filled(cluster, workers):
+        seat = _seat(cluster, host, first, busy, precision)
+        for machine in range(first, first + count):
+            taken.extend([seat if machine == first else replace(seat, machine=machine)] * busy)
+        first += count
     return tuple(taken)
 
 
-def machines(placed: tuple[Seat, ...]) -> int:
-    """Over how many machines the workers are spread."""
-    return len({seat.machine for seat in placed})
+def last(cluster: Cluster, workers: int, precision: str = "fp32") -> Seat:
+    """The last of so many seats, whose host may not be full; its machine is not counted."""
+    host, _, busy = _filled(cluster, workers)[-1]
+    return _seat(cluster, host, 0, busy, precision)
+
+
+def kinds(cluster: Cluster, workers: int, precision: str = "fp32") -> tuple[Seat, ...]:
+    """The seats of ``seats`` that differ by more than their machine, in order; quick for any number of workers."""
+    found = (_seat(cluster, host, 0, busy, precision) for host, _, busy in _filled(cluster, workers))
+    return tuple(dict.fromkeys(found))
+
+
+def _filled(cluster: Cluster, workers: int) -> list[tuple[Host, int, int]]:
+    """Hosts as workers fill them: the host, how many such, and how many workers on each."""
+    filled: list[tuple[Host, int, int]] = []
+    for host in cluster.hosts:
+        full = min(host.count, workers // host.workers)
+        workers -= full * host.workers
+        if full:
+            filled.append((host, full, host.workers))
+        if 0 < workers < host.workers and full < host.count:
+            filled.append((host, 1, workers))
+            workers = 0
+    return filled
 
 
 def _seat(cluster: Cluster, host: Host, machine: int, busy: int, precision: str) -> Seat:

@@ -7,6 +7,7 @@ from sheaf.plans import Plan
 SECONDS_TERMS = (
     "compute",
     "recompute",
+    "dispatch",
     "tensor",
     "all_to_all",
     "transfer",
@@ -15,6 +16,7 @@ SECONDS_TERMS = (
     "reduce_scatter",
     "all_gather",
     "server",
+    "rows",
     "wait",
     "optimizer",
     "host",
@@ -28,12 +30,13 @@ Row = tuple[int, str, int, int, float, float]  # worker, kind, microbatch, stage
 class Price:
     """Predicted seconds per step and peak bytes of the fullest worker, term by term.
 
-    Communication terms hold the exposed part only; ``hidden_seconds`` is what computation covers. ``tensor`` is what
-    the workers that split a layer send each other, ``all_to_all`` what replicas send to experts and back, ``transfer``
-    what passing microbatches from stage to stage adds, ``server`` what pushing gradients to shards and pulling values
-    takes, and ``bubble`` what the busiest worker of a pipeline idles for the others. ``wait`` is the time the fastest
-    replica idles for the slowest. ``stages`` counts the blocks of a pipeline's stages; ``timeline`` is its slowest
-    replica's.
+    Communication terms hold the exposed part only; ``hidden_seconds`` is what computation covers. ``dispatch`` is
+    what executors add to each microbatch (see ``cost.overheads``), ``tensor`` what the workers that split a layer
+    send each other, ``all_to_all`` what replicas send to experts and back, ``transfer`` what passing microbatches
+    from stage to stage adds, ``server`` what pushing gradients to shards and pulling values takes, ``rows`` what
+    tables take whose gradients travel as rows, and ``bubble`` what the busiest worker of a pipeline idles for the
+    others. ``wait`` is the time the fastest replica idles for the slowest. ``stages`` counts the blocks of a
+    pipeline's stages; ``timeline`` is its slowest replica's.
     """
 
     plan: Plan

@@ -19,6 +19,7 @@ from sheaf.cost.communication import (
     meetings,
 )
 from sheaf.cost.compute import Pace
+from sheaf.cost.paced import until_met
 from sheaf.cost.portion import Portion
 from sheaf.cost.price import SECONDS_TERMS
 from sheaf.plans import Plan
@@ -51,15 +52,46 @@ def step_times(
     """
     times = StepTimes()
     shares = _stolen(plan, paces, sizes) if plan.stolen else dealt(plan, sizes, paces)
+    everyone = total_all(plan, paces, shares) if plan.server and plan.serves.staleness is None else 0.0
+    rounds = plan.meets_locally.rounds
+    alone = [total_seconds(plan, pace, share) for pace, share in zip(paces, shares, strict=True)] if rounds else []
+    paces, shares = _unlike(paces, shares)
     if plan.zero >= 2:
         _in_rounds(times, plan, portion, paces, fabric, overlap, shares)
     else:
         _accumulated(times, plan, portion, paces, fabric, overlap, shares)
+    if everyone:  # nobody waits for anybody
+        own = min(total_seconds(plan, pace, share) for pace, share in zip(paces, shares, strict=True))
+        times.seconds["wait"] = max(0.0, everyone - own)
+    if rounds:
+        _by_own_pace(times, plan, alone)
     stepped = portion.trainable_bytes / (plan.alike if plan.zero else 1)
-    times.seconds["optimizer"] = stepped * max(pace.optimizer_seconds_per_byte for pace in paces)
+    updating = stepped * max(pace.optimizer_seconds_per_byte for pace in paces)
+    if plan.server:  # shards update, and workers wait for them
+        times.seconds["server"] += updating / plan.serves.shards
+    else:
+        times.seconds["optimizer"] = updating
     times.seconds["host"] += max(pace.host_seconds for pace in paces)
-    told(times, portion, fabric, len(sizes))
+    if not rounds:
+        told(times, portion, fabric, len(sizes))
     return times
+
+
+def _by_own_pace(times: StepTimes, plan: Plan, alone: Sequence[float]) -> None:
+    """Make what the worker that is done first computes for equal shares what it does by its own pace."""
+    computed, over = until_met(plan, alone)
+    first = alone.index(min(alone))
+    for term in ("compute", "recompute", "dispatch", "host"):
+        times.seconds[term] *= computed[first] / alone[first] if alone[first] else 1.0
+    times.seconds["wait"] = max(0.0, over - computed[first])
+
+
+def _unlike(paces: Sequence[Pace], shares: list[list[int]]) -> tuple[list[Pace], list[list[int]]]:
+    """One replica of each kind, in order: those with the same pace and the same microbatches do the same."""
+    kinds: dict[tuple[int, ...], tuple[Pace, list[int]]] = {}
+    for pace, share in zip(paces, shares, strict=True):
+        kinds.setdefault((id(pace), len(share), sum(share), share[-1] if share else 0), (pace, share))
+    return [pace for pace, _ in kinds.values()], [share for _, share in kinds.values()]
 
 
 def told(times: StepTimes, portion: Portion, fabric: Fabric, num_microbatches: int) -> None:
@@ -78,7 +110,8 @@ def own_seconds(plan: Plan, pace: Pace, size: int) -> float:
     again = pace.again.seconds(size) if plan.recompute == "full" else 0.0
     counter = COUNTER_SECONDS if plan.stolen else 0.0
     computing = pace.forward.seconds(size) + pace.backward.seconds(size) + again
-    return computing + pace.fetch.seconds(size) + counter + pace.crossing.seconds(size, again=bool(again))
+    fetching = pace.fetch.seconds(size) + pace.dispatch_seconds
+    return computing + fetching + counter + pace.crossing.seconds(size, again=bool(again))
 
 
 def total_seconds(plan: Plan, pace: Pace, sizes: Sequence[int]) -> float:
@@ -86,17 +119,24 @@ def total_seconds(plan: Plan, pace: Pace, sizes: Sequence[int]) -> float:
     return sum(count * own_seconds(plan, pace, size) for size, count in Counter(sizes).items())
 
 
+def total_all(plan: Plan, paces: Sequence[Pace], shares: Sequence[Sequence[int]]) -> float:
+    """Seconds in which all workers together use as many samples as a batch has, each going on at its own pace."""
+    batch = sum(sum(share) for share in shares)
+    rates = (sum(share) / total_seconds(plan, pace, share) for pace, share in zip(paces, shares, strict=True) if share)
+    return batch / sum(rates)
+
+
 def dealt(plan: Plan, sizes: Sequence[int], paces: Sequence[Pace] = ()) -> list[list[int]]:
     """Contiguous runs in proportion to the plan's weights, or to how fast the replicas' ``paces`` are."""
-    rest = list(sizes)
     shares: list[list[int]] = []
+    begin = 0
     if plan.balanced and paces:
         counts = soonest(len(sizes), [own_seconds(plan, pace, sizes[0]) for pace in paces])
     else:
         counts = apportion(len(sizes), plan.weights)
     for count in counts:
-        shares.append(rest[:count])
-        rest = rest[count:]
+        shares.append(list(sizes[begin : begin + count]))
+        begin += count
     return shares
 
 
@@ -118,6 +158,7 @@ def own_terms(times: StepTimes, plan: Plan, pace: Pace, sizes: Sequence[int]) ->
     for size, count in Counter(sizes).items():
         times.seconds["compute"] += count * (pace.forward.seconds(size) + pace.backward.seconds(size))
         times.seconds["recompute"] += count * pace.again.seconds(size) if again else 0.0
+        times.seconds["dispatch"] += count * pace.dispatch_seconds
         times.seconds["host"] += count * pace.fetch.seconds(size)
         times.seconds["tensor"] += count * pace.crossing.seconds(size, again=again)
         times.traffic_bytes += count * pace.crossing.sent_bytes(size, again=again)
@@ -162,13 +203,16 @@ def reduced(
 def served(times: StepTimes, plan: Plan, portion: Portion, fabric: Fabric) -> None:
     """Gradients go to shards, from there to backups, and values come back, with nothing to hide behind.
 
-    The busiest is a worker that sends and receives everything, or one that holds a shard to which all of them talk.
+    Busiest is a worker with a shard: it hands every push to the backup and gives values to all, and the next shard's
+    backup may be beside it. What a worker and its own shard tell each other stays in its machine.
     """
-    whole, shards = portion.trainable_bytes, plan.serves.shards
-    shard = -(-whole * plan.dp // shards)
-    busiest = max(whole, shard)
-    times.seconds["server"] += 2 * fabric.passing_seconds(busiest) + fabric.passing_seconds(shard)
-    times.traffic_bytes += whole + 2 * shard  # its push; what its shard tells the backup, and gives to all
+    whole, others = portion.trainable_bytes, plan.dp - 1
+    shard = -(-whole // plan.serves.shards)
+    pushed, mirrored, given = whole - shard, plan.dp * shard, others * shard
+    received = given + (mirrored if plan.serves.shards > 1 else 0)
+    times.seconds["server"] += fabric.passing_seconds(max(pushed + mirrored, received))
+    times.seconds["server"] += fabric.passing_seconds(max(given, pushed))
+    times.traffic_bytes += pushed + mirrored + given
 
 
 def met(times: StepTimes, plan: Plan, portion: Portion, fabric: Fabric, window_seconds: float, overlap: float) -> None:
@@ -186,7 +230,8 @@ def met(times: StepTimes, plan: Plan, portion: Portion, fabric: Fabric, window_s
     for operation, size in (message for messages in travels for message in messages):
         seconds = fabric.seconds(operation, size)
         hidden = min(seconds, local.overlap * times.seconds["compute"])
-        times.seconds[operation] += (seconds - hidden) / local.every
+        term = operation if operation in times.seconds else ALL_REDUCE
+        times.seconds[term] += (seconds - hidden) / local.every
         times.hidden_seconds += hidden / local.every
         times.traffic_bytes += fabric.sent_bytes(operation, size) / local.every
 

@@ -36,12 +36,13 @@ class Crossing:
 
     def sent_bytes(self, size: int, *, again: bool = False) -> float:
         """What one worker sends for one microbatch."""
-        kinds = self._kinds if again else self._kinds[:2]
-        return sum(
-            times * self.fabric.sent_bytes(operation, self._scaled(size_bytes, size))
-            for kind in kinds
-            for (operation, size_bytes), times in kind.items()
-        )
+        if (4 + again, size) not in self._known:
+            self._known[4 + again, size] = sum(
+                times * self.fabric.sent_bytes(operation, self._scaled(size_bytes, size))
+                for kind in (self._kinds if again else self._kinds[:2])
+                for (operation, size_bytes), times in kind.items()
+            )
+        return self._known[4 + again, size]
 
     def of(self, block: str) -> "Crossing":
         """Those of one block alone."""

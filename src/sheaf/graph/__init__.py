@@ -2,7 +2,17 @@
 
 from sheaf.graph.cache import cached_profile
 from sheaf.graph.cut import cut, is_composite, owners
-from sheaf.graph.facts import GLUE, LOSS, BlockFact, BlockTime, BufferFact, ModelFacts, ParameterFact, Profile
+from sheaf.graph.facts import (
+    GLUE,
+    LOSS,
+    BlockFact,
+    BlockTime,
+    BufferFact,
+    ModelFacts,
+    ParameterFact,
+    Profile,
+    TableFact,
+)
 from sheaf.graph.profile import profile
 from sheaf.graph.trace import trace
 
@@ -15,6 +25,7 @@ __all__ = [
     "ModelFacts",
     "ParameterFact",
     "Profile",
+    "TableFact",
     "cached_profile",
     "cut",
     "is_composite",

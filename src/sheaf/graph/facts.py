@@ -1,7 +1,7 @@
 """What is known of a model before it runs: values only, as the cost model and the executors read them."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 LOSS = "<loss>"  # the name of the block that stands for the loss function
 GLUE = "<glue>"  # the name of the block that stands for work done in no block: the root's own operations
@@ -27,6 +27,33 @@ class ParameterFact:
     def size_bytes(self) -> int:
         """What it weighs."""
         return self.num_elements * self.itemsize_bytes
+
+
+@dataclass(frozen=True)
+class TableFact:
+    """A parameter whose rows are looked up. ``distinct``: how many different rows 1, 2, 3, ... microbatches of
+    ``samples`` look up together, the mean of those that were sampled. ``whole``: something else uses it too, so that
+    every row may have a gradient.
+    """
+
+    name: str
+    rows: int
+    row_bytes: int
+    samples: int
+    distinct: tuple[float, ...]
+    whole: bool = False
+
+    def touched(self, samples: float) -> float:
+        """Different rows that so many samples look up; between and beyond what was sampled, by a power law."""
+        known, wanted = self.distinct, samples / self.samples
+        if not known or not wanted:
+            return 0.0
+        place = min(max(1, int(wanted)), max(1, len(known) - 1))
+        if place == len(known):
+            return min(float(self.rows), known[-1] * min(1.0, wanted))
+        low, high = known[place - 1], known[place]
+        power = math.log(high / low) / math.log((place + 1) / place) if low > 0 else 1.0
+        return min(float(self.rows), low * (wanted / place) ** power)
 
 
 @dataclass(frozen=True)
@@ -85,6 +112,7 @@ class ModelFacts:
     draws: tuple[str, ...]
     batch_dependent: tuple[str, ...]
     batch_bytes: int  # one collated microbatch
+    tables: tuple[TableFact, ...] = ()  # parameters whose rows are looked up
 
     @property
     def num_parameters(self) -> int:
@@ -148,3 +176,4 @@ class Profile:
     host_seconds: float
     exposed_seconds: float = 0.0  # communication of a real dp step that nothing hid; 0: not measured
     collective_factor: float = 1.0  # how much longer a collective takes in a step than when it was measured alone
+    overheads: dict[str, float] = field(default_factory=dict[str, float])  # seconds by rehearsed plan: cost.overheads

@@ -5,6 +5,7 @@ import logging
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from sheaf.graph import ops
 from sheaf.graph.counter import Counter, Tally
 from sheaf.graph.cut import cut, is_composite, owners
 from sheaf.graph.example import converted, example, global_streams_kept, num_samples, precision
-from sheaf.graph.facts import GLUE, LOSS, BlockFact, BufferFact, ModelFacts, ParameterFact
+from sheaf.graph.facts import GLUE, LOSS, BlockFact, BufferFact, ModelFacts, ParameterFact, TableFact
+from sheaf.graph.lookups import tables
 from sheaf.task import Task, arguments, as_loss
 from sheaf.task.blueprint import Blueprint
 from sheaf.units import pretty_bytes
@@ -30,8 +32,10 @@ _TOOLS = (Path(torch.__file__).parent, Path(jaxtyping.__file__).parent, _ROOMS /
 _HERE = ("<", *(str(path) for path in _TOOLS))  # files that are never the user's; "<" starts made-up ones
 
 
-def trace(task: Task, samples: int) -> ModelFacts:
+def trace(task: Task, samples: int, *, known: tuple[TableFact, ...] | None = None) -> ModelFacts:
     """The facts of the task's model for microbatches of ``samples`` samples.
+
+    ``known`` are its tables, where an earlier trace has counted their rows.
 
     Model, loss and backward run once on fake tensors: nothing is allocated, however large the model. A model whose
     path depends on values (``if x.sum() > 0``) is run for real when its parameters weigh less than 2 GiB.
@@ -46,7 +50,8 @@ def trace(task: Task, samples: int) -> ModelFacts:
         widen(model, mode)
     weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     try:
-        return _facts(task, samples, model, blueprint.names, batch, mode)
+        found = _facts(task, samples, model, blueprint.names, batch, mode)
+        return replace(found, tables=tables(task, samples) if known is None else known)
     except SheafError:
         raise
     except _Failure as failure:

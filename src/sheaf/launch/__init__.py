@@ -2,6 +2,6 @@
 
 from sheaf.launch.local import run
 from sheaf.launch.ship import FromFile
-from sheaf.launch.world import World, join, peers
+from sheaf.launch.world import World, join, lost, peers
 
-__all__ = ["FromFile", "World", "join", "peers", "run"]
+__all__ = ["FromFile", "World", "join", "lost", "peers", "run"]

@@ -27,7 +27,7 @@ def failure(workers: int, answers: Mapping[int, dict[str, Any]], gone: Mapping[i
         return _retold(own[0], workers, answers[own[0]])
     if gone:
         rank = min(gone, key=lambda rank: (gone[rank] is None, rank))
-        return WorkerFailed(f"worker {rank} of {workers} {_ending(gone[rank])}")
+        return WorkerFailed(f"worker {rank} of {workers} {ending(gone[rank])}")
     first = raised[0][1]
     return _retold(first, workers, answers[first])
 
@@ -40,7 +40,8 @@ def _retold(rank: int, workers: int, answer: dict[str, Any]) -> SheafError:
     return WorkerFailed(f"worker {rank} of {workers} raised {answer['what']}\n\n{answer['raised']}")
 
 
-def _ending(status: int | None) -> str:
+def ending(status: int | None) -> str:
+    """How a worker ended, in words."""
     if status is None:
         return "closed its connection before it returned"
     if status >= 0:

@@ -24,6 +24,7 @@ from sheaf.launch import failures, wire
 from sheaf.launch.output import Output
 from sheaf.launch.ship import packed
 from sheaf.launch.worker import STACK_SIGNAL
+from sheaf.launch.world import LOST
 
 _GRACE_SECONDS = 3.0  # how long the cause of a lost connection may take to show
 _END_SECONDS = 10.0  # how long workers that have answered may take to end
@@ -36,6 +37,7 @@ def run(
     threads: int | None = None,
     timeout_s: float | None = None,
     on_line: Callable[[int, str], None] | None = None,
+    on_lost: Callable[[int, str], None] | None = None,
     **kwargs: Any,
 ) -> list[Any]:
     """What ``function(*args, **kwargs)`` returns on each of ``workers`` new processes, by rank.
@@ -45,6 +47,9 @@ def run(
     others only stderr is shown, each line with the worker's number. With ``on_line(rank, line)`` all lines go there.
     SIGINT and SIGTERM are passed on once, for the function to end by itself; a second one kills.
 
+    With ``on_lost(rank, why)`` the others go on when a worker dies, until none is left: it is called for each that did,
+    ``sheaf.launch.lost()`` tells the others, and the result of one that died is None. What a worker raises ends all.
+
     Raises what the first worker to fail raised, when that is a SheafError, and otherwise WorkerFailed: for any other
     exception, for a worker that died, and after ``timeout_s`` seconds, with every worker's stack. The other workers
     are killed at once.
@@ -52,6 +57,7 @@ def run(
     call = packed(function, args, kwargs)
     with contextlib.ExitStack() as stack:
         crew = _Crew(stack, workers, threads or max(1, _cores() // workers), call, on_line)
+        crew.on_lost = on_lost
         stack.callback(crew.end)
         with _signals_passed_on(crew) as interrupted:
             try:
@@ -81,6 +87,8 @@ class _Crew:
         self.workers = workers
         self.answers: dict[int, dict[str, Any]] = {}
         self.gone: dict[int, int | None] = {}  # ended without an answer; the status once it is known
+        self.lost: dict[int, int | None] = {}  # those of them that the others do without
+        self.on_lost: Callable[[int, str], None] | None = None
         self._directory = Path(tempfile.mkdtemp(prefix="sheaf_"))
         stack.callback(shutil.rmtree, self._directory, ignore_errors=True)
         # The store lives here: in worker 0 it would end with that worker. It listens on the loopback address only.
@@ -103,12 +111,13 @@ class _Crew:
             end.close()
         self._output.handed_over()
         self._stacks = [self._directory / f"stack_{rank}" for rank in range(workers)]
+        self._prefix = f"run_{os.getpid()}_{time.monotonic_ns()}"
         order = {
             "workers": workers,
             "threads": threads,
             "descriptors": theirs,
             "port": port,
-            "prefix": f"run_{os.getpid()}_{time.monotonic_ns()}",
+            "prefix": self._prefix,
             "stacks": [str(path) for path in self._stacks],
             "environment": dict(os.environ),
             "path": [str(Path(entry or ".").resolve()) for entry in sys.path],
@@ -126,7 +135,7 @@ class _Crew:
             for inbox in self._inboxes:
                 selector.register(inbox.connection, EVENT_READ, inbox)
             self._output.register(selector)
-            while len(self.answers) < self.workers or failing_since is not None:
+            while len(self.answers) + len(self.lost) < self.workers or failing_since is not None:
                 left = None if until is None else until - time.monotonic()
                 if left is not None and left < 0 and failing_since is None:
                     raise failures.late(self.workers, self.answers, self._all_stacks(), timeout_s or 0.0)
@@ -134,12 +143,30 @@ class _Crew:
                     goes_on = self._output.pump(key.fd) if key.data is None else self._take(key.data)
                     if not goes_on:
                         selector.unregister(key.fileobj)
+                self._do_without()
                 if self.gone or any("raised" in answer for answer in self.answers.values()):
                     failing_since = failing_since or time.monotonic()
                     waited_enough = time.monotonic() > failing_since + _GRACE_SECONDS
                     if waited_enough or failures.is_settled(self.answers, self.gone):
-                        raise failures.failure(self.workers, self.answers, self.gone)
-        return [pickle.loads(self.answers[rank]["value"]) for rank in range(self.workers)]
+                        raise failures.failure(self.workers, self.answers, self.gone | self.lost)
+                else:
+                    failing_since = None
+        return [
+            pickle.loads(self.answers[rank]["value"]) if rank in self.answers else None for rank in range(self.workers)
+        ]
+
+    def _do_without(self) -> None:
+        """Where the others may go on: tell them who is lost, unless nobody is left."""
+        if self.on_lost is None:
+            return
+        known = {rank: status for rank, status in self.gone.items() if status is not None}
+        if not known or len(known) + len(self.lost) == self.workers:
+            return
+        for rank, status in known.items():
+            self.lost[rank] = status
+            del self.gone[rank]
+            self.on_lost(rank, failures.ending(status))
+        dist.PrefixStore(self._prefix, self._store).set(LOST, json.dumps(sorted(self.lost)))
 
     def signal(self, number: int, rank: int | None = None) -> None:
         """Send a signal to one worker, or to all."""
@@ -148,7 +175,7 @@ class _Crew:
 
     def end(self) -> None:
         """Let workers that have answered go, kill the others, and wait until all are gone."""
-        finished = len(self.answers) == self.workers
+        finished = len(self.answers) + len(self.lost) == self.workers
         if not finished:
             with contextlib.suppress(OSError):
                 self._control.shutdown(socket.SHUT_RDWR)  # the nursery kills what is left
@@ -166,23 +193,23 @@ class _Crew:
         for message in inbox.messages:
             self._heard(inbox, message)
         inbox.messages.clear()
-        if inbox is self._orders and not alive and len(self.answers) < self.workers:
+        if inbox is self._orders and not alive and len(self.answers) + len(self.lost) < self.workers:
             status = self._process.wait(_END_SECONDS)
-            if not self.gone:
+            if not self.gone and not self.lost:
                 raise WorkerFailed(
                     f"the process that workers are forked from ended with exit code {status}; "
                     "what it wrote on stderr says why"
                 )
         if inbox is not self._orders and not alive:
             rank = self._inboxes.index(inbox)
-            if rank not in self.answers:
+            if rank not in self.answers | self.lost:
                 self.gone.setdefault(rank, None)
         return alive
 
     def _heard(self, inbox: wire.Inbox, message: bytes) -> None:
         if inbox is self._orders:
             news = json.loads(message)
-            if "ended" in news and news["ended"] not in self.answers:
+            if "ended" in news and news["ended"] not in self.answers | self.lost:
                 self.gone[news["ended"]] = news["status"]
         else:
             self.answers[self._inboxes.index(inbox)] = pickle.loads(message)

@@ -65,12 +65,13 @@ def _answer(rank: int, order: dict[str, Any], call: bytes) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from sheaf.launch.world import World, enter_group, own_device, peers
+    from sheaf.launch.world import World, enter_group, own_device, peers, told_in
 
     try:
         torch.set_num_threads(order["threads"])
         workers = order["workers"]
         store = dist.PrefixStore(order["prefix"], dist.TCPStore("127.0.0.1", order["port"], is_master=False))
+        told_in(store)
         enter_group(store, World(rank, workers, rank, own_device(rank, workers)))
         with peers(rank):
             function, args, kwargs = pickle.loads(call)

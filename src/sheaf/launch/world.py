@@ -2,6 +2,7 @@
 
 import atexit
 import datetime as dt
+import json
 import os
 import re
 import sys
@@ -15,6 +16,8 @@ import torch.distributed as dist
 
 from sheaf.errors import SheafError, WorkerFailed
 
+LOST = "lost"  # the key under which the launcher tells who is
+_told: list[dist.Store] = []
 _LOST = re.compile(
     r"timed out|connection closed|connection reset|connection refused|broken pipe|connection was likely closed"
     r"|remote process exited|socket closed|watchdog|unhandled system error",
@@ -41,6 +44,18 @@ class World:
     def alone(cls) -> "World":
         """The only worker there is."""
         return cls(0, 1, 0, own_device(0, 1))
+
+
+def told_in(store: dist.Store) -> None:
+    """The launcher tells in this store who is lost."""
+    _told[:] = [store]
+
+
+def lost() -> frozenset[int]:
+    """Workers that our launcher has seen die, and that the others do without; under torchrun there are none."""
+    if not _told or not _told[0].check([LOST]):
+        return frozenset()
+    return frozenset(json.loads(_told[0].get(LOST)))
 
 
 def join() -> World | None:

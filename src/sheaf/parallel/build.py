@@ -1,9 +1,8 @@
 """A plan becomes a step: called on every worker, with a process group or alone."""
 
 import os
-from collections.abc import Collection
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,12 +12,14 @@ from torch import nn
 from sheaf.errors import PlanError
 from sheaf.graph import cut, is_composite
 from sheaf.parallel.exchange import Exchange
-from sheaf.parallel.experts import ExpertsRunner, come_home, expert_facts, shared
+from sheaf.parallel.experts import ExpertsRunner, calling, come_home, expert_facts, lists, shared
 from sheaf.parallel.gathered import Gathered
 from sheaf.parallel.holding import AbstractHolding, Factor
 from sheaf.parallel.ledger import Ledger
 from sheaf.parallel.local import LocalSteps
-from sheaf.parallel.parts import PartsPost, PartsRunner, segments, whole_outside
+from sheaf.parallel.microbatch import with_microbatch
+from sheaf.parallel.paced import pace
+from sheaf.parallel.parts import PartsPost, PartsRunner, Segments, segments, whole_outside
 from sheaf.parallel.passing import Passing
 from sheaf.parallel.pipeline import Pipeline
 from sheaf.parallel.portion import Portion
@@ -26,27 +27,29 @@ from sheaf.parallel.post import Post
 from sheaf.parallel.precision import LossScale
 from sheaf.parallel.recompute import recompute
 from sheaf.parallel.replicated import Replicated
+from sheaf.parallel.rows import Tables, tables
+from sheaf.parallel.rows.pulling import Pulling, pulling
 from sheaf.parallel.runner import Expectation, Parts, WholeModel
 from sheaf.parallel.server.assemble import refuse_served, serve
 from sheaf.parallel.sharded import Sharded
-from sheaf.parallel.shares import dealer
+from sheaf.parallel.shares import AbstractDealer, dealer
 from sheaf.parallel.spread import Spread
 from sheaf.parallel.stages import Stages, placed
 from sheaf.parallel.stand_ins import StandIns, originals
 from sheaf.parallel.statistics import BatchStatistics
 from sheaf.parallel.step import Step
 from sheaf.parallel.ties import Ties
-from sheaf.parallel.together import is_by_rows
+from sheaf.parallel.together import Together
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
 from sheaf.plans.split import SplitFacts
-from sheaf.plans.stages import default_microbatch
 from sheaf.split.closing import close
 from sheaf.split.lengthwise import Lengthwise
 from sheaf.split.mode import Splitting
 from sheaf.split.rehearsal import rehearse
 from sheaf.split.sending import Sending
-from sheaf.task import Blueprint, Streams, Task, keras
+from sheaf.split.sequences import sequences
+from sheaf.task import Blueprint, Streams, Task
 from sheaf.task.probe import elementwise
 
 
@@ -78,8 +81,8 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
     blocks = cut(blueprint.model)
     splits = split_facts(task, plan, world)
     found = segments(plan, blueprint, blocks) if plan.split_parts else None
-    _refuse_slices(task, plan, blueprint, splits)
-    _refuse_sparse(blueprint.model, plan)
+    rows = tables(task, plan, blueprint)
+    _refuse_slices(task, plan, blueprint, splits, rows)
     _refuse_scaled(task, plan)
     expectation, scale, exchange = Expectation(float(task.batch)), LossScale(task), Exchange(world)
 
@@ -88,36 +91,39 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
         return expectation.weight / (weight * scale.value) if weight else 0.0
 
     stages = placed(task, plan, blueprint, blocks, world) if plan.pp > 1 else None
-    portion = _portion(blueprint, plan, spread, splits, stages)
+    portion = _portion(blueprint, plan, spread, splits, stages, rows)
     if plan.server:
         return serve(task, plan, spread, portion)
-    untouched = originals(blocks, blueprint.dtype_of, blueprint.mode) if stages or found else {}
+    if plan.meets_locally.rounds:
+        return pace(task, plan, spread, portion)
+    lent = blocks if stages or found else lists(blueprint.model, splits)
+    untouched = originals(lent, blueprint.dtype_of, blueprint.mode)
     if plan.meets_locally.every:
-        holding = LocalSteps(portion, spread.replicas, factor, plan, exchange, expectation)
+        holding = LocalSteps(portion, spread, factor, plan, exchange, expectation, stages.tied if stages else ())
     else:
-        apart = found.apart if found else tuple(splits.slices) if splits and plan.expert_parts else ()
-        holding = _hold(portion, plan, spread.replicas, factor, blocks, apart, stages, spread.place.pp)
+        held = found.apart if found else tuple(splits.slices) if splits and plan.expert_parts else ()
+        holding = _hold(portion, plan, spread.replicas, factor, blocks, held, stages, spread.place.pp, rows)
     splitting = _splitting(plan, holding.model, portion, spread, splits)
-    sending = _sending(holding.model, portion, spread, splits, blocks)
     streams = Streams(holding.model, task.seed, world.device)
+    sending = _sending(holding.model, portion, spread, splits, blocks)
+    sending = sending or calling(holding.model, portion, spread.experts, splits, streams, untouched)
+    pulled = _pulled(task, spread, holding, rows, deals := _dealer(plan, spread), found)
     if plan.recompute == "full":
-        mode = sending or splitting
-        around = nullcontext if mode is None else lambda: mode
+        around = _around(sending or splitting or nullcontext(), pulled)
         recompute([block for block in blocks.values() if is_composite(block)], streams, around)
-    number = world.number("sheaf/builds") if plan.stolen else 0
-    merged = world.workers > 1 or plan.recompute != "none"
     parts = Parts(
         task=task,
         spread=spread,
         holding=holding,
-        dealer=dealer(plan, spread.place.dp, world.counter, f"sheaf/stolen/{number}"),
+        dealer=deals,
         exchange=exchange,
         expectation=expectation,
         scale=scale,
         streams=streams,
-        statistics=BatchStatistics(holding.model, world, tells=spread.leads) if merged else None,
+        statistics=BatchStatistics(holding.model, world, tells=spread.leads) if _merges(plan) else None,
         splitting=splitting,
         sending=sending,
+        pulling=pulled,
     )
     placing = stages or found
     ties = _ties(plan, splits, stages, spread, portion, holding)
@@ -133,13 +139,13 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
     stand_ins = StandIns(blueprint.mode, untouched)
     ledger = Ledger(homes, post, stand_ins, splitting)
     complete = stages.complete if stages else True
+    together = Together(streams, holding.model, untouched if found else {}, draws=plan.recompute == "none")
     passing = Passing(blocks, placing.blocks, count, ledger, stand_ins, complete=complete)
     if parts.statistics is not None:
         parts.statistics.follow(passing.runs)
     if found:
         assert isinstance(post, PartsPost)
-        by_rows = [name for name, original in untouched.items() if is_by_rows(original)]
-        return Step(plan, portion, PartsRunner(parts, plan, passing, post, found, by_rows))
+        return Step(plan, portion, PartsRunner(parts, plan, passing, post, found, together))
     assert stages is not None
     return Step(plan, portion, Pipeline(parts, plan, passing, post), ties)
 
@@ -152,12 +158,15 @@ def refuse(task: Task, plan: Plan) -> SplitFacts | None:
     blueprint, world = Blueprint(task), World.alone()
     task = blueprint.task = with_microbatch(task, plan, blueprint.model)
     blocks = cut(blueprint.model)
-    _refuse_sparse(blueprint.model, plan)
+    rows = tables(task, plan, blueprint)
     _refuse_scaled(task, plan)
     if plan.server:
         refuse_served(task, plan, blueprint)
     splits = split_facts(task, plan, world)
-    _refuse_slices(task, plan, blueprint, splits)
+    _refuse_slices(task, plan, blueprint, splits, rows)
+    if plan.cp > 1:
+        assert task.microbatch is not None
+        sequences(task, plan.cp, samples=min(task.microbatch, task.num_samples))
     if plan.split_parts:
         segments(plan, blueprint, blocks)
     if plan.pp > 1:
@@ -166,9 +175,9 @@ def refuse(task: Task, plan: Plan) -> SplitFacts | None:
 
 
 def _portion(
-    blueprint: Blueprint, plan: Plan, spread: Spread, splits: SplitFacts | None, stages: Stages | None
+    blueprint: Blueprint, plan: Plan, spread: Spread, splits: SplitFacts | None, stages: Stages | None, rows: Tables
 ) -> Portion:
-    slices = splits.slices if splits else None
+    slices = {**(splits.slices if splits else {}), **rows.dealt}
     if stages is None:
         return Portion(blueprint, slices=slices, rank=spread.part)
     mine = range(spread.place.pp, plan.num_stages, plan.pp)
@@ -226,13 +235,49 @@ def _splitting(
 def _sending(
     model: nn.Module, portion: Portion, spread: Spread, splits: SplitFacts | None, blocks: dict[str, nn.Module]
 ) -> Sending | None:
-    if splits is None or spread.experts is None:
+    if splits is None or spread.experts is None or splits.dealt:
         return None
     slices = splits.slices
     held = {id(value): (name, slices[name]) for name, value in portion.own(model).items() if name in slices}
     mode = Sending(spread.experts, held, shared(model, slices.__contains__))
     come_home(blocks.values(), mode)
     return mode
+
+
+def _around(
+    mode: AbstractContextManager[object], pulled: Pulling | None
+) -> Callable[[], AbstractContextManager[object]]:
+    """What a block runs again in."""
+    return (lambda: mode) if pulled is None else lambda: pulled.around(mode)
+
+
+def _merges(plan: Plan) -> bool:
+    """Whether batch statistics are set aside while microbatches run."""
+    return plan.workers > 1 or plan.recompute != "none"
+
+
+def _dealer(plan: Plan, spread: Spread) -> AbstractDealer:
+    number = spread.world.number("sheaf/builds") if plan.stolen else 0
+    return dealer(plan, spread.place.dp, spread.world.counter, f"sheaf/stolen/{number}")
+
+
+def _pulled(
+    task: Task,
+    spread: Spread,
+    holding: AbstractHolding,
+    rows: Tables,
+    deals: AbstractDealer,
+    found: Segments | None,
+) -> Pulling | None:
+    if not rows.dealt:
+        return None
+    between = sorted(set(rows.dealt) & set(found.homes)) if found else []
+    if between:
+        raise PlanError(f"{between[0]} is looked up between blocks, which split parts cut: use sparse in place of rows")
+    assert isinstance(holding, Replicated)
+    pulled = pulling(task, spread.world, holding.model, rows, deals, holding.touched.add)
+    holding.pull(pulled.store)
+    return pulled
 
 
 def _ties(
@@ -248,8 +293,12 @@ def _ties(
     partial = [name for name in _partial(plan, splits) if portion.holds(name)]
     if partial:
         ties.append(Ties(partial, spread.parted, portion, holding, gives=True))
+    if plan.tp > 1 and plan.compress != "none" and not plan.local:
+        # coded beside slices, which differ, whole gradients come out differently too: the first worker's count
+        whole = [name for name in portion.parameters if name not in portion.slices and name not in partial]
+        ties.append(Ties(whole, spread.parted, portion, holding, gives=spread.leads))
     if stages and stages.tied:
-        gives = spread.speaks(sliced=not spread.lengthwise)
+        gives = spread.apart or spread.speaks(sliced=not spread.lengthwise)
         ties.append(Ties(stages.tied, spread.copies, portion, holding, gives=gives))
     return ties
 
@@ -259,45 +308,19 @@ def _partial(plan: Plan, splits: SplitFacts | None) -> tuple[str, ...]:
     return splits.partial if splits is not None and plan.tp > 1 else ()
 
 
-def _refuse_slices(task: Task, plan: Plan, blueprint: Blueprint, splits: SplitFacts | None) -> None:
+def _refuse_slices(task: Task, plan: Plan, blueprint: Blueprint, splits: SplitFacts | None, rows: Tables) -> None:
     """Raise PlanError where the plan steps slices of parameters, and the optimizer cannot."""
     shapes = [fake.shape for fake in blueprint.parameters.values()]
-    sliced = splits is not None and bool(splits.slices)
+    sliced = bool(rows.dealt) or (splits is not None and bool(splits.slices))
     if not (plan.zero or sliced) or elementwise(task.optimizer, shapes):
         return
     key, what = ("zero", f"zero={plan.zero}") if plan.zero else ("tp", f"tp={plan.tp}")
-    if plan.expert_parts:
-        key, what = "ep", "ep"
+    if plan.by_parts:
+        key = what = "ep" if plan.expert_parts else "rows" if rows.dealt else "tp"
     raise PlanError(
         f"{what} gives each worker slices of parameters, and this optimizer's update of a slice depends "
         f"on the rest of the parameter: use dp={plan.workers} without {key}, or an elementwise optimizer such as AdamW"
     )
-
-
-def with_microbatch(task: Task, plan: Plan, model: nn.Module | None = None) -> Task:
-    """The task with its microbatch decided: its own, the plan's, or an equal share of the batch.
-
-    ``model`` is the task's, of any tensors, where it has been built before. Raises PlanError when task and plan give
-    one and they differ, since the task's decides the answer; and when neither gives one though the model computes
-    with the statistics of a microbatch or draws random numbers in each, since the answer would depend on the plan.
-    """
-    if task.microbatch is not None and plan.microbatch not in (None, task.microbatch):
-        raise PlanError(
-            f"the plan says microbatch={plan.microbatch} and the task microbatch={task.microbatch}: "
-            "leave it out of one of them"
-        )
-    chosen = task.microbatch or plan.microbatch
-    if chosen is None:
-        name = _depends_on_microbatch(Blueprint(task).model if model is None else model)
-        if name is not None:
-            raise PlanError(
-                f"neither the task nor the plan gives a microbatch, and {name} makes the answer depend on it: "
-                f"give the task one, such as microbatch={max(1, task.batch // 4)}"
-            )
-        chosen = default_microbatch(plan, task.batch)
-    if chosen > task.batch:
-        raise PlanError(f"microbatch={chosen} is larger than batch={task.batch}: lower it or raise batch")
-    return replace(task, microbatch=chosen)
 
 
 def default_device() -> torch.device:
@@ -315,36 +338,6 @@ def default_device() -> torch.device:
     return torch.device(accelerator.type, index)
 
 
-def _depends_on_microbatch(model: nn.Module) -> str | None:
-    """The first of torch's own modules that draws, or mixes the samples of a microbatch, and what it is."""
-    for name, module in model.named_modules():
-        if module.training and (_mixes(module) or _draws(module)):
-            return f"{name or 'the model'} ({type(module).__name__})"
-    return None
-
-
-def _mixes(module: nn.Module) -> bool:
-    if keras.is_batch_norm(module):
-        return True
-    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
-        return module.track_running_stats
-    return isinstance(module, nn.modules.batchnorm._BatchNorm)
-
-
-def _draws(module: nn.Module) -> bool:
-    if keras.is_layer(module):
-        return keras.may_draw(module)
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p > 0
-    if isinstance(module, nn.MultiheadAttention):
-        return module.dropout > 0
-    if isinstance(module, nn.RNNBase):
-        return module.dropout > 0 and module.num_layers > 1
-    if isinstance(module, nn.RReLU):
-        return module.lower < module.upper
-    return isinstance(module, nn.FractionalMaxPool2d | nn.FractionalMaxPool3d)
-
-
 def _hold(
     portion: Portion,
     plan: Plan,
@@ -354,23 +347,14 @@ def _hold(
     apart: Collection[str],
     stages: Stages | None,
     first: int,
+    rows: Tables,
 ) -> AbstractHolding:
     if plan.zero == 0:
-        return Replicated(portion, replicas, factor, plan.bucket_bytes, apart, plan.compression)
+        return Replicated(portion, replicas, factor, plan.bucket_bytes, (*apart, *rows.dealt), plan.compression, rows)
     if plan.zero == 3:
         calls, mine = (stages.blocks, range(first, plan.num_stages, plan.pp)) if stages else (None, (0,))
         return Gathered(portion, replicas, factor, blocks, plan, calls, mine)
     return Sharded(portion, replicas, factor, plan.bucket_bytes, shard_gradients=plan.zero == 2)
-
-
-def _refuse_sparse(model: nn.Module, plan: Plan) -> None:
-    sparse = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
-    ]
-    if sparse and not plan.serial:
-        raise PlanError(f"{sparse[0]} makes sparse gradients, which {plan} cannot add up: build it with sparse=False")
 
 
 def _refuse_scaled(task: Task, plan: Plan) -> None:

@@ -42,9 +42,9 @@ class Touched:
 
 
 def _hook(touched: "weakref.ref[Touched]", name: str) -> Callable[[Tensor], None]:
-    def accumulated(_parameter: Tensor) -> None:
+    def accumulated(parameter: Tensor) -> None:
         there = touched()
-        if there is not None:
+        if there is not None and parameter.grad is not None:  # torch calls this for no gradient, too
             there.come(name)
 
     return accumulated

@@ -1,17 +1,22 @@
-"""Local steps: each worker steps by the gradients of its own microbatches; every H steps weights meet."""
+"""Local steps: each replica steps by the gradients of its own microbatches; every H steps weights meet."""
+
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from sheaf.cluster.primitives import Pending
+from sheaf.parallel.alike import Alike
 from sheaf.parallel.compression import AbstractCompressor, compressor
 from sheaf.parallel.exchange import Exchange
 from sheaf.parallel.holding import Factor
+from sheaf.parallel.meeting import adasum, mixed, neighbours
 from sheaf.parallel.outer import Outer
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.replicated import Replicated
 from sheaf.parallel.runner import Expectation
-from sheaf.parallel.world import World
+from sheaf.parallel.spread import Spread
 from sheaf.plans import Plan
 from sheaf.plans.layout import fragments
 from sheaf.plans.local import Local
@@ -23,8 +28,8 @@ MIXED = 0.5
 class Fragment:
     """Some of the parameters, which meet together: the weights they met at last, and what travels of them."""
 
-    def __init__(self, parameters: dict[str, Tensor], outer: Outer, *, anchored: bool) -> None:
-        self.parameters = list(parameters.values())
+    def __init__(self, parameters: Mapping[str, Tensor], outer: Outer, *, anchored: bool) -> None:
+        self.names, self.parameters = list(parameters), list(parameters.values())
         self.weight = torch.zeros((), dtype=torch.float64)  # of the losses this worker stepped by since they met
         flat = self.flat()
         self.anchor = flat if anchored else None
@@ -53,42 +58,59 @@ class Fragment:
 
 
 class LocalSteps(Replicated):
-    """As replicated, but that after the plan's first ``after`` steps gradients stay where they are.
+    """As replicated, but that after the plan's first ``after`` steps gradients stay with each replica.
 
-    A worker's gradient is that of the mean of its own losses, and when weights meet each worker counts by the weight of
-    what it has seen since: so one plain SGD step between meetings is what all-reduce computes. Stich, "Local SGD
-    Converges Fast and Communicates Little", 2019.
+    A replica's gradient is that of the mean of its own losses, and when weights meet each replica counts by the weight
+    of what it has seen since: so one plain SGD step between meetings is what all-reduce computes. Stich, "Local SGD
+    Converges Fast and Communicates Little", 2019. Where weights meet those of neighbours only, each replica counts the
+    same, and its gradient has the size that makes the mean of all of them the serial one.
+
+    A replica may be several workers, that split layers or have stages. Each meets those that hold the same; then
+    copies within the replica are made the same (``alike``).
     """
 
     def __init__(
         self,
         portion: Portion,
-        world: World,
+        spread: Spread,
         factor: Factor,
         plan: Plan,
         exchange: Exchange,
         expectation: Expectation,
+        tied: Sequence[str] = (),
     ) -> None:
+        world = spread.replicas
         super().__init__(portion, world, factor, plan.bucket_bytes)
-        self._exchange, self._expectation = exchange, expectation
+        self._spread, self._exchange, self._expectation = spread, exchange, expectation
+        self._slices = portion.slices
         self._local: Local = plan.meets_locally
         self._outer = Outer(self._local.kind, self._local.lr, self._local.momentum)
         self._steps = torch.zeros((), dtype=torch.int64)
         self._compression = plan.compression
         anchored = self._outer.keeps or self._compression.kind != "none" or self._local.overlap > 0
-        trained = {name: value for name, value in self.parameters.items() if value.requires_grad}
-        grouped = fragments(
-            [(name, value.numel(), str(value.dtype)) for name, value in trained.items()], self._local.fragments
-        )
-        self._fragments = [
-            Fragment({name: trained[name] for name in names}, self._outer, anchored=anchored) for names in grouped
-        ]
-        self._fragment_compressors: list[AbstractCompressor | None] = [
-            compressor(self._compression, world, each.travelling, [value.shape for value in each.parameters])
-            if self._compression.kind != "none"
-            else None
-            for each in self._fragments
-        ]
+        anchored = anchored or self._local.kind == "adasum"
+        # of the whole model, so that all stages and slices of a parameter meet at the same step
+        every = {name: fake for name, fake in portion.blueprint.parameters.items() if fake.requires_grad}
+        sized = [(name, fake.numel(), str(portion.dtype_of(fake))) for name, fake in every.items()]
+        grouped = fragments(sized, self._local.fragments)
+        self._offsets = [index * self._local.every // len(grouped) for index in range(len(grouped))]
+        self._fragments: dict[int, Fragment] = {}
+        self._fragment_compressors: dict[int, AbstractCompressor] = {}
+        for index, names in enumerate(grouped):
+            mine = {name: self.parameters[name] for name in names if name in self.parameters}
+            if not mine:
+                continue
+            made = self._fragments[index] = Fragment(mine, self._outer, anchored=anchored)
+            if self._compression.kind != "none":
+                shapes = [value.shape for value in made.parameters]
+                self._fragment_compressors[index] = compressor(self._compression, world, made.travelling, shapes)
+        self._alike: list[Alike] = []
+        if plan.tp > 1:
+            whole = [name for name in every if name in self.parameters and name not in portion.slices]
+            self._alike.append(Alike(whole, spread.parted, portion, gives=spread.leads))
+        if tied:
+            trained = [name for name in tied if name in every]
+            self._alike.append(Alike(trained, spread.copies, portion, gives=True))
 
     @property
     def distinct(self) -> bool:
@@ -115,27 +137,31 @@ class LocalSteps(Replicated):
         if self.together:
             super().finish(used)
             return
-        gradients, weight = list(self.held().values()), self._exchange.own_weight
+        gradients, weight = list(self.held().values()), self._own_weight()
         if gradients and weight:  # without any, all its samples were padding, and its gradients are zero
-            torch._foreach_mul_(gradients, self._expectation.weight / weight)
+            counted = self._exchange.told().weight / self._world.workers if self._local.graph else weight
+            torch._foreach_mul_(gradients, self._expectation.weight / counted)
 
     def after_update(self) -> None:
         """Count the step; start the meetings that are due, and end those that have travelled long enough."""
         together = self.together
         self._steps += 1
         step = int(self._steps)
-        for index, fragment in enumerate(self._fragments):
+        weight = 0.0 if together or self._local.graph else self._own_weight()
+        for index, fragment in self._fragments.items():
             if together:  # weights are everywhere the same
                 if fragment.anchor is not None:
                     fragment.anchor.copy_(fragment.flat())
                 continue
-            fragment.weight += self._exchange.own_weight
-            offset = index * self._local.every // len(self._fragments)
-            if (step - self._local.after - offset) % self._local.every == 0:
+            fragment.weight += weight
+            if self._begins(index, step):
                 self._end(fragment)  # the last meeting, where it travels as long as this one waited
                 self._begin(index, step)
             if 0 <= int(fragment.due) <= step:
                 self._end(fragment)
+        if any(self._begins(index, step - self._local.overlap) for index in range(len(self._offsets))):
+            for alike in self._alike:
+                alike.meet(self.parameters)
 
     def loaded(self) -> None:
         """Nothing: every worker has its own."""
@@ -143,14 +169,12 @@ class LocalSteps(Replicated):
     def full_parameters(self) -> dict[str, Tensor]:
         """The mean of the workers' weights, each counted by what it has seen since weights met (collective)."""
         whole = {name: value.detach() for name, value in self.parameters.items()}
-        by_id = {id(value): name for name, value in self.parameters.items()}
-        for fragment in self._fragments:
+        for fragment in self._fragments.values():
             mean = fragment.flat() * self._share(fragment)
             self._world.wait(self._world.all_reduce(mean, "weights"))
-            for parameter, value in zip(
-                fragment.parameters, mean.split([each.numel() for each in fragment.parameters]), strict=True
-            ):
-                whole[by_id[id(parameter)]] = value.view(parameter.shape)
+            sizes = [parameter.numel() for parameter in fragment.parameters]
+            for name, value in zip(fragment.names, mean.split(sizes), strict=True):
+                whole[name] = value.view(whole[name].shape)
         return whole
 
     def kept(self) -> dict[str, Tensor]:
@@ -160,7 +184,7 @@ class LocalSteps(Replicated):
         """The mean of the workers' gradients by the weight of their losses: the serial one where weights are equal."""
         if self.together:
             return super().full_gradients()
-        weight = self._exchange.own_weight
+        weight = 1.0 if self._local.graph else self._own_weight()
         total = float(self._world.summed(torch.tensor([weight], dtype=torch.float64), "weights of losses")[0])
         whole: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
@@ -171,13 +195,27 @@ class LocalSteps(Replicated):
         return whole
 
     def extra(self) -> dict[str, Tensor]:
-        for fragment in self._fragments:
-            self._arrive(fragment)
         named = {"steps": self._steps}
-        for index, (fragment, compress) in enumerate(zip(self._fragments, self._fragment_compressors, strict=True)):
+        for index, fragment in self._fragments.items():
+            self._arrive(fragment)
+            compress = self._fragment_compressors.get(index)
             named |= {f"fragment{index}/{name}": value for name, value in fragment.tensors().items()}
             named |= {f"fragment{index}/{name}": value for name, value in (compress.kept() if compress else {}).items()}
         return named
+
+    def _own_weight(self) -> float:
+        """The weight of the losses of this worker's replica in the step under way."""
+        if self._spread.alone:
+            return self._exchange.own_weight
+        told, replica = self._exchange.told(), self._spread.place.dp
+        _, dealt = self._spread.by_replica([0.0] * len(told.counts), told.counts)
+        start = sum(dealt[:replica])
+        return math.fsum(told.weights[start : start + dealt[replica]])
+
+    def _begins(self, index: int, step: int) -> bool:
+        """Whether a fragment, of whoever holds it, begins to meet after so many steps."""
+        first = self._local.after + self._offsets[index]
+        return step > self._local.after and (step - first) % self._local.every == 0
 
     def _share(self, fragment: Fragment) -> float:
         """Which part of the mean this worker's weights are (collective)."""
@@ -185,16 +223,35 @@ class LocalSteps(Replicated):
         return float(fragment.weight) / total if total else 1 / self._world.workers
 
     def _begin(self, index: int, step: int) -> None:
-        fragment, compress = self._fragments[index], self._fragment_compressors[index]
+        fragment, compress = self._fragments[index], self._fragment_compressors.get(index)
         mine = fragment.flat()
         away = mine if fragment.anchor is None else fragment.anchor - mine
+        fragment.due.fill_(step + self._local.overlap)
+        if self._local.graph:
+            meeting = (step - self._local.after - self._offsets[index]) // self._local.every - 1
+            fragment.travelling.copy_(
+                mixed(self._world, away, neighbours(self._local.kind, self._world.workers, meeting))
+            )
+            return
+        if self._local.kind == "adasum":
+            sizes = [parameter.numel() for parameter in fragment.parameters]
+            adasum(self._world, away, sizes, lambda dots: self._of_whole_layers(fragment, dots))
+            fragment.travelling.copy_(away)
+            fragment.weight.zero_()
+            return
         torch.mul(away, self._share(fragment), out=fragment.travelling)
         fragment.weight.zero_()
         if compress is None:
             fragment.pending = self._world.all_reduce(fragment.travelling, "weights")
         else:
             fragment.pending = compress.start(fragment.travelling)
-        fragment.due.fill_(step + self._local.overlap)
+
+    def _of_whole_layers(self, fragment: Fragment, dots: Tensor) -> Tensor:
+        """Sums over layers from those over this worker's slices of them (collective among those that split layers)."""
+        sliced = torch.tensor([[float(name in self._slices)] for name in fragment.names], dtype=torch.float64)
+        if not self._slices:
+            return dots
+        return self._spread.parted.summed(dots * sliced, "products of AdaSum") + dots * (1 - sliced)
 
     def _arrive(self, fragment: Fragment) -> None:
         if fragment.pending is not None:

@@ -74,6 +74,11 @@ def named_state(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> tupl
                 f"{kind} keeps state ({parameter!r}) that belongs to no parameter; a checkpoint has no place"
             )
         for key, value in state.items():
+            if isinstance(value, Tensor) and value.layout is not torch.strided:
+                raise TaskError(
+                    f"{kind} keeps {key} of {name} as a sparse tensor, which no checkpoint here can hold: use it "
+                    "without momentum, or build the table with sparse=False"
+                )
             if isinstance(value, Tensor):
                 tensors[f"{name}/{key}"] = value
             else:

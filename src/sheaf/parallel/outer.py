@@ -5,12 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sheaf.plans.local import OUTER
+
 
 @dataclass(frozen=True)
 class Outer:
     """An outer optimizer over ``anchor`` weights, with the workers' mean departure from them for a gradient.
 
-    ``average``  the mean of the workers' weights (local SGD: Stich, "Local SGD Converges Fast", 2019)
+    ``average``  the mean of the workers' weights (local SGD: Stich, "Local SGD Converges Fast", 2019), or whatever
+                 else they depart by together
     ``slowmo``   momentum on the departure over the inner learning rate (Wang et al., "SlowMo", 2020, algorithm 1)
     ``diloco``   Nesterov momentum on the departure (Douillard et al., "DiLoCo", 2023)
     """
@@ -22,7 +25,7 @@ class Outer:
     @property
     def keeps(self) -> bool:
         """Whether it has momentum to keep."""
-        return self.kind != "average"
+        return self.kind in OUTER
 
     def step(self, anchor: Tensor, departure: Tensor, velocity: Tensor | None, *, rate_ratio: float = 1.0) -> Tensor:
         """New weights; ``velocity`` is updated in place. All are of one shape.

@@ -9,7 +9,7 @@ held once over all workers, and their gradients never travel.
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -26,7 +26,7 @@ from sheaf.parallel.runner import Parts
 from sheaf.parallel.shares import Dealt
 from sheaf.parallel.staged import AbstractStaged
 from sheaf.parallel.stand_ins import signature
-from sheaf.parallel.together import NotAlikeError, put_together
+from sheaf.parallel.together import NotAlikeError, Together, put_together
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
 from sheaf.plans.layout import apportion
@@ -234,7 +234,7 @@ class PartsPost(Post):
 class PartsRunner(AbstractStaged):
     """Goes round by round: each replica has one microbatch in a round, and split segments compute all of them.
 
-    The last segment, where it is split, computes them at once where ``by_rows`` names the blocks that allow it.
+    The last segment, where it is split, computes them at once where ``together`` names the blocks that allow it.
     """
 
     def __init__(
@@ -244,11 +244,11 @@ class PartsRunner(AbstractStaged):
         passing: Passing,
         post: PartsPost,
         found: Segments,
-        by_rows: Collection[str] = (),
+        together: Together,
     ) -> None:
         super().__init__(parts, passing, post)
         self._plan, self._found, self._owned = plan, found, post
-        passing.rows = by_rows
+        passing.rows, self._together = together.rows, together
         self._alone: dict[
             Any, tuple[int, tuple[int, ...]] | None
         ] = {}  # what the last segment received of such a batch
@@ -336,12 +336,15 @@ class PartsRunner(AbstractStaged):
         self._owned.together([Member(*one) for one in zip(owners, rows, known, strict=True)])
         members = list(zip([microbatch for _, microbatch in here], batches, strict=True))
         first = here[0][1]
+        self._together.members = tuple((self._step, one.index, len(one.samples)) for _, one in here)
         try:
             self._noted("F", first, segment, lambda: self.through(members, batch, segment))
         except NotAlikeError:
             self._unlike.add(signature(batch))
             self._owned.together(())
             return False
+        finally:
+            self._together.members = ()
         self._noted("B", first, segment, lambda: self._backward(first, segment))
         self._owned.together(())
         return True

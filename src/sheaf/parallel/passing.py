@@ -178,7 +178,7 @@ class Passing(TorchFunctionMode):
         ledger = self._ledger
         name = resolve_name(func) or getattr(func, "__name__", str(func))
         picks = func in PICKS and has_mask(args[1]) and not ledger.entries((args[1:], kwargs))
-        key = (func, kinds((args, kwargs)))
+        key = None if self._complete else (func, kinds((args, kwargs)))
         if self._complete:
             self._shown[key] = True
         elif not picks and key not in self._shown and stage == self.stage:

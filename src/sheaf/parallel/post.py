@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sheaf.cluster.traffic import traffic
 from sheaf.parallel.world import World
 
 FORWARD, BACKWARD, READ, SIZES = range(4)  # kinds of messages, which never overtake their own
@@ -46,6 +47,7 @@ class Post:
             return
         while self._under_way and self._under_way[0][0].is_completed():
             self._under_way.popleft()
+        traffic.message(tensor.nbytes)
         with self._world.explained("send", f"message {tag} to {rank}", tensor):
             work = dist.isend(tensor, group=self._world.group, group_dst=rank, tag=tag)
             assert work is not None

@@ -1,6 +1,5 @@
 """A forward on fake tensors before the first real one: in which order blocks run, and who uses whose parameters."""
 
-import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from sheaf.graph.facts import GLUE
+from sheaf.graph.lookups import put_back
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.trees import line_of_model
 from sheaf.plans.layout import Held, kept_whole
@@ -84,7 +84,7 @@ def rehearse(portion: Portion, blocks: Mapping[str, nn.Module]) -> Rehearsal:
         if any(id(leaf) in computed or leaf.untyped_storage()._cdata in names for leaf in leaves):
             computed.update({id(leaf): leaf for leaf in tree_iter(result) if isinstance(leaf, Tensor)})
 
-    with _put_back(portion.model), _running(blocks, order, running, note, returned):
+    with put_back(portion.model), _running(blocks, order, running, note, returned):
         try:
             with portion.mode, _Arguments(uses, follow):
                 portion.model(*positional, **named)
@@ -127,29 +127,6 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
 def watching(show: Callable[[Tensor], object]) -> TorchDispatchMode:
     """A context in which ``show`` sees every tensor before an operation reads it."""
     return _Arguments(show)
-
-
-@contextmanager
-def _put_back(model: nn.Module) -> Iterator[None]:
-    modules = [(module, dict(module.__dict__)) for module in model.modules()]
-    plain = [
-        (value, copy.copy(value))
-        for _, attributes in modules
-        for value in attributes.values()
-        if isinstance(value, dict | list | set)
-    ]
-    try:
-        yield
-    finally:
-        for module, attributes in modules:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-        for value, before in plain:
-            if isinstance(value, list):
-                value[:] = before
-            else:
-                value.clear()
-                value.update(before)
 
 
 @contextmanager

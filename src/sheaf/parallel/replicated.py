@@ -13,6 +13,9 @@ from sheaf.parallel.compression import compressor
 from sheaf.parallel.holding import AbstractHolding, Factor, Touched, refuse_sparse
 from sheaf.parallel.optimizers import sliced_optimizer
 from sheaf.parallel.portion import Portion
+from sheaf.parallel.rows.meeting import RowsMeeting
+from sheaf.parallel.rows.store import Store
+from sheaf.parallel.rows.tables import Tables
 from sheaf.parallel.turnstile import Turnstile
 from sheaf.parallel.world import World
 from sheaf.plans.compression import Compression
@@ -22,7 +25,8 @@ from sheaf.plans.layout import Held, buckets
 class Replicated(AbstractHolding):
     """The whole model and optimizer on each worker; alone, it is what a plain training loop does.
 
-    Gradients of parameters that are ``apart`` are complete on each worker, and stay there.
+    Gradients of parameters that are ``apart`` are complete on each worker, and stay there; those of ``tables`` travel
+    as rows.
     """
 
     def __init__(
@@ -33,6 +37,7 @@ class Replicated(AbstractHolding):
         bucket_bytes: int,
         apart: Collection[str] = (),
         compression: Compression | None = None,
+        tables: Tables | None = None,
     ) -> None:
         self._world, self._factor = world, factor
         self.model = portion.fill(world.device)
@@ -41,12 +46,16 @@ class Replicated(AbstractHolding):
             self.optimizer = portion.task.optimizer(list(self.parameters.values()))
         else:  # its groups are decided on the whole model's parameters
             self.optimizer = sliced_optimizer(portion, {name: (held, None) for name, held in self.parameters.items()})
+        rows = RowsMeeting(world, tables, self.parameters, factor) if tables else None
+        self.store: Store | None = None
+        self.rows = rows if rows and rows.names and world.workers > 1 else None
+        tabled = self.rows.names if self.rows else frozenset[str]()
         held = [
             Held(name, value.numel(), str(value.dtype), value.requires_grad)
             for name, value in self.parameters.items()
-            if name not in apart
+            if name not in apart and name not in tabled
         ]
-        self._apart = [name for name in self.parameters if name in apart]
+        self._apart = [name for name in self.parameters if name in apart and name not in tabled]
         sizes = {str(value.dtype): value.itemsize for value in self.parameters.values()}
         grouped = buckets(held, sizes, bucket_bytes) if world.workers > 1 else ()
         self._buckets = [[member.name for member in bucket] for bucket in grouped]
@@ -65,11 +74,19 @@ class Replicated(AbstractHolding):
         self._turnstile = Turnstile(self._buckets, self._launch)
         self._touched = Touched(self.parameters.items(), self._ready)
 
+    def pull(self, store: Store) -> None:
+        """Rows of dealt tables come from a store, and their gradients go there."""
+        self.store = store
+        if self.rows is not None:
+            self.rows.sums = store.sums
+
     @property
     def sharded(self) -> bool:
         return False
 
     def begin_step(self) -> None:
+        if self.store is not None:
+            self.store.begin_step()
         self._touched.names.clear()
         self._turnstile.forget()
         for parameter in self.parameters.values():
@@ -86,6 +103,8 @@ class Replicated(AbstractHolding):
         if not self._turnstile.armed:
             self._turnstile.arm()
         self._turnstile.flush()
+        if self.rows:
+            self.rows.start()
 
     def finish(self, used: set[str]) -> None:
         if self._world.workers == 1:
@@ -101,15 +120,28 @@ class Replicated(AbstractHolding):
         gradients = [gradient for name in self._apart if (gradient := self.parameters[name].grad) is not None]
         if gradients:
             torch._foreach_mul_(gradients, self._factor())
+        if self.rows:
+            self.rows.finish(used)
 
     def held(self) -> dict[str, Tensor]:
         return {name: value.grad for name, value in self.parameters.items() if value.grad is not None}
 
     def after_update(self) -> None:
-        """Nothing: every worker made the same update."""
+        """Every worker made the same update, but of the rows that it holds for others."""
+        if self.store is not None:
+            self.store.updated()
+
+    def loaded(self) -> None:
+        if self.store is not None:
+            self.store.loaded()
+
+    def close(self) -> None:
+        super().close()
+        if self.store is not None:
+            self.store.close()
 
     def full_gradients(self) -> dict[str, Tensor]:
-        return self.held()
+        return {name: value.to_dense() if value.is_sparse else value for name, value in self.held().items()}
 
     def full_parameters(self) -> dict[str, Tensor]:
         return {name: value.detach() for name, value in self.parameters.items()}

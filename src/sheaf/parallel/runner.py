@@ -2,14 +2,15 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from sheaf.parallel.calls import Calling
 from sheaf.parallel.exchange import Exchange
 from sheaf.parallel.holding import AbstractHolding
 from sheaf.parallel.precision import LossScale, autocast
@@ -32,6 +33,19 @@ class Expectation:
     weight: float
 
 
+@runtime_checkable
+class Pulling(Protocol):
+    """Pulls what other workers hold, before a forward asks for it."""
+
+    def fetched(self, step: int, microbatch: Microbatch, fetch: Callable[[int, Microbatch], Any]) -> Any:
+        """A microbatch's batch; it may fetch more than this one, and ask for what these need."""
+        ...
+
+    def around(self, mode: AbstractContextManager[object]) -> AbstractContextManager[object]:
+        """What a forward runs in, with what it would run in otherwise around it."""
+        ...
+
+
 @dataclass(frozen=True)
 class Parts:
     """What a runner works with."""
@@ -46,10 +60,16 @@ class Parts:
     streams: Streams
     statistics: BatchStatistics | None
     splitting: Splitting | None
-    sending: Sending | None = None
+    sending: Sending | Calling | None = None
+    pulling: Pulling | None = None
 
     def fetched(self, step: int, microbatch: Microbatch) -> Any:
         """A microbatch's batch, on this worker's device."""
+        if self.pulling is not None:
+            return self.pulling.fetched(step, microbatch, self._fetched)
+        return self._fetched(step, microbatch)
+
+    def _fetched(self, step: int, microbatch: Microbatch) -> Any:
         batch = fetch(self.task, microbatch.samples, key(self.task.seed, "data", step, microbatch.index))
         return moved(batch, self.spread.world.device, torch.float64 if self.task.precision == "fp64" else None)
 
@@ -60,7 +80,8 @@ class Parts:
 
     def forward_context(self) -> AbstractContextManager[object]:
         """What model and loss run in when layers are split."""
-        return self.sending or self.splitting or nullcontext()
+        mode = self.sending or self.splitting or nullcontext()
+        return mode if self.pulling is None else self.pulling.around(mode)
 
     def statistics_of_microbatch(self) -> AbstractContextManager[object]:
         """What a microbatch's forward and backward run in where statistics are merged."""

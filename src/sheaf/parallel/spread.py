@@ -14,7 +14,8 @@ from sheaf.split.team import GroupTeam
 
 class Spread:
     """The worlds of one worker: ``world`` of all, ``replicas`` that hold the same, ``layers`` that split a layer
-    together, ``stages`` that pass microbatches on. Making it is collective.
+    together, ``stages`` that pass microbatches on, ``replica`` of those that are one replica (where replicas step
+    alone). Making it is collective.
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
@@ -31,11 +32,12 @@ class Spread:
         self.stages = World(device, among=groups.pp_groups)
         # among whom parts of the gradients of whole parameters are summed: where state is sharded, with replicas
         self.parted = World(device, among=groups.stage_groups) if plan.tp > 1 and plan.zero else self._layers
-        # all that hold the same slice of a parameter in any stage
-        self.copies = World(
-            device,
-            among=_columns(groups, self.lengthwise) if groups.pp > 1 else [[rank] for rank in range(groups.workers)],
-        )
+        # all that hold the same slice of a parameter in any stage; of one replica, where replicas step alone
+        self.apart = bool(plan.local)
+        columns = groups.pp_groups if self.apart else _columns(groups, self.lengthwise)
+        single = [[rank] for rank in range(groups.workers)]
+        self.copies = World(device, among=columns if groups.pp > 1 else single)
+        self.replica = World(device, among=_replicas(groups) if self.apart else single)
         self.layers = GroupTeam(self._layers.group, self._layers.explained) if known and self.mesh.tp > 1 else None
         self.by_parts = plan.by_parts
         if known and plan.split_parts:
@@ -70,14 +72,14 @@ class Spread:
     @property
     def waited_seconds(self) -> float:
         """How long this worker stood still for others."""
-        worlds = {self.world, self.replicas, self._layers, self.stages, self.copies, self.parted}
+        worlds = {self.world, self.replicas, self._layers, self.stages, self.copies, self.parted, self.replica}
         teams = (self.layers, self.experts)
         return sum(one.waited_seconds for one in worlds) + sum(team.waited_seconds for team in teams if team)
 
     def close(self) -> None:
         """Give the groups back (collective)."""
         for one in dict.fromkeys(
-            (self.replicas, self._layers, self.stages, self.copies, self.parted, self._tokens, self.world)
+            (self.replicas, self._layers, self.stages, self.copies, self.parted, self.replica, self._tokens, self.world)
         ):
             one.close()
 
@@ -128,6 +130,11 @@ def _columns(mesh: Mesh, whole: bool) -> list[list[int]]:
     if whole:
         return [list(range(mesh.workers))]
     return [[rank for rank in range(mesh.workers) if mesh.place(rank).tp == part] for part in range(mesh.tp)]
+
+
+def _replicas(mesh: Mesh) -> list[list[int]]:
+    """The workers of each replica."""
+    return [[rank for rank in range(mesh.workers) if mesh.place(rank).dp == replica] for replica in range(mesh.dp)]
 
 
 def _put(whole: Tensor, local: Tensor, dim: int, ranges: tuple[tuple[int, int], ...]) -> None:

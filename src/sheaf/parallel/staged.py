@@ -83,7 +83,8 @@ class AbstractStaged(AbstractRunner):
                         weight = passing.bring(loss.weight) if isinstance(loss.weight, Tensor) else loss.weight
                         losses.append((microbatch, total, weight))
             except Finished:
-                pass
+                if parts.splitting is not None:
+                    parts.splitting.settle()
             for microbatch, total, weight in losses:
                 if total is not None and self.answers(microbatch):
                     parts.exchange.add(microbatch.index, total, weight)

@@ -167,6 +167,12 @@ class BatchStatistics:
         self._found: dict[int, Tensor] = {}
         self._steps = 0
 
+    @property
+    def moving(self) -> tuple[Tensor, ...]:
+        """The running means and variances, live."""
+        found = ((layer.module, layer.kind) for layer in self._layers)
+        return tuple(module._buffers[key] for module, kind in found for key in (kind.mean, kind.variance))
+
     def follow(self, runs: Callable[[str], bool]) -> None:
         """Look only at modules that ``runs`` says run here."""
         self._phase.runs = runs
@@ -310,6 +316,11 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
     return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether a module keeps statistics of batches, in a way that can be merged."""
+    return _kind(module) is not None
 
 
 def _kind(module: nn.Module) -> _Kind | None:

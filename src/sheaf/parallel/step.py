@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from sheaf.cluster.traffic import traffic
 from sheaf.errors import NonFiniteLoss, PlanError, TaskError
 from sheaf.parallel.exchange import Told
 from sheaf.parallel.optimizers import load_named_state, named_state
@@ -105,10 +106,15 @@ class Step:
         """How many there are."""
         return self._world.workers
 
+    @property
+    def gives_whole(self) -> bool:
+        """Whether this is the worker that ``full_state`` gives the whole to."""
+        return self.rank == 0
+
     def __call__(self) -> StepReport:
         """Run the next global step; collective."""
         start, waited = time.perf_counter(), self._spread.waited_seconds
-        staged = self._spread.stages.waited_seconds
+        staged, sent = self._spread.stages.waited_seconds, traffic.sent_bytes
         self._runner.compute_seconds = 0.0
         self._check_trained()
         microbatches = self._order.step(self.index)
@@ -120,10 +126,10 @@ class Step:
         self._holding.flush()
         told = self._exchange.told()
         self._runner.parts.dealer.finished()
-        used, computed = self._agree()
+        used, own, computed = self._agree()
         self._holding.finish(used)
         for ties in self._ties:
-            ties.meet(used)
+            ties.meet(own)
         told.check(self.index)
         self._check_trained()
         if not used:
@@ -154,6 +160,7 @@ class Step:
             computed=computed,
             norm=norm,
             skipped=skipped,
+            sent=traffic.sent_bytes - sent,
         )
         self.index += 1
         return report
@@ -229,7 +236,7 @@ class Step:
         whole = self._spread.assembled(
             self._holding.full_parameters(), self._portion, list(self._portion.blueprint.parameters)
         )
-        if self.rank != 0:
+        if not self.gives_whole:
             return {}
         first = {id(parameter): name for name, parameter in self.model.named_parameters()}
         named: dict[str, Tensor] = {}
@@ -253,18 +260,27 @@ class Step:
         self._holding.close()
         self._spread.close()
 
-    def _agree(self) -> tuple[set[str], list[float]]:
-        """Which parameters any worker's microbatches used, and how long each worker computed."""
+    def _agree(self) -> tuple[set[str], set[str], list[float]]:
+        """Which parameters any worker's microbatches used, and whose gradient is the same as this worker's; and how
+        long each worker computed.
+        """
         touched = self._holding.touched
         if self.workers == 1:
-            return touched, [self._runner.compute_seconds]
+            return touched, touched, [self._runner.compute_seconds]
         names = list(self._trained)
-        told = torch.zeros(len(names) + self.workers)
+        alone = self._holding.meets_weights  # each replica, with gradients of its own
+        rows, mine = (self._spread.mesh.dp, self._spread.place.dp) if alone else (1, 0)
+        told = torch.zeros(rows * len(names) + self.workers)
         for position, name in enumerate(names):
-            told[position] = float(name in touched)
-        told[len(names) + self.rank] = self._runner.compute_seconds
-        told = self._world.summed(told, "parameters used").tolist()
-        return {name for name, count in zip(names, told, strict=False) if count > 0}, told[len(names) :]
+            told[mine * len(names) + position] = float(name in touched)
+        told[rows * len(names) + self.rank] = self._runner.compute_seconds
+        told = self._world.summed(told, "parameters used")
+        table = told[: rows * len(names)].view(rows, len(names))
+        used, own = (
+            {name for name, count in zip(names, row.tolist(), strict=True) if count > 0}
+            for row in (table.sum(0), table[mine])
+        )
+        return used, own, told[rows * len(names) :].tolist()
 
     def _check_trained(self) -> None:
         changed = sorted(set(self._names()) ^ set(self._trained))
@@ -302,22 +318,30 @@ class Step:
     def _norm(self) -> Tensor:
         held = self._holding.held()
         dtype = next((gradient.dtype for gradient in held.values()), torch.get_default_dtype())
+        own = self._holding.meets_weights  # that of this worker's replica
         if not self._spread.alone:
-            held = {name: gradient for name, gradient in held.items() if self._counts(name)}
+            held = {name: gradient for name, gradient in held.items() if self._counts(name, own=own)}
         gradients = list(held.values())
         norm = torch.nn.utils.get_total_norm(gradients).detach() if gradients else torch.zeros((), dtype=dtype)
         if not self._holding.sharded and self._spread.alone:
             return norm
-        square = self._world.summed(norm.to("cpu", torch.float64).reshape(1) ** 2, "gradient norm")
+        among = self._spread.replica if own else self._world
+        square = among.summed(norm.to("cpu", torch.float64).reshape(1) ** 2, "gradient norm")
         return square.sqrt()[0].to(norm.dtype)
 
     def _mean(self, norm: Tensor) -> Tensor:
         """Of norms of which each worker has its own: so that all find alike whether one is no number."""
-        return self._world.summed(norm.to("cpu", torch.float64).reshape(1), "gradient norms")[0] / self.workers
+        given = norm.to("cpu", torch.float64, copy=True).reshape(1)  # it is summed in place
+        return self._world.summed(given, "gradient norms")[0] / self.workers
 
-    def _counts(self, name: str) -> bool:
-        """Whether this worker's part of a gradient adds to the norm: of those that hold it alike, one does."""
+    def _counts(self, name: str, *, own: bool) -> bool:
+        """Whether this worker's part of a gradient adds to the norm: of those that hold it alike, one does.
+
+        ``own``: to that of its replica, whose gradients are its own.
+        """
         sliced = name in self._portion.slices
+        if own:
+            return self._portion.counts(name) and (sliced or self._spread.leads)
         return self._portion.counts(name) and self._spread.speaks(sliced=sliced, sharded=self._holding.sharded)
 
     def _report(
@@ -332,6 +356,7 @@ class Step:
         computed: list[float],
         norm: float | None,
         skipped: bool,
+        sent: float,
     ) -> StepReport:
         idle = min(max(staged, max(computed) - self._runner.compute_seconds), waited)
         terms = {
@@ -355,6 +380,7 @@ class Step:
             computed=tuple(computed),
             skipped=skipped,
             stop=told.stop,
+            sent_bytes=sent,
         )
 
 

@@ -97,6 +97,23 @@ class World:
         with self.explained("all_to_all", what, given):
             return primitives.start_all_to_all(received, given, self.group)
 
+    def trade(self, sent: Sequence[tuple[Tensor, int]], received: Sequence[tuple[Tensor, int]], what: str) -> None:
+        """Send tensors to some workers and receive from some, who do so too; done when all has come.
+
+        Where gathers have a group of their own, it is in that.
+        """
+        with self.explained("trade", what, (sent or received)[0][0]):
+            pending = primitives.start_trade(sent, received, self.apart)
+        self.wait(pending)
+
+    def swap(self, received: Sequence[Tensor], given: Sequence[Tensor], what: str) -> Pending:
+        """Start sending ``given[i]`` to worker i; ``received[i]``, of a size that both know, becomes what it gives."""
+        others = [(self.rank + distance) % self.workers for distance in range(1, self.workers)]
+        with self.explained("swap", what, given[self.rank]):
+            return primitives.start_trade(
+                [(given[other], other) for other in others], [(received[other], other) for other in others], self.group
+            )
+
     def wait(self, pending: Pending) -> None:
         """Finish a collective, and count the time."""
         start = time.perf_counter()

@@ -73,6 +73,17 @@ class Compression:
         return (("reduce_scatter", size), ("all_gather", size))
 
 
+def uncodable(text: str, *, alike: int, zero: int) -> list[str]:
+    """Every rule that a plan with this ``compress`` breaks, of whose workers ``alike`` hold the same parameters."""
+    try:
+        coded = Compression.parse(text).kind != "none"
+    except PlanError as error:
+        return list(error.broken)
+    if coded and (alike == 1 or zero):
+        return [f"compress={text} makes smaller what replicas sum in whole: use it with dp=2 or more and zero=0"]
+    return []
+
+
 def top_count(ratio: float, numbers: int) -> int:
     """How many numbers top-k sends of so many."""
     return max(1, round(ratio * numbers))

@@ -138,6 +138,9 @@ def apportion(count: int, weights: Sequence[int | float]) -> tuple[int, ...]:
     >>> apportion(16, [11, 5]), apportion(7, [1, 1, 1]), apportion(2, [1, 1, 1])
     ((11, 5), (3, 2, 2), (1, 1, 0))
     """
+    if len(set(weights)) == 1 and weights[0]:  # the same, much faster for many
+        each, more = divmod(count, len(weights))
+        return (each + 1,) * more + (each,) * (len(weights) - more)
     total = sum(weights)
     exact = [count * weight / total for weight in weights]
     shares = [math.floor(part + 1e-9) for part in exact]
@@ -163,6 +166,28 @@ def soonest(count: int, seconds: Sequence[float]) -> tuple[int, ...]:
         counts[rank] += 1
         heapq.heappush(done, (when + seconds[rank], rank))
     return tuple(counts)
+
+
+def in_turn(count: int, seconds: Sequence[float]) -> tuple[int, ...]:
+    """Who takes each of ``count`` equal pieces of work in turn, when a worker needs ``seconds`` for one.
+
+    Each goes to the worker that would be done with it first. Nobody goes without while there are enough.
+
+    >>> in_turn(4, (1.0, 1.0)), in_turn(6, (1.0, 2.0)), in_turn(4, (1.0, 9.0))
+    ((0, 1, 0, 1), (0, 0, 1, 0, 0, 1), (0, 0, 0, 1))
+    """
+    done = [(each, rank) for rank, each in enumerate(seconds)]
+    heapq.heapify(done)
+    taken: list[int] = []
+    for _ in range(count):
+        when, rank = heapq.heappop(done)
+        taken.append(rank)
+        heapq.heappush(done, (when + seconds[rank], rank))
+    if count >= len(seconds):
+        for idle in set(range(len(seconds))) - set(taken):
+            busiest = max(taken, key=taken.count)
+            taken[len(taken) - 1 - taken[::-1].index(busiest)] = idle
+    return tuple(taken)
 
 
 def fragments(parameters: Sequence[tuple[str, int, str]], count: int) -> tuple[tuple[str, ...], ...]:

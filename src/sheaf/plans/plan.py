@@ -9,8 +9,9 @@ import tomli_w
 
 from sheaf.errors import PlanError, nearest
 from sheaf.plans import text
-from sheaf.plans.compression import Compression
-from sheaf.plans.local import Local
+from sheaf.plans.compression import Compression, uncodable
+from sheaf.plans.local import Local, unmeetable
+from sheaf.plans.rows import ROWS, named, unmixable
 from sheaf.plans.server import Server, unservable
 from sheaf.plans.text import DEFAULT_SCHEDULE
 
@@ -38,8 +39,8 @@ class Plan:
                     common queue, or ``balanced``: dealt by how fast each replica was in the last steps
     ``zero``        0: all state on every worker; 1: optimizer state sharded; 2: gradients too; 3: parameters too
     ``recompute``   ``none``, or ``full``: each block keeps only its input and runs forward again in backward
-    ``local``       steps between meetings of weights, and how they meet: ``16``, ``16:slowmo``, ``16:diloco``; settings
-                    of ``plans.local.Local`` follow, such as ``16:diloco:after=100``. Relaxed: not the serial answer
+    ``local``       steps between meetings of weights, and how they meet: ``16``, ``16:diloco``, ``1:adasum``,
+                    ``1:ring``, ``1:backup:quorum=3``; settings of ``plans.local.Local`` follow. Relaxed, not serial
     ``compress``    gradients travel as ``bf16``, ``fp16``, ``int8``, ``topk:0.01`` or ``powersgd:4``. Relaxed too
     ``server``      parameters lie on shards beside the first of the ``dp`` workers, who push gradients and pull values:
                     ``2`` in lock-step, ``2:staleness=4`` at most four clocks behind, ``2:async``. The last two: relaxed
@@ -49,7 +50,9 @@ class Plan:
     ``bucket_bytes``  gradients travel in buckets of about this size
     ``parts``       other answers for modules named by globs: ``classifier.*=tp`` splits them inside the layer over the
                     ``dp`` workers that else hold replicas, ``head=whole`` keeps them whole under ``tp``,
-                    ``*.experts=ep`` deals their stacked experts out over the replicas, who send each other tokens
+                    ``*.experts=ep`` deals their stacked experts out over the replicas, who send each other tokens;
+                    ``words=sparse``: the gradient of a table travels as its touched rows, ``words=rows``: so do its
+                    values, from the replicas among whom its rows are dealt out
 
     >>> Plan.parse("dp=4,zero=3")
     Plan(dp=4,zero=3)
@@ -115,12 +118,12 @@ class Plan:
     @property
     def by_parts(self) -> bool:
         """Whether replicas hold different slices of some parts."""
-        return self.split_parts or self.expert_parts
+        return self.split_parts or self.expert_parts or bool(named(self.parts, ROWS))
 
     @property
     def split_degree(self) -> int:
         """Over how many workers layers are split, all of them (``tp``) or those of parts (``dp``); 1 where none is."""
-        return self.dp if self.by_parts else self.tp
+        return self.dp if self.split_parts or self.expert_parts else self.tp
 
     @property
     def alike(self) -> int:
@@ -142,7 +145,7 @@ class Plan:
         return self.split_degree, 2 if self.expert_parts else self.sequence
 
     def part(self, module: str) -> str | None:
-        """What the plan says of a module by name: ``tp``, ``whole``, ``ep``, or nothing. The first that matches counts.
+        """What the plan says of a module by name: an answer such as ``tp``, or nothing. The first that matches counts.
 
         >>> Plan.parse("dp=4,classifier=tp").part("classifier.0")
         'tp'
@@ -286,6 +289,7 @@ class Plan:
                 )
             elif not any(int(part) for part in self.shares.split(":")):
                 broken.append(f"shares={self.shares}: at least one weight must be above zero")
+        broken += unmixable(self)
         return broken + _broken_pipeline(self) + _broken_relaxed(self) + _illegal_mixes(self)
 
 
@@ -313,27 +317,11 @@ def _broken_pipeline(plan: Plan) -> list[str]:
 
 
 def _broken_relaxed(plan: Plan) -> list[str]:
-    broken: list[str] = []
-    try:
-        steps_alone = plan.meets_locally.every > 0
-    except PlanError as error:
-        broken += error.broken
-        steps_alone = False
-    try:
-        compressed = plan.compression.kind != "none"
-    except PlanError as error:
-        broken += error.broken
-        compressed = False
-    if steps_alone and (plan.dp == 1 or plan.workers > plan.dp or plan.zero or plan.split_parts):
-        broken.append(
-            f"local={plan.local} lets each of several workers step alone, with its own model and optimizer: use it "
-            f"with dp={max(2, plan.workers)} and zero=0, without tp, cp, pp and split parts"
-        )
-    if compressed and (plan.dp * plan.cp == 1 or plan.zero):
-        broken.append(
-            f"compress={plan.compress} makes smaller what replicas sum in whole: use it with dp=2 or more and zero=0"
-        )
-    return broken + _broken_server(plan)
+    broken = unmeetable(
+        plan.local, dp=plan.dp, tp=plan.tp, pp=plan.pp, cp=plan.cp, zero=plan.zero, parts=plan.split_parts,
+        shares=plan.shares, compress=plan.compress,
+    )  # fmt: skip
+    return broken + uncodable(plan.compress, alike=plan.alike, zero=plan.zero) + _broken_server(plan)
 
 
 def _broken_server(plan: Plan) -> list[str]:

@@ -169,12 +169,21 @@ def _weights_later(merged: Sequence[Action], behind: int) -> tuple[Action, ...]:
     return (*listed, *waiting)
 
 
-def _interleaved(workers: int, virtual: int, microbatches: int) -> tuple[tuple[Action, ...], ...]:
+def interleaved_order(workers: int, virtual: int, microbatches: int) -> tuple[list[tuple[int, int]], int]:
+    """(turn, microbatch) as microbatches pass through a worker's stages forward, and how many are in the largest group.
+
+    >>> interleaved_order(2, 2, 2)
+    ([(0, 0), (0, 1), (1, 0), (1, 1)], 2)
+    """
     rounds = max(1, microbatches // workers)
     starts = [-(-microbatches * number // rounds) for number in range(rounds + 1)]
     groups = [range(start, stop) for start, stop in pairwise(starts)]
     order = [(turn, microbatch) for group in groups for turn in range(virtual) for microbatch in group]
-    largest = max(map(len, groups))
+    return order, max(map(len, groups))
+
+
+def _interleaved(workers: int, virtual: int, microbatches: int) -> tuple[tuple[Action, ...], ...]:
+    order, largest = interleaved_order(workers, virtual, microbatches)
     return tuple(
         tuple(
             _in_turn(

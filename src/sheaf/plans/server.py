@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from sheaf.errors import PlanError, nearest
 
 ASYNC = "async"
-LATE = ("plain", "scaled", "compensated", "buffered")
+LATE = ("plain", "scaled", "compensated", "buffered", "delayed")
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,9 @@ class Server:
     """``shards`` hold the parameters (0: there is no server); ``staleness`` in clocks, None without bound.
 
     ``late`` says what is done with a gradient computed on values that have changed since: taken as it is (``plain``),
-    divided by one plus the updates in between (``scaled``), ``compensated`` (DC-ASGD), or ``buffered`` until one from
-    each worker is there. One more than ``dropped_beyond`` updates late is dropped, and its samples are used again.
+    divided by one plus the updates in between (``scaled``), ``compensated`` (DC-ASGD), ``buffered`` until one from
+    each worker is there, or ``delayed`` (delayed Nesterov): a plain step now, momentum when one from each is there. One
+    more than ``dropped_beyond`` updates late is dropped, and its samples are used again.
 
     >>> Server.parse("2:staleness=4")
     Server(shards=2, staleness=4, late='plain', dropped_beyond=None)
@@ -38,6 +39,11 @@ class Server:
     def exact(self) -> bool:
         """Whether every update is the sum over all workers, as with an all-reduce."""
         return self.staleness == 0
+
+    @property
+    def gathers(self) -> bool:
+        """Whether late gradients wait for others."""
+        return self.late in ("buffered", "delayed")
 
     @classmethod
     def parse(cls, text: str, late: str = "plain") -> "Server":
@@ -85,6 +91,15 @@ class Server:
         return max(0, int(value))
 
 
+def outlives(served: Server, *, stolen: bool) -> bool:
+    """Whether a run goes on when it loses workers: where no step needs any one of them.
+
+    >>> outlives(Server.parse("2:async"), stolen=False), outlives(Server.parse("2"), stolen=False)
+    (True, False)
+    """
+    return served.shards > 0 and (stolen or not served.exact)
+
+
 def unservable(
     server: str, late: str, *, dp: int, workers: int, cuts: Sequence[str], stolen: bool, meets: str
 ) -> list[str]:
@@ -108,9 +123,10 @@ def unservable(
             f"server={server} gives whole parameters to whole replicas, and {', '.join(cuts)} cuts them up: use "
             f"dp={workers},server={server} alone"
         )
-    if stolen:
+    if stolen and not served.exact:
         broken.append(
-            f"server={server} counts each worker's own clock, and shares=stolen has none: use weighted shares"
+            f"shares=stolen shares out one step among all workers, and with server={server} each has a step of its "
+            f"own: use server={served.shards},shares=stolen (lock-step), or weighted shares"
         )
     if meets:
         broken.append(f"server={server} and {meets} are two answers to how gradients meet: keep one")

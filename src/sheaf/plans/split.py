@@ -112,7 +112,8 @@ class SplitFacts:
     collectives of one microbatch in order. ``work`` maps a block to the share of its arithmetic that the busiest
     worker does (1 where all do all of it), ``activations`` to the share of what it keeps for backward. ``closed`` names
     modules that had to be kept whole, with the reason. ``partial`` are parameters that are whole on each worker, and
-    used in split work, so that each finds a part of their gradients.
+    used in split work, so that each finds a part of their gradients. ``dealt`` maps modules that one worker computes
+    for all, experts in a list, to that worker.
     """
 
     degree: int
@@ -123,6 +124,7 @@ class SplitFacts:
     work: dict[str, float] = field(default_factory=dict[str, float])
     activations: dict[str, float] = field(default_factory=dict[str, float])
     partial: tuple[str, ...] = ()
+    dealt: dict[str, int] = field(default_factory=dict[str, int])
 
     def to_dict(self) -> dict[str, Any]:
         """As values that JSON knows."""
@@ -135,6 +137,7 @@ class SplitFacts:
             "work": self.work,
             "activations": self.activations,
             "partial": list(self.partial),
+            "dealt": self.dealt,
         }
 
     @classmethod
@@ -150,4 +153,5 @@ class SplitFacts:
             work=told["work"],
             activations=told["activations"],
             partial=tuple(told["partial"]),
+            dealt=dict(told.get("dealt", {})),
         )

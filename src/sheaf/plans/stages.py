@@ -1,6 +1,7 @@
 """Where a model is cut into the stages of a pipeline: runs of blocks, the most expensive as cheap as can be."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -75,6 +76,14 @@ def balanced(
     >>> balanced((1, 1, 1, 1, 4), 2), balanced((3, 1, 1, 1), 3), balanced((1, 1, 1, 1), 2, speeds=(3, 1))
     ((4, 1), (1, 1, 2), (3, 1))
     """
+    ends, pace = (None if given is None else tuple(given) for given in (legal, speeds))
+    return _balanced(tuple(costs), stages, ends, pace)
+
+
+@lru_cache(maxsize=4096)
+def _balanced(
+    costs: tuple[float, ...], stages: int, legal: tuple[bool, ...] | None, speeds: tuple[float, ...] | None
+) -> tuple[int, ...]:
     count = len(costs)
     if stages < 1 or count < stages:
         raise PlanError(f"{stages} stages need a block each, the model has {count}: use at most pp={max(count, 1)}")
@@ -90,14 +99,16 @@ def balanced(
     # spans[i, j]: blocks i to j - 1 as one stage; infinite where that is no stage.
     spans = sums[None, :] - sums[:, None]
     possible = (np.arange(count + 1)[None, :] > np.arange(count + 1)[:, None]) & ends[None, :]
-    pace = np.ones(stages) if speeds is None else np.asarray(speeds, dtype=float)
-    each = [np.where(possible, spans / speed, np.inf) for speed in pace]
+    pace = (1.0,) * stages if speeds is None else speeds
+    paced = {speed: np.where(possible, spans / speed, np.inf) for speed in set(pace)}
+    each = [paced[speed] for speed in pace]
     best = each[-1][:, count]  # by where the last stage begins; then of the last two, and so on
     for cost in reversed(each[:-1]):
         best = np.min(np.maximum(cost, best[None, :]), axis=1)
     limit = best[0] * ROUNDING
     # Among the cuts within the limit: rest[stage][i] is the least sum of squares of this stage and all later ones.
-    squares = [np.where(cost <= limit, cost**2, np.inf) for cost in each]
+    squared = {speed: np.where(cost <= limit, cost**2, np.inf) for speed, cost in paced.items()}
+    squares = [squared[speed] for speed in pace]
     rest = [squares[-1][:, count]]
     for square in reversed(squares[:-1]):
         rest.insert(0, np.min(square + rest[0][None, :], axis=1))

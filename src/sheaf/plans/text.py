@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 
 from sheaf.errors import PlanError, nearest
 
-PARTS = ("tp", "whole", "ep")  # what a plan may say of a part of the model
+PARTS = ("tp", "whole", "ep", "sparse", "rows")  # what a plan may say of a part of the model
 DEFAULT_SCHEDULE = "1f1b"
 _WORDS = ("shares", "recompute", "schedule", "stages", "local", "compress", "server", "late")  # all others are numbers
 

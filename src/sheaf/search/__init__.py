@@ -1,7 +1,9 @@
 """Every plan worth pricing, ranked, with reasons."""
 
+from sheaf.search.families import candidates
+from sheaf.search.question import Question
 from sheaf.search.ranking import Entry, Ranking, Refusal
 from sheaf.search.rules import broken, unmergeable
-from sheaf.search.search import Question, candidates, search
+from sheaf.search.search import Progress, search
 
-__all__ = ["Entry", "Question", "Ranking", "Refusal", "broken", "candidates", "search", "unmergeable"]
+__all__ = ["Entry", "Progress", "Question", "Ranking", "Refusal", "broken", "candidates", "search", "unmergeable"]

@@ -7,6 +7,8 @@ from typing import Any
 from sheaf.cost.price import Price
 from sheaf.errors import PlanError
 from sheaf.plans import Plan
+from sheaf.search.question import Question
+from sheaf.search.verdicts import Costs, Explanation
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,13 @@ class Ranking:
     batch: int
     microbatch: int | None  # the task's; None where each plan says its own
     splits: Mapping[tuple[int, int], dict[str, Any]] = field(default_factory=dict[tuple[int, int], dict[str, Any]])
+    looked_at: int = 0  # plans that were priced
+    least_seconds: float | None = None  # what no plan goes below that was not looked at; None: the best is proven
+    starved: tuple[Price, ...] = ()  # plans that do not fit, as far as memory goes: without seconds
+    asked: Question | None = field(default=None, repr=False, compare=False)
+    explanation: Explanation | None = None
+    costs: Costs | None = None
+    workers_needed: int | None = None  # how many of the cluster's last kind would do, where no plan fits
 
     @property
     def best(self) -> Price:
@@ -76,6 +85,8 @@ class Ranking:
         """
         if not self.ranked:
             broken = [f"{reason} ({', '.join(plans[:3])}): {remedy}" for reason, remedy, plans in self.refusals()]
+            if self.workers_needed:
+                broken.append(f"{self.workers_needed} workers of this kind would do")
             raise PlanError(broken or ["there is no plan to choose from: give at least one worker"])
         return self.ranked[0].price
 
@@ -105,4 +116,10 @@ class Ranking:
             "cluster": self.cluster,
             "batch": self.batch,
             "microbatch": self.microbatch or (self.ranked[0].plan.microbatch if self.ranked else None),
+            "looked_at": self.looked_at,
+            "proven": self.least_seconds is None,
+            "least_seconds": self.least_seconds,
+            "explanation": self.explanation and self.explanation.to_dict(),
+            "costs": self.costs and self.costs.to_dict(),
+            "workers_needed": self.workers_needed,
         }

@@ -2,7 +2,7 @@
 
 from sheaf.cluster.cluster import Cluster
 from sheaf.cost.memory import needed_bytes
-from sheaf.cost.placement import seats
+from sheaf.cost.placement import kinds
 from sheaf.cost.price import Price
 from sheaf.graph.facts import ModelFacts
 from sheaf.plans import Plan
@@ -57,6 +57,14 @@ def broken(
                 "zero=0, or an elementwise optimizer such as AdamW or SGD",
             )
         )
+    elif not elementwise and plan.server:
+        found.append(
+            Refusal(
+                text,
+                "the optimizer is not elementwise, and shards of a server step pieces of parameters",
+                f"dp={plan.dp} without server, or an elementwise optimizer such as AdamW or SGD",
+            )
+        )
     elif not elementwise and (plan.pp > 1 or _splits(plan)):
         what = "split layers step slices of parameters" if _splits(plan) else "cut stages step some parameters each"
         found.append(
@@ -65,6 +73,11 @@ def broken(
                 f"the optimizer is not elementwise, and workers that {what}",
                 f"dp={plan.dp} alone, or an elementwise optimizer such as AdamW or SGD",
             )
+        )
+    trained = sum(one.requires_grad for one in facts.parameters)
+    if plan.server and plan.serves.shards > trained:
+        found.append(
+            Refusal(text, f"{plan.serves.shards} shards for {trained} trained parameters", f"server={max(1, trained)}")
         )
     found += _unstageable(plan, facts)
     unmerged = unmergeable(facts)
@@ -120,7 +133,7 @@ def unmergeable(facts: ModelFacts) -> tuple[str, ...]:
 
 def too_large(price: Price, cluster: Cluster) -> str | None:
     """Why a plan's peak does not fit its fullest seat; None when it fits with a tenth to spare."""
-    for seat in seats(cluster, price.plan.workers):
+    for seat in kinds(cluster, price.plan.workers):
         needed = needed_bytes(price.peak_bytes, seat.device_kind)
         if needed > seat.available_bytes:
             return (

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import reduce
 
 from sheaf.errors import PlanError
@@ -17,7 +18,8 @@ STAGES_UP_TO = 16  # beyond, powers of two
 VIRTUAL = 2  # stages per worker of an interleaved pipeline
 PART_BYTES, PART_FLOPS = 0.6, 0.3  # a part with more of the parameters and less of the work is worth splitting alone
 COMPRESSIONS = ("bf16", "int8", "topk:0.01", "powersgd:4")  # relaxed plans, where they are allowed
-LOCALS = ("8", "8:diloco", "32:diloco")
+LOCALS = ("8", "8:slowmo", "8:diloco", "32:diloco", "8:adasum", "1:exponential", "8:steps=speed")
+STALE = ("staleness=4", "async")  # what a server may be behind, in relaxed plans
 UNEQUAL = 1.02  # workers whose speeds differ by less count as equal
 
 
@@ -62,6 +64,29 @@ def relaxed(workers: int) -> Iterator[Plan]:
         yield Plan(dp=workers, compress=compress)
     for local in LOCALS if workers > 1 else ():
         yield Plan(dp=workers, local=local)
+    for behind in STALE if 1 < workers <= ALL_DEGREES_UP_TO else ():
+        yield Plan(dp=workers, server=f"{workers}:{behind}")
+
+
+def relaxed_replicas(plan: Plan) -> Iterator[Plan]:
+    """The same mesh, whose replicas of several workers meet in ways that are not exact.
+
+    >>> [str(one) for one in relaxed_replicas(Plan(dp=2, tp=2))]
+    ['dp=2,tp=2,compress=bf16', 'dp=2,tp=2,local=8:diloco']
+    """
+    if plan.dp > 1 and not plan.zero:
+        yield replace(plan, compress="bf16")
+        yield replace(plan, local="8:diloco")
+
+
+def served(workers: int) -> Iterator[Plan]:
+    """Replicas with a parameter server in lock-step, which is exact: one shard on each worker, or on the first alone.
+
+    >>> [str(plan) for plan in served(3)]
+    ['dp=3,server=1', 'dp=3,server=3']
+    """
+    for shards in (1, workers) if 1 < workers <= ALL_DEGREES_UP_TO else ():
+        yield Plan(dp=workers, server=str(shards))
 
 
 def meshes(workers: int, tps: Sequence[int], most_stages: int) -> Iterator[tuple[int, int, int]]:
@@ -75,6 +100,33 @@ def meshes(workers: int, tps: Sequence[int], most_stages: int) -> Iterator[tuple
             worth_trying = pp <= STAGES_UP_TO or pp.bit_count() == 1
             if tp * pp > 1 and pp <= most_stages and worth_trying:
                 yield workers // (tp * pp), tp, pp
+
+
+def wide_meshes(
+    available: int, count: int, degrees_inside: Sequence[int], most_stages: int
+) -> tuple[tuple[int, int, int], ...]:
+    """(dp, workers that split a layer or a sequence, pp) for a large cluster and ``count`` microbatches.
+
+    Stages are every number up to 16, powers of two, and divisors of the number of blocks or one and two less, as
+    embedding and head often take little; replicas all there is room for, or as few as take no longer, or as deal out
+    evenly, and halves of that.
+
+    >>> [mesh for mesh in wide_meshes(100, 48, (8,), 4) if mesh[2] == 1]
+    [(3, 8, 1), (6, 8, 1), (12, 8, 1)]
+    """
+    stages = {pp for pp in range(1, most_stages + 1) if pp <= STAGES_UP_TO or pp.bit_count() == 1}
+    stages |= {pp for blocks in range(max(1, most_stages - 2), most_stages + 1) for pp in _divisors(blocks)}
+    found: set[tuple[int, int, int]] = set()
+    for degree in degrees_inside:
+        for pp in stages:
+            room = min(count, available // (degree * pp))
+            if room < 1 or degree * pp == 1:
+                continue
+            even = max(number for number in _divisors(count) if number <= room)
+            few = -(-count // -(-count // room))
+            for most in (room, even, few):
+                found |= {(most >> half, degree, pp) for half in range(3) if most >> half}
+    return tuple(sorted(found))
 
 
 def mesh_degrees(workers: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ TIE = 0.01  # plans whose times differ by less are equally fast
 TERM_WORDS = {
     "compute": "computing",
     "recompute": "running blocks forward again",
+    "dispatch": "what executors add to each microbatch",
     "tensor": "sending between the workers that split a layer",
     "all_to_all": "sending of tokens to experts and back",
     "transfer": "passing microbatches from stage to stage",
@@ -18,6 +19,7 @@ TERM_WORDS = {
     "reduce_scatter": "reduce-scatter that nothing hides",
     "all_gather": "all-gather that nothing hides",
     "server": "pushing gradients to shards and pulling values",
+    "rows": "sending of rows of tables",
     "wait": "waiting for the slowest worker",
     "optimizer": "optimizer",
     "host": "fetching and bookkeeping",
@@ -36,6 +38,23 @@ _CAUTIONS = {
     "powersgd": "rank 4 reached the accuracy of full gradients on ResNet-18 and an LSTM (Vogels et al., 2019)",
     "average": "the more steps between meetings, the worse it generalises early in training; begin with `after=N` "
     "(Lin et al., 'Don't Use Large Mini-Batches, Use Local SGD', 2020)",
+    "staleness": "stale synchronous training converges where staleness is bounded and the learning rate small enough "
+    "(Ho et al., 'More Effective Distributed ML via a Stale Synchronous Parallel Parameter Server', 2013); N workers "
+    "take N steps per clock on a share of the batch each",
+    "async": "gradients are late by about as many updates as there are other workers, which costs accuracy (Chen et "
+    "al., 'Revisiting Distributed Synchronous SGD', 2016); N workers take N steps per clock on a share of the batch "
+    "each",
+    "ring": "replicas' weights differ until training ends; it converges where the learning rate is small enough for "
+    "the graph (Lian et al., 2017)",
+    "exponential": "replicas' weights differ until training ends; it converges where the learning rate is small "
+    "enough for the graph (Assran et al., 'Stochastic Gradient Push', 2019)",
+    "adasum": "meant to go with a learning rate tuned for one worker (Maleki et al., 2020)",
+    "backup": "gradients of the slowest are dropped in each step (Chen et al., 'Revisiting Distributed Synchronous "
+    "SGD', 2016)",
+    "speed": "meant for unequal workers; with asynchronous meetings it matched equal local steps at up to 150 "
+    "million parameters (Liu et al., 'Asynchronous Local-SGD Training for Language Modeling', 2024)",
+    "quorum": "what late workers were dealt meanwhile is not used, and their own part is merged late or dropped; with "
+    "such a quorum models came out alike (Douillard et al., 'Decoupled DiLoCo', 2026)",
     "slowmo": "reaches what all-reduce reaches where plain local SGD does not (Wang et al., 'SlowMo', 2020)",
     "diloco": "8 workers meeting every 500 steps matched fully synchronous training of language models of 60 to 400 "
     "million parameters after a synchronous start (Douillard et al., 'DiLoCo', 2023)",
@@ -48,6 +67,9 @@ def caution(plan: Plan) -> str:
         return ""
     kinds = [plan.compression.kind] if plan.compress != "none" else []
     kinds += [plan.meets_locally.kind] if plan.local else []
+    kinds += ["speed"] if plan.meets_locally.steps == "speed" else []
+    kinds += ["quorum"] if plan.meets_locally.quorum and plan.meets_locally.kind != "backup" else []
+    kinds += ["async" if plan.serves.staleness is None else "staleness"] if plan.server else []
     return "; ".join(_CAUTIONS[kind] for kind in kinds if kind in _CAUTIONS) or "not the serial answer"
 
 

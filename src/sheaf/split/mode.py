@@ -17,9 +17,11 @@ from torch.utils._pytree import tree_map
 from sheaf.errors import PlanError
 from sheaf.plans.split import Cut, Slice
 from sheaf.split import unseen
+from sheaf.split.late import Late
 from sheaf.split.layouts import as_shadow, follow
 from sheaf.split.moves import Enter, Gather, GatherEnter, Part, Share, Team, Total, TotalPart, sliced
 from sheaf.split.registry import FALLBACK, RULES, is_inplace
+from sheaf.split.sent import Sent
 from sheaf.split.tensor import Split
 
 LENGTH_DIM = 1  # of batch x length x features, along which sequence=1 splits
@@ -46,6 +48,7 @@ class Splitting(TorchFunctionMode):
         self._parameter_of: dict[int, tuple[Tensor, Tensor]] = {}
         self.lends = True  # keys and values of attention are let go between forward and backward
         self._depth = 0
+        self._late = Late(team)
         self._parameters = dict(parameters)
         self._held: dict[int, tuple[Tensor, Split]] = {}
         self._entered: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
@@ -54,12 +57,15 @@ class Splitting(TorchFunctionMode):
         """A forward begins, or goes on inside a rule."""
         if not self._depth:
             unseen.enter(self)
+            self._late.forget()
         self._depth += 1
         super().__enter__()
         return self
 
     def __exit__(self, *raised: object) -> None:
         """Forward ends: forget what it moved."""
+        if self._depth == 1 and raised[0] is None:
+            self.settle()
         self._depth -= 1
         if not self._depth:
             unseen.leave(self)
@@ -72,6 +78,7 @@ class Splitting(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.look(leaves(args, kwargs))
         if self._partial and any(id(leaf) in self._partial for leaf in leaves(args, kwargs)):
             args = tree_map(self._aliased, args)
             kwargs = {key: tree_map(self._aliased, value) for key, value in kwargs.items()}
@@ -166,6 +173,24 @@ class Splitting(TorchFunctionMode):
         cut = Cut.even(partial.shape[LENGTH_DIM], self.team.workers)
         local = TotalPart.apply(partial, LENGTH_DIM, cut, self.team, f"partial sums of {why}{self.place}")
         return Split(local, LENGTH_DIM, cut)
+
+    def later(self, whole: Tensor, part: Tensor, cut: Cut, why: str) -> None:
+        """Let every worker have a tensor of one dimension whole, of which this one has a slice, when forward ends."""
+        self._late.add(whole, part, cut, why)
+
+    def look(self, given: Iterable[Any]) -> None:
+        """A function is about to be given these: bring what was to be whole later, if it is among them."""
+        if self._late.is_waiting and any(self._late.holds(leaf) for leaf in given):
+            self.settle()
+
+    def is_away(self, value: Any) -> bool:
+        """Whether a tensor is not here as it looks."""
+        return isinstance(value, Split | Sent)
+
+    def settle(self) -> None:
+        """Bring what was to be whole later; forward does so when it ends (collective)."""
+        if self._late.is_waiting:
+            self._late.bring(self.place)
 
     def leaving(self, tensor: Tensor, why: str) -> Tensor:
         """What this worker sends of a tensor to its like in another stage: all of it."""

@@ -26,7 +26,7 @@ from sheaf.plans.split import Cut, Slice
 from sheaf.split.mode import Splitting, leaves
 from sheaf.split.moves import sliced
 from sheaf.split.registry import FALLBACK, RULES, SENT, is_inplace
-from sheaf.split.sent import Sent, Swapping, Travel, Trip, Unsendable, rows_of
+from sheaf.split.sent import Sent, Swapping, Travel, Trip, Unsendable, reached, rows_of
 from sheaf.split.tensor import Split
 
 _GO, _END = 1, 2
@@ -70,8 +70,8 @@ class Sending(Splitting):
         self._agree(_END, "the end", loss.device, ())
         if not self._trips:
             return []
-        reached = frozenset[int]() if self.is_idle else _reached(loss)
-        mine = torch.tensor([id(trip) in reached for trip in self._trips], dtype=torch.int64, device=loss.device)
+        seen = frozenset[int]() if self.is_idle else reached(loss)[0]
+        mine = torch.tensor([id(trip) in seen for trip in self._trips], dtype=torch.int64, device=loss.device)
         said = self.team.collect(mine, [mine.shape] * self.team.workers, "which experts count")
         for trip, *flags in zip(self._trips, *(flags.tolist() for flags in said), strict=True):
             trip.used = any(flags)
@@ -231,22 +231,3 @@ class Sending(Splitting):
         """Everyone's numbers."""
         said = self.team.collect(mine, [mine.shape] * self.team.workers, f"who sends what: {what}{self.place}")
         return [values.tolist() for values in said]
-
-
-def _reached(loss: Tensor) -> frozenset[int]:
-    """The trips whose rows the loss depends on, by id; what only the token leads to does not count."""
-    found: set[int] = set()
-    met: set[Any] = set()
-    stack = [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in met:
-            continue
-        met.add(node)
-        trip = getattr(node, "trip", None)
-        after = node.next_functions
-        if isinstance(trip, Trip):
-            found.add(id(trip))
-            after = after[1:2]
-        stack += [other for other, _ in after]
-    return frozenset(found)

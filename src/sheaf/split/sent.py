@@ -1,6 +1,7 @@
 """A tensor of tokens by expert whose rows are where their experts are: to the model it is its own microbatch's."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -89,12 +90,24 @@ class Sent(Tensor):
         return (self.experts, self.middle, self.counts) == (other.experts, other.middle, other.counts)
 
 
-@dataclass
-class Trip:
-    """One way of rows: ``outward`` to the experts that ``cut`` deals out, or back; ``counts`` rows by replica.
+class AbstractTrip(ABC):
+    """One way of rows, ``outward`` to their experts or back.
 
     ``wanted`` says whether it has a gradient, ``used`` whether any replica's loss depends on what arrived.
     """
+
+    outward: bool
+    wanted: bool
+    used: bool
+
+    @abstractmethod
+    def move(self, tensor: Tensor, *, outward: bool) -> Tensor:
+        """What every replica has for this one (collective)."""
+
+
+@dataclass
+class Trip(AbstractTrip):
+    """Rows of a stack: to the experts that ``cut`` deals out, or back; ``counts`` rows by replica."""
 
     team: Swapping
     cut: Cut
@@ -128,7 +141,7 @@ class Travel(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, rows: Tensor, trip: Trip) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, token: Tensor, rows: Tensor, trip: AbstractTrip) -> tuple[Tensor, Tensor]:
         ctx.trip = trip
         ctx.save_for_backward(token)
         ctx.set_materialize_grads(False)
@@ -142,7 +155,7 @@ class Travel(Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         token, gradient = gradients
         _ = ctx.saved_tensors
-        trip: Trip = ctx.trip
+        trip: AbstractTrip = ctx.trip
         if not (trip.wanted and trip.used):
             return token, None, None
         if gradient is None:
@@ -159,3 +172,22 @@ def rows_of(tensor: Tensor) -> Tensor:
     (torch.Size([3, 10, 4]), torch.Size([3, 1, 4]))
     """
     return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:-1]), tensor.shape[-1])
+
+
+def reached(loss: Tensor) -> tuple[frozenset[int], frozenset[Any]]:
+    """The trips whose rows the loss depends on, by id, and all nodes; what only the token leads to does not count."""
+    found: set[int] = set()
+    met: set[Any] = set()
+    stack = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in met:
+            continue
+        met.add(node)
+        trip = getattr(node, "trip", None)
+        after = node.next_functions
+        if isinstance(trip, AbstractTrip):
+            found.add(id(trip))
+            after = after[1:2]
+        stack += [other for other, _ in after]
+    return frozenset(found), frozenset(met)

@@ -55,7 +55,7 @@ class _Sequences(Stage):
             return
         raise PlanError(
             f"{module or 'the model'} cannot be rehearsed with its sequences split"
-            f"{' (not even alone)' if alone else ''}: {type(error).__name__}: {first}"
+            f"{' (not even alone)' if alone else ''}: {type(error).__name__}: {first}; use dp or tp in place of cp"
         ) from error
 
 

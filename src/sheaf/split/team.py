@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sheaf.cluster.traffic import traffic
+
 Explain = Callable[[str, str, Tensor], AbstractContextManager[object]]
 
 
@@ -27,6 +29,7 @@ class GroupTeam:
         with self._timed("all_reduce", why, tensor):
             if tensor.dtype in (torch.float16, torch.bfloat16) and self._gloo(tensor):
                 wide = tensor.float()
+                traffic.collective("all_reduce", wide.nbytes, self.workers)
                 dist.all_reduce(wide, group=self._group)
                 return wide.to(tensor.dtype)
             if self.workers == 2 and self._gloo(tensor):
@@ -34,6 +37,7 @@ class GroupTeam:
                 self._run([(dist.isend, tensor, 1 - self.rank), (dist.irecv, other, 1 - self.rank)])
                 return other.add_(tensor)
             summed = tensor.clone(memory_format=torch.contiguous_format)
+            traffic.collective("all_reduce", summed.nbytes, self.workers)
             dist.all_reduce(summed, group=self._group)
             return summed
 
@@ -42,6 +46,7 @@ class GroupTeam:
         with self._timed("all_gather", why, own):
             parts = [own if worker == self.rank else own.new_empty(tuple(shape)) for worker, shape in enumerate(shapes)]
             if not self._gloo(own):
+                traffic.message(own.nbytes * (self.workers - 1))
                 dist.all_gather(parts, own, group=self._group)
                 return parts
             self._run(
@@ -56,6 +61,7 @@ class GroupTeam:
         with self._timed("reduce_scatter", why, own):
             if not self._gloo(own):
                 result = torch.empty_like(own)
+                traffic.message(sum(one.nbytes for one in pieces) - own.nbytes)
                 dist.reduce_scatter(result, pieces, group=self._group)
                 return result
             received = [own if worker == self.rank else torch.empty_like(own) for worker in range(self.workers)]
@@ -97,6 +103,7 @@ class GroupTeam:
         return [(self.rank + distance) % self.workers for distance in range(1, self.workers)]
 
     def _run(self, moves: Sequence[tuple[Callable[..., object], Tensor, int]]) -> None:
+        traffic.message(sum(tensor.nbytes for kind, tensor, _ in moves if kind is dist.isend))
         operations = [
             dist.P2POp(kind, tensor, group=self._group, group_peer=peer)  # pyright: ignore[reportArgumentType]
             for kind, tensor, peer in moves

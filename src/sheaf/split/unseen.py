@@ -14,9 +14,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint as checkpoints
 from torch.utils._pytree import tree_iter
 
-from sheaf.split.sent import Sent
-from sheaf.split.tensor import Split
-
 
 class _Running(threading.local):
     """The modes that a thread is in."""
@@ -35,7 +32,7 @@ _count = 0  # of modes that run, on any thread
 
 
 def enter(mode: TorchFunctionMode) -> None:
-    """A ``Splitting`` begins on this thread; torch's own functions are exchanged while any runs."""
+    """A mode that must see it begins on this thread; torch's own functions are exchanged while any runs."""
     global _count  # noqa: PLW0603 - torch is one for the whole process, too
     _running.modes.append(mode)
     with _lock:
@@ -63,9 +60,11 @@ def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
     if cls is checkpoints.CheckpointFunction:  # would leave the mode, and the graph of slices, in backward
         function, keeps_random_state, *given = args
         return checkpoints.checkpoint(function, *given, use_reentrant=False, preserve_rng_state=keeps_random_state)
-    leaves = tree_iter((args, kwargs))
-    if cls.__module__ != checkpoints.__name__ and any(type(leaf) in (Split, Sent) for leaf in leaves):
-        mode = _running.modes[-1]
+    leaves, mode = list(tree_iter((args, kwargs))), _running.modes[-1]
+    if cls.__module__ == checkpoints.__name__:
+        return _apply(cls, *args, **kwargs)
+    mode.look(leaves)
+    if any(mode.is_away(leaf) for leaf in leaves):
         args, kwargs = mode.whole(args, cls.__name__), mode.whole(kwargs, cls.__name__)
     return _apply(cls, *args, **kwargs)
 

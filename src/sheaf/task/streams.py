@@ -54,12 +54,14 @@ def may_draw(module: nn.Module) -> bool:
 
 
 class _Call:
-    """One call of a module in a microbatch's forward: its stream's seed, and how many calls there were at its end."""
+    """One call of a module in a microbatch's forward: its stream's seed, which of the calls within the module around it
+    it is, and how many calls there were at its end.
+    """
 
-    __slots__ = ("end", "name", "seed")
+    __slots__ = ("end", "name", "seed", "time")
 
-    def __init__(self, name: str, seed: int) -> None:
-        self.name, self.seed = name, seed
+    def __init__(self, name: str, seed: int, time: int = 0) -> None:
+        self.name, self.seed, self.time = name, seed, time
         self.end: int | None = None
 
 
@@ -80,7 +82,7 @@ class _Record:
         outer = self.ambient if within is None else within.seed
         time = self._times.get((outer, name), 0)
         self._times[outer, name] = time + 1
-        call = _Call(name, key(outer, name, time))
+        call = _Call(name, key(outer, name, time), time)
         if tag != self._tag:  # the model seeded or set the generator itself, so this tag tells no place
             self._foreign.add(tag)
         self._tag = call.seed
@@ -142,7 +144,7 @@ class Streams:
     def __init__(self, model: nn.Module, seed: int, device: torch.device) -> None:
         self._seed = seed
         self._generators = _generators(device)
-        self._record = _Record(seed, 0, 0)
+        self._record = self._others = _Record(seed, 0, 0)
         self._replaying = False
         self._frames: list[_Frame] = []
         self._handles: list[RemovableHandle] = []
@@ -180,6 +182,40 @@ class Streams:
         finally:
             self._move(here)
             self._frames, self._replaying = frames, replaying
+
+    @property
+    def under_way(self) -> int:
+        """The seed of the stream that what is called now draws from, or makes streams of its own from."""
+        call = self._frames[-1].call if self._frames else None
+        return self._record.ambient if call is None else call.seed
+
+    @contextmanager
+    def for_another(self, under_way: int) -> Iterator[None]:
+        """Run what another worker, where that stream is under way, would run itself; then come back."""
+        here, frames, replaying = self.position(), self._frames, self._replaying
+        self._record, self._frames, self._replaying = (
+            self._others,
+            [_Frame([], _Call("", under_way), replay=False)],
+            False,
+        )
+        self._seed_all(under_way)
+        try:
+            yield
+        finally:
+            self._move(here)
+            self._frames, self._replaying = frames, replaying
+
+    def draw_as(self, step: int, microbatch: int) -> None:
+        """Let the module under way draw from here on what it draws where another microbatch came to it the same way."""
+        seed = _Record(self._seed, step, microbatch).ambient
+        for frame in self._frames:
+            assert frame.call is not None
+            seed = key(seed, frame.call.name, frame.call.time)
+        self._seed_all(seed)
+
+    def forget_others(self) -> None:
+        """A microbatch begins, for this worker and those that it runs modules for."""
+        self._others = _Record(self._seed, 0, 0)
 
     def name_of(self, module: nn.Module) -> str:
         """A module's name in the model."""

@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from sheaf.record import Record, StepReport
 from sheaf.task import Task
 from sheaf.training.description import describe
 from sheaf.training.directory import MODEL, RECORD, claimed, prepare
+from sheaf.training.heirs import Heirs, Outliving, Settling
 from sheaf.training.pipeline import Span, Spans
 from sheaf.training.stop import stopping
 
@@ -68,12 +69,14 @@ def train_rank(
     events: dict[str, dict[str, Any]] | None = None,
     device: torch.device | None = None,
     build: Callable[..., TrainingStep] | None = None,
+    lost: Callable[[], Collection[int]] = frozenset,
 ) -> Outcome:
     """Train until ``steps`` steps are done in all; every worker calls this, and the files are worker 0's to write.
 
     ``save_every``: steps between checkpoints (0: only at the end; None: after the first step, and then as often as
     saving takes less than a twentieth of the time).
     ``values`` is ``describe(task, plan)`` where the caller has it; ``events`` are more lines for the record, by kind.
+    ``lost`` says which workers are gone: where the step outlives them, the first that lives writes the files.
     ``observers`` make what worker 0 calls with each report; one that raises is dropped and the run goes on.
 
     Raises RunError for a directory in use and a checkpoint that does not fit, and what the step raises: NonFiniteLoss,
@@ -94,23 +97,33 @@ def train_rank(
         book = stack.enter_context(_Book.opened(out, step.rank))
         if resume:
             _resume(step, out, book)
+        heirs = Heirs(step, lost) if isinstance(step, Outliving) and step.outlives_workers else None
         first, stopped = step.index, False
         spans = Spans(step)
-        saver = _Saver(step, out, keep, digest, book, save_every)
+        saver = _Saver(step, out, keep, digest, book, save_every, heirs)
         book.begin(step, steps, events or {}, observers)
         stack.enter_context(stopping(step.request_stop, alone=step.workers == 1))
         while step.index < steps and not stopped:
             report = step()
             stopped = report.stop
+            if heirs is not None and heirs.writes:
+                book.inherit(out)
+            for line in heirs.news() if heirs is not None else ():
+                book.warn(line)
             book.report(report)
             spans.after(report)
             saver.after(report)
+        if isinstance(step, Settling):
+            step.settle()
         saver.save()
         spans.write(out)
-        weights = step.full_state()
-        if step.rank == 0:
-            checkpoint.write_model(out / MODEL, weights)
-        barrier()
+        if heirs is not None:
+            heirs.write_model(out / MODEL)
+        else:
+            weights = step.full_state()
+            if step.rank == 0:
+                checkpoint.write_model(out / MODEL, weights)
+            barrier()
         book.event("end", step=step.index, stopped=stopped)
         return Outcome(first, step.index, stopped)
 
@@ -138,10 +151,17 @@ class _Saver:
     """Saves now and then; which steps are saved is the same on every worker."""
 
     def __init__(
-        self, step: TrainingStep, out: Path, keep: int, digest: str, book: "_Book", save_every: int | None
+        self,
+        step: TrainingStep,
+        out: Path,
+        keep: int,
+        digest: str,
+        book: "_Book",
+        save_every: int | None,
+        heirs: Heirs | None = None,
     ) -> None:
         self._step, self._out, self._keep, self._digest, self._book = step, out, keep, digest, book
-        self._every = save_every
+        self._every, self._heirs = save_every, heirs
         self._next = step.index + 1 if save_every is None else _multiple(save_every, step.index)
         self._saved = -1
         self._seconds: deque[float] = deque(maxlen=20)
@@ -151,10 +171,15 @@ class _Saver:
         self._seconds.append(report.seconds)
         if self._step.index == self._next:
             self.save()
+        while self._heirs is not None and 0 < self._next < self._step.index:  # the others saved without this worker
+            self._save_as_heir(self._heirs, self._next)
 
     def save(self) -> None:
         """Save, unless this step is saved."""
         if self._saved == self._step.index:
+            return
+        if self._heirs is not None:
+            self._save_as_heir(self._heirs, self._step.index)
             return
         began = time.perf_counter()
         path = checkpoint.save(self._step, self._out, keep=self._keep, task_digest=self._digest)
@@ -165,6 +190,24 @@ class _Saver:
             self._next = _multiple(self._every, self._saved)
         elif self._seconds:
             self._next = self._saved + from_first(lambda: math.ceil(20 * seconds / max(1e-6, min(self._seconds))))
+
+    def _save_as_heir(self, heirs: Heirs, index: int) -> None:
+        """Save without those that are lost: the first that lives does it, and says when it is done again."""
+
+        def save() -> int:
+            began = time.perf_counter()
+            path = heirs.save(self._out, keep=self._keep, task_digest=self._digest)
+            seconds = time.perf_counter() - began
+            self._book.event("checkpoint", step=self._step.index, checkpoint=path.name, seconds=seconds)
+            return self._after(index, seconds)
+
+        self._next, self._saved = heirs.once(f"save/{index}", save), index
+
+    def _after(self, index: int, seconds: float) -> int:
+        """The next step that is saved."""
+        if self._every is not None:
+            return _multiple(self._every, index)
+        return index + math.ceil(20 * seconds / max(1e-6, min(self._seconds))) if self._seconds else self._next
 
 
 def _multiple(every: int, index: int) -> int:
@@ -191,8 +234,8 @@ class _Book:
         finally:
             for observer in book._observers:
                 book._close(observer)
-            if record is not None:
-                record.close()
+            if book._record is not None:
+                book._record.close()
 
     def begin(
         self,
@@ -208,6 +251,11 @@ class _Book:
         if self._record is not None:
             for make in observers:
                 self._guarded(make, lambda make=make: self._observers.append(make(step.index)))
+
+    def inherit(self, out: Path) -> None:
+        """Write from here on: whoever did is lost."""
+        if self._record is None:
+            self._record = Record(out / RECORD)
 
     def report(self, report: StepReport) -> None:
         """Write down a step and show it."""

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -26,6 +26,7 @@ MEASURED_TERMS = ("compute", "communicate", "wait", "optimizer", "host")
 # from a pipeline's other stages with the time it is waited for.
 _MEASURED_AS = {
     "recompute": "compute",
+    "dispatch": "compute",
     "tensor": "communicate",
     "transfer": "wait",
     "bubble": "wait",
@@ -33,6 +34,7 @@ _MEASURED_AS = {
     "reduce_scatter": "communicate",
     "all_gather": "communicate",
     "server": "communicate",
+    "rows": "communicate",
     "all_to_all": "communicate",
 }
 _INK, _FAINT, _MEASURED, _PREDICTED = "#22303c", "#9aa7b1", "#1f77b4", "#f0a35e"
@@ -48,6 +50,7 @@ class _Run:
     resumed_at: list[int]
     plan: str = ""
     predicted: dict[str, float] = field(default_factory=dict[str, float])
+    predicted_sent_bytes: float = 0.0
     timed: list[StepReport] = field(default_factory=list[StepReport])
 
 
@@ -74,6 +77,42 @@ def draw(run_directory: str | Path) -> Path:
     figure.savefig(unfinished, format="png")
     unfinished.replace(path)
     return path
+
+
+def compared(run_directory: str | Path) -> dict[str, dict[str, float]]:
+    """Seconds ``predicted`` and ``measured`` of the ``step`` and of each of its terms; empty where either is not known.
+
+    Measured are medians over the steps that the picture counts; means where weights meet every few steps, since a
+    prediction shares a meeting out among them. Raises RunError when there is no record.
+    """
+    run = _read(Path(run_directory))
+    if not run.predicted or not run.timed:
+        return {}
+    middle = fmean if Plan.parse(run.plan).meets_locally.every else median
+    predicted = as_measured(run.predicted)
+    measured = {term: middle(seconds) for term, seconds in measured_terms(run.timed).items()}
+    terms = {
+        term: {"predicted": predicted.get(term, 0.0), "measured": measured.get(term, 0.0)}
+        for term in dict.fromkeys([*measured, *predicted])
+    }
+    whole = {"predicted": sum(predicted.values()), "measured": middle([report.seconds for report in run.timed])}
+    return {"step": whole, **terms}
+
+
+def sent_bytes(run_directory: str | Path) -> dict[str, float]:
+    """What worker 0 sent in a step, ``measured`` as a mean over the steps that the picture counts, and ``predicted``.
+
+    Predicted is what the worker that sends most does. Empty where either is not known. Raises RunError when there is no
+    record.
+    """
+    run = _read(Path(run_directory))
+    measured = _sent_bytes(run)
+    known = bool(measured and run.predicted_sent_bytes)
+    return {"predicted": run.predicted_sent_bytes, "measured": measured} if known else {}
+
+
+def _sent_bytes(run: _Run) -> float:
+    return fmean(report.sent_bytes for report in run.timed) if run.timed else 0.0
 
 
 def measured_terms(steps: Sequence[StepReport]) -> dict[str, list[float]]:
@@ -112,10 +151,11 @@ def _read(directory: Path) -> _Run:
         if kind in ("start", "plan"):
             since.clear()
             if str(line.get("plan", run.plan)) != run.plan:
-                run.plan, run.predicted = str(line["plan"]), {}
+                run.plan, run.predicted, run.predicted_sent_bytes = str(line["plan"]), {}, 0.0
         if kind == "plan":
             predicted = line.get("predicted") or {}
             run.predicted = {str(term): float(seconds) for term, seconds in predicted.items() if seconds is not None}
+            run.predicted_sent_bytes = float(line.get("predicted_sent_bytes") or 0.0)
         elif kind == "resume":
             run.resumed_at.append(int(line.get("step", furthest + 1)))
         elif kind == "step":
@@ -137,6 +177,9 @@ def _title(run: _Run) -> str:
     parts = [run.name, f"plan {run.plan}" if run.plan else "", f"{len(run.steps)} step{'s' * (len(run.steps) != 1)}"]
     if run.steps and (memory := max(report.memory_bytes for report in run.steps)):
         parts.append(f"{pretty_bytes(memory)} at most per worker")
+    if (sent := _sent_bytes(run)) and len(run.plan) < 60:
+        promised = f" ({pretty_bytes(run.predicted_sent_bytes)} predicted)" if run.predicted_sent_bytes else ""
+        parts.append(f"sends {pretty_bytes(sent)} a step{promised}")
     return "  ·  ".join(part for part in parts if part)
 
 

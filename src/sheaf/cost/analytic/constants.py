@@ -1,6 +1,7 @@
 """What software reaches on a machine: named constants with where they come from, read from the cluster room's files."""
 
 import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ class Constants:
     """Shares of what the machine's file says, and times that no file of a machine can know; all above zero."""
 
     matmul: float  # of the matrix rate, in large products
+    grouped: float  # further share of it in the experts' products, computed in groups of unlike sizes
     narrow: float  # further share of it with eight bits and fewer, where copies must be scaled and cast
     attention: float  # of the matrix rate, in fused attention
     memory: float  # of the memory bandwidth, in element-wise kernels
@@ -26,6 +28,7 @@ class Constants:
     inter: float  # of the link between hosts
     exposed: float  # of gradient and parameter traffic that could hide, does not
     exposed_tensor: float  # of collectives of a split layer
+    exposed_experts: float  # of tokens sent to experts and back
     optimizer: float  # of the memory bandwidth, in the update
     step_seconds: float  # once a step: fetching data, clipping, scaling, logging
     head: float  # times what projection and loss take by themselves
@@ -56,12 +59,27 @@ class Stack:
     tf32: bool = False  # products of fp32 numbers run on matrix units that round them
     padded: int = 128  # the vocabulary is filled up to a multiple of this times tp
     padded_whole: int = 0  # the same where layers are not split; 0: as there
+    counted: float = 1.0  # share of what a process holds beside its tensors that the stack's figures of memory count
     dropout: bool = False  # masks are kept for backward
     masked: float = 1.0  # share of a masked model's tokens that are projected to the vocabulary
     filled: float = 1.0  # share of a masked model's tokens in long sequences that are no padding, and computed
     recompute: str = "none"  # where the run does not say
+    launched: float = 1.0  # share of a layer's kernels that the host launches one by one; the rest are graphs
+    sends_beside: bool = False  # tokens travel to experts while another microbatch computes
     scatter: bool = False  # stages send each other 1/tp of a tensor from each worker of a layer
     source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a stack's own scripts set for some of its runs though no table says so; patterns must all be found."""
+
+    stack: str
+    model: str = ""
+    device: str = ""
+    precision: str = ""
+    facts: dict[str, Any]  # of a Stack, in place of its own
+    source: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +103,20 @@ class Measured:
 class Book:
     """All stacks, what is expected of the constants, and what was fitted.
 
-    ``fitted`` goes by stack and kind of device; stack "" is all of them. ``measured`` goes by stack, kind and shape
-    of a layer (see ``layer_key``).
+    ``fitted`` holds factors beside what is expected, by stack and kind of device; "" is all of them. A run's constants
+    are what is expected times the factors of all that it is: see ``effects``. ``measured`` goes by stack, kind and
+    shape of a layer (see ``layer_key``).
     """
 
     stacks: tuple[Stack, ...]
     priors: dict[str, Prior]
     kernels: dict[str, float]
+    recipes: tuple[Recipe, ...] = ()
     memory_priors: dict[str, Prior] = field(default_factory=dict[str, Prior])
     fitted: dict[tuple[str, str], Constants] = field(default_factory=dict[tuple[str, str], Constants])
     measured: dict[tuple[str, str, str], Measured] = field(default_factory=dict[tuple[str, str, str], Measured])
     held: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+    kin: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])  # of a kind of device
 
     def stack(self, software: str, notes: Sequence[str] = ()) -> Stack:
         """The stack that a run's words mean."""
@@ -105,6 +126,14 @@ class Book:
             if known and all(re.search(pattern, said, re.IGNORECASE) for pattern in stack.notes):
                 return stack
         return self.stacks[-1]
+
+    def facts(self, stack: Stack, *, model: str, device: str, precision: str) -> Stack:
+        """The stack as the first of its recipes sets it for such a run; as it is where there is none."""
+        for recipe in self.recipes:
+            said = ((recipe.stack, stack.name), (recipe.model, model), (recipe.device, device))
+            if all(re.search(pattern, word, re.IGNORECASE) for pattern, word in (*said, (recipe.precision, precision))):
+                return replace(stack, **recipe.facts)
+        return stack
 
     def memory(self, stack: Stack) -> dict[str, float]:
         """What an allocator holds beside what is asked of it: this stack's, one's it is like, or all others'."""
@@ -121,27 +150,37 @@ class Book:
         return Constants(**{name: prior.value for name, prior in self.priors.items()})
 
     def constants(self, stack: Stack, kind: str) -> Constants:
-        """Fitted for this stack and kind of device, or for the nearest that was.
+        """What is expected, times what was found of every effect that this stack and kind of device share.
 
-        That is a stack it is like, on the same device; then this one on another device, with what all stacks show of
-        this device's kernels; then all that ran on the device; then what is expected.
+        So a stack that no run showed gets what its device and the stacks that it is like do, and a device that no run
+        showed what its kin and the stack do elsewhere.
         """
+        found = [self.fitted[effect] for effect in self.effects(stack, kind) if effect in self.fitted]
+        return Constants(
+            **{
+                name: prior.value * math.prod(getattr(each, name) for each in found)
+                for name, prior in self.priors.items()
+            }
+        )
+
+    def effects(self, stack: Stack, kind: str) -> tuple[tuple[str, str], ...]:
+        """Everything that says something of its constants, from all runs to this stack on this device."""
+        stacks = [each.name for each in self.lineage(stack)]
+        kinds = [*self.kin.get(kind, ()), kind]
+        return (
+            ("", ""),
+            *(("", each) for each in kinds),
+            *((each, "") for each in stacks),
+            *((each, kind) for each in stacks),
+        )
+
+    def lineage(self, stack: Stack) -> tuple[Stack, ...]:
+        """The stacks that it is like, the furthest first, and itself."""
         by_name = {each.name: each for each in self.stacks}
-        looked: Stack | None = stack
-        while looked is not None:
-            if (looked.name, kind) in self.fitted:
-                return self.fitted[looked.name, kind]
-            looked = by_name.get(looked.like)
-        whole = self.fitted.get(("", kind))
-        elsewhere = sorted(key for key in self.fitted if key[0] and key[0] in (stack.name, stack.like))
-        if not elsewhere:
-            return whole or self.expected()
-        found = self.fitted[elsewhere[0]]
-        return replace(found, **{name: getattr(whole, name) for name in _OF_DEVICES}) if whole else found
-
-
-# Constants that say more of a device's kernels and its host than of the software that uses them.
-_OF_DEVICES = ("matmul", "narrow", "attention", "memory", "layer_seconds")
+        found = [stack]
+        while found[0].like:
+            found.insert(0, by_name[found[0].like])
+        return tuple(found)
 
 
 def kind_of(device: str) -> str:
@@ -164,11 +203,16 @@ def book() -> Book:
     known = _fitted_table()
     return Book(
         stacks=tuple(Stack(**_tuples(one)) for one in table["stacks"]),
+        recipes=tuple(Recipe(**one) for one in table["recipes"]),
         priors={name: Prior(**one) for name, one in table["priors"].items()},
         kernels=table["kernels"],
+        kin={kind: tuple(kin) for kind, kin in table["kin"].items()},
         memory_priors={name: Prior(**one) for name, one in table["memory"].items()},
         held=known["memory"],
-        fitted={(one["stack"], one["device"]): Constants(**one["constants"]) for one in known["fitted"]},
+        fitted={
+            (one["stack"], one["device"]): Constants(**dict.fromkeys(Constants.names(), 1.0) | one["factors"])
+            for one in known["fitted"]
+        },
         measured={
             (one["stack"], one["device"], one["layer"]): Measured(one["factor"], one["runs"])
             for one in known["measured"]
@@ -200,7 +244,7 @@ def write_fitted(known: Book, path: Path, source: str) -> None:
             {
                 "stack": stack,
                 "device": kind,
-                "constants": {name: _rounded(getattr(constants, name)) for name in Constants.names()},
+                "factors": {name: _rounded(getattr(constants, name)) for name in Constants.names()},
             }
             for (stack, kind), constants in sorted(known.fitted.items())
         ],

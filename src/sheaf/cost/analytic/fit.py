@@ -1,5 +1,7 @@
 """Constants from measured runs: least squares on the logarithm of the step's time, held near what is expected."""
 
+import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,9 +12,12 @@ from sheaf.cost.analytic.memory import peak
 from sheaf.cost.analytic.step import Job, seconds
 
 NOISE = 0.04  # relative error of a run that the fit takes as ordinary
-_DOUBT = 1.0  # runs that would say that the model is right as it is
+_NORMAL = 1.48  # standard deviation beside the median of absolute deviations, of a normal distribution
+_ORDINARY = 0.06  # scatter of a stack's runs beside the fit that is not held against them
+_TOLD, _MOST_TOLD = 12.0, 0.75  # constants that the runs of a stack tell: so many, or this share of the runs
+_DOUBTS = (2.0, 1.0)  # groups of runs of a model, runs of a shape of layer, that would say that the formulas are right
 _MOST_LEFT = 0.4  # in natural logarithms
-_ROUNDS = 25
+_ROUNDS = 15
 _NUDGE = 1e-3
 
 
@@ -26,29 +31,88 @@ class Sample:
     weight: float = 1.0  # of what a usual run counts for
 
 
-def fitted(book: Book, samples: Sequence[Sample]) -> Book:
-    """The book with constants for every stack and kind of device that ``samples`` show.
+# How much of a constant's width lies with all runs, with a device, with a stack, and with a stack on a device.
+_SHARES = {"all": 0.5, "device": 0.5, "stack": 0.6, "both": 0.9}
+_OF_DEVICES = ("matmul", "narrow", "attention", "memory")  # constants that say more of a device than of software
 
-    First one set for each kind of device, each stack counting alike; then one for each stack, held near that of the
-    stack it is ``like`` or else of its device. Last, how layers of each shape did beside that: a kernel library picks
-    other kernels for other shapes, and no formula knows which.
+
+def fitted(book: Book, samples: Sequence[Sample]) -> Book:
+    """The book with what ``samples`` show of all runs, of each kind of device, each stack, and each stack on a device.
+
+    All of these effects are fitted at once, each held near nothing: what many stacks share is told apart from what is
+    one stack's own, and a stack with few runs stays near those it is like. Last, how layers of each shape did beside
+    that: a kernel library picks other kernels for other shapes, and no formula knows which.
     """
-    by_name = {stack.name: stack for stack in book.stacks}
-    groups: dict[tuple[str, str], list[Sample]] = {}
-    kinds: dict[str, list[Sample]] = {}
     timed = [sample for sample in samples if sample.seconds]
-    for sample in timed:
-        groups.setdefault((sample.job.stack.name, sample.job.kind), []).append(sample)
-    for (_, kind), group in groups.items():
-        kinds.setdefault(kind, []).extend(replace(one, weight=one.weight * len(group) ** -0.5) for one in group)
-    known: dict[tuple[str, str], Constants] = {}
-    for kind, group in sorted(kinds.items()):
-        known["", kind] = _least_squares(book, group, book.expected())
-    for name, kind in sorted(groups, key=lambda key: (_depth(by_name, by_name[key[0]]), *key)):
-        centre = replace(book, fitted=known).constants(by_name[name], kind)
-        known[name, kind] = _least_squares(book, groups[name, kind], centre)
     book = replace(book, held=_held(book, samples))
-    return replace(book, fitted=known, measured=_measured(replace(book, fitted=known, measured={}), timed))
+    if timed:  # first to see how far off the runs of each stack are by themselves, then with that in mind
+        book = replace(book, fitted=_effects(replace(book, fitted={}), timed))
+        timed = _weighed(book, timed)
+        book = replace(book, fitted=_effects(book, timed))
+    return replace(book, measured=_measured(replace(book, measured={}), timed))
+
+
+def _weighed(book: Book, samples: Sequence[Sample]) -> list[Sample]:
+    """Runs of a stack whose runs scatter more than ordinary ones count for less: by the square of how much more."""
+    left: dict[str, list[float]] = {}
+    for sample in samples:
+        job = sample.job
+        predicted = sum(seconds(job, book.constants(job.stack, job.kind), {}).values())
+        left.setdefault(job.stack.name, []).append(abs(math.log(sample.seconds / predicted)))
+    scatter: dict[str, float] = {}
+    for name, each in left.items():
+        free = max(1.0, len(each) - min(_TOLD, _MOST_TOLD * len(each)))  # runs beyond those that tell the constants
+        scatter[name] = math.sqrt(len(each) / free) * _NORMAL * statistics.median([*each, NOISE])
+    return [
+        replace(sample, weight=sample.weight * min(1.0, _ORDINARY / scatter[sample.job.stack.name]) ** 2)
+        for sample in samples
+    ]
+
+
+def _effects(book: Book, samples: Sequence[Sample]) -> dict[tuple[str, str], Constants]:
+    """The factors of every effect that the samples share, looked for from those that the book has."""
+    names = Constants.names()
+    of_sample = [book.effects(sample.job.stack, sample.job.kind) for sample in samples]
+    effects = sorted({effect for each in of_sample for effect in each})
+    place = {effect: number for number, effect in enumerate(effects)}
+    member = np.zeros((len(samples), len(effects)))
+    for number, each in enumerate(of_sample):
+        member[number, [place[effect] for effect in each]] = 1.0
+    prior = np.log([book.priors[name].value for name in names])
+    widths = np.array([[book.priors[name].width * _share(effect, name) for name in names] for effect in effects])
+    measured = np.log([sample.seconds for sample in samples])
+    weights = np.sqrt([sample.weight for sample in samples]) / NOISE
+
+    def predicted(logs: np.ndarray) -> np.ndarray:
+        made = (Constants(**dict(zip(names, each, strict=True))) for each in np.exp(logs).tolist())
+        pairs = zip(samples, made, strict=True)
+        return np.log([sum(seconds(run.job, constants, {}).values()) for run, constants in pairs])
+
+    def residuals(point: np.ndarray) -> np.ndarray:
+        return (predicted(prior + member @ point.reshape(widths.shape)) - measured) * weights
+
+    def slopes(point: np.ndarray, here: np.ndarray) -> np.ndarray:
+        logs = prior + member @ point.reshape(widths.shape)
+        nudged = [(predicted(logs + _NUDGE * step) - measured) * weights for step in np.eye(len(names))]
+        own = (np.stack(nudged, axis=1) - here[:, None]) / _NUDGE
+        return (member[:, :, None] * own[:, None, :]).reshape(len(samples), -1)
+
+    start = np.array([[getattr(book.fitted.get(effect), name, 1.0) for name in names] for effect in effects])
+    point = _descend(np.log(start).ravel(), np.zeros(widths.size), widths.ravel(), residuals, slopes)
+    found = np.exp(point.reshape(widths.shape)).tolist()
+    return {
+        effect: Constants(**dict(zip(names, values, strict=True)))
+        for effect, values in zip(effects, found, strict=True)
+    }
+
+
+def _share(effect: tuple[str, str], name: str) -> float:
+    stack, kind = effect
+    if stack and kind:
+        return _SHARES["both"]
+    level = "stack" if stack else "device" if kind else "all"
+    other = level == ("stack" if name in _OF_DEVICES else "device")
+    return _SHARES[level] * (0.7 if other else 1.0)
 
 
 def _held(book: Book, samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
@@ -84,17 +148,33 @@ def _memory_least_squares(book: Book, samples: Sequence[Sample], centre: dict[st
 
 
 def _measured(book: Book, samples: Sequence[Sample]) -> dict[tuple[str, str, str], Measured]:
-    """What is left of each shape of layer, drawn towards nothing where few runs tell it."""
-    left: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    """What is left of each model's shape, then of each shape of layer, drawn towards nothing where few runs tell it.
+
+    A model counts by how it did on each stack and device, not by its runs: one group is no sign of the model.
+    """
+    rests: list[float] = []
     for sample in samples:
-        job = sample.job
-        predicted = sum(seconds(job, book.constants(job.stack, job.kind), {}).values())
-        rest = float(np.clip(np.log(sample.seconds / predicted), -_MOST_LEFT, _MOST_LEFT))
-        left.setdefault((job.stack.name, job.kind, job.layer_key), []).append((rest, sample.weight))
+        predicted = sum(seconds(sample.job, book.constants(sample.job.stack, sample.job.kind), {}).values())
+        rests.append(float(np.clip(np.log(sample.seconds / predicted), -_MOST_LEFT, _MOST_LEFT)))
     found: dict[tuple[str, str, str], Measured] = {}
-    for key, rests in left.items():
-        told = sum(rest * weight for rest, weight in rests) / (sum(weight for _, weight in rests) + _DOUBT)
-        found[key] = Measured(float(np.exp(told)), len(rests))
+    for level, doubt in enumerate(_DOUBTS):
+        left: dict[tuple[str, str, str], dict[tuple[str, str], list[tuple[float, float]]]] = {}
+        for sample, rest in zip(samples, rests, strict=True):
+            group = (sample.job.stack.name, sample.job.kind)
+            left.setdefault(sample.job.layer_keys[level], {}).setdefault(group, []).append((rest, sample.weight))
+        for key, groups in left.items():
+            told = [
+                (sum(rest * weight for rest, weight in each), sum(weight for _, weight in each))
+                for each in groups.values()
+            ]
+            if level == 0:
+                told = [(total / weight, 1.0) for total, weight in told]
+            share = sum(total for total, _ in told) / (sum(weight for _, weight in told) + doubt)
+            found[key] = Measured(float(np.exp(share)), sum(map(len, groups.values())))
+        rests = [
+            rest - float(np.log(found[sample.job.layer_keys[level]].factor))
+            for sample, rest in zip(samples, rests, strict=True)
+        ]
     return found
 
 
@@ -102,29 +182,12 @@ def _depth(by_name: dict[str, Stack], stack: Stack) -> int:
     return 0 if not stack.like else 1 + _depth(by_name, by_name[stack.like])
 
 
-def _least_squares(book: Book, samples: Sequence[Sample], centre: Constants) -> Constants:
-    names = Constants.names()
-    start = np.log([getattr(centre, name) for name in names])
-    widths = np.array([book.priors[name].width for name in names])
-    measured = np.log([sample.seconds for sample in samples])
-    weights = np.sqrt([sample.weight for sample in samples])
-
-    def predicted(point: np.ndarray) -> np.ndarray:
-        constants = Constants(**dict(zip(names, np.exp(point).tolist(), strict=True)))
-        return np.log([sum(seconds(sample.job, constants, {}).values()) for sample in samples])
-
-    def residuals(point: np.ndarray) -> np.ndarray:
-        return (predicted(point) - measured) / NOISE * weights
-
-    point = _descend(start, start, widths, residuals)
-    return Constants(**dict(zip(names, np.exp(point).tolist(), strict=True)))
-
-
 def _descend(
     point: np.ndarray,
     start: np.ndarray,
     widths: np.ndarray,
     residuals: Callable[[np.ndarray], np.ndarray],
+    slopes: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray:
     """Levenberg's and Marquardt's method, with residuals far off counting by their size, not its square."""
 
@@ -134,10 +197,14 @@ def _descend(
     damping, best = 1e-2, loss(point)
     for _ in range(_ROUNDS):
         here = residuals(point)
-        slopes = np.stack([(residuals(point + _NUDGE * step) - here) / _NUDGE for step in np.eye(len(point))], axis=1)
+        if slopes is None:
+            steps = [(residuals(point + _NUDGE * step) - here) / _NUDGE for step in np.eye(len(point))]
+            slope = np.stack(steps, axis=1)
+        else:
+            slope = slopes(point, here)
         counted = 1 / np.sqrt(1 + here**2)
-        pull = slopes.T @ (counted * here) + (point - start) / widths**2
-        bend = slopes.T @ (counted[:, None] * slopes) + np.diag(1 / widths**2)
+        pull = slope.T @ (counted * here) + (point - start) / widths**2
+        bend = slope.T @ (counted[:, None] * slope) + np.diag(1 / widths**2)
         before = best
         while damping < 1e6:
             step = np.linalg.solve(bend + damping * np.diag(np.diag(bend)), -pull)
@@ -146,6 +213,6 @@ def _descend(
                 point, best, damping = point + step, after, max(damping / 5, 1e-6)
                 break
             damping *= 4
-        if before - best < 1e-4 * max(1.0, before):
+        if before - best < 3e-4 * max(1.0, before):
             break
     return point

@@ -6,6 +6,7 @@ tiles (see ``products``). Traffic of element-wise kernels counts each array that
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from sheaf.cost.analytic.constants import Stack
 from sheaf.cost.analytic.products import tiled_flops
@@ -19,7 +20,11 @@ _SCORES_FORWARD, _SCORES_BACKWARD = 4.5, 6.0  # in elements
 # Arrays as wide as the hidden size that norms, dropout and sums read and write in one layer's forward.
 _WIDE_FORWARD, _WIDE_FUSED = 8.0, 5.0
 _BACKWARD = 1.6  # times the forward's traffic
+_UNFUSED = 12.0  # arrays of a feed-forward's inside: biases, clamps, scale and product, each by itself
 _LOSS_BYTES = 40.0  # per logit, forward and backward: cast to fp32, largest, exponential, sum, gradient
+# Kernels of a layer of experts beside a dense one's: routing, sorting, casts and products of each group, and waits for
+# the counts of tokens; 9 ms beside some 2.5 ms in NVIDIA-NeMo/Megatron-Bridge's rows of one sequence a microbatch.
+_EXPERT_LAUNCHES = 3.5
 LORA_RANK = 16.0
 
 
@@ -28,6 +33,7 @@ class Amounts:
     """Work of one pass over one layer (or the head): FLOP by kind, bytes moved, bytes sent."""
 
     product: float = 0.0  # FLOP of matrix products, tiles filled
+    grouped: float = 0.0  # FLOP of the experts' products
     attention: float = 0.0  # FLOP of fused attention
     moved: float = 0.0  # bytes of element-wise kernels
     tensor_bytes: float = 0.0  # all-reduced (or scattered and gathered) among the workers that split a layer
@@ -44,6 +50,7 @@ class Amounts:
     def _values(self) -> tuple[float, ...]:
         return (
             self.product,
+            self.grouped,
             self.attention,
             self.moved,
             self.tensor_bytes,
@@ -61,6 +68,11 @@ class Layer:
     backward: Amounts
     again: Amounts
     launches: float = field(default=1.0)  # times a dense layer's kernels
+
+    @cached_property
+    def both(self) -> Amounts:
+        """Forward and backward."""
+        return self.forward + self.backward
 
 
 @dataclass(frozen=True)
@@ -110,9 +122,13 @@ def layer(work: Workload, stack: Stack, kernels: Kernels, *, expert: bool = Fals
     tokens = work.micro * shape.sequence / split.cp * _filled(shape, stack)
     size = element_bytes(work)
     products = [*_projections(shape, split.tp, tokens), *_feed_forward(work, tokens, expert=expert)]
+    routed = _routed(work, tokens) if expert else ()
     forward, backward = kernels.passes(*products)
+    local = max(1, shape.experts // split.ep)  # experts of one worker, all alike
+    grouped, grouped_back = (local * each for each in kernels.passes(*routed))
     if work.adapters:  # weights are frozen: no gradient of theirs
         backward = kernels.product(*((rows, inner, columns) for rows, columns, inner in products))
+        grouped_back = local * kernels.product(*((rows, inner, columns) for rows, columns, inner in routed))
     scores = _scores(shape, split.tp, tokens)
     core = 4.0 * scores * _score_width(shape)
     wide = tokens * shape.hidden * size
@@ -126,16 +142,16 @@ def layer(work: Workload, stack: Stack, kernels: Kernels, *, expert: bool = Fals
         attention = Amounts(attention=core, moved=scores * _SCORES_FORWARD * size)
         attention_back = Amounts(attention=2 * core, moved=scores * _SCORES_BACKWARD * size)
     sent = _sent(work, tokens, size, expert=expert)
-    forwards = Amounts(product=forward, moved=moved) + attention + sent
-    backwards = Amounts(product=backward, moved=_BACKWARD * moved) + attention_back + sent
+    forwards = Amounts(product=forward, grouped=grouped, moved=moved) + attention + sent
+    backwards = Amounts(product=backward, grouped=grouped_back, moved=_BACKWARD * moved) + attention_back + sent
     again = {
         "none": Amounts(),
         "selective": attention,
         "elementwise": Amounts(moved=moved) + attention,
-        "alternate": Amounts(product=forward / 2, moved=moved),
+        "alternate": Amounts(product=forward / 2, grouped=grouped / 2, moved=moved),
         "full": forwards,
     }[_recompute(work, stack)]
-    return Layer(forwards, backwards, again, 1.6 if expert else 1.0)
+    return Layer(forwards, backwards, again, _EXPERT_LAUNCHES if expert else 1.0)
 
 
 def head(work: Workload, stack: Stack, kernels: Kernels) -> tuple[Amounts, Amounts]:
@@ -207,14 +223,21 @@ def _feed_forward(work: Workload, tokens: float, *, expert: bool) -> list[Produc
     parts = 2 if shape.gated else 1
     if not expert:
         return [(tokens, parts * shape.ffn / tp, shape.hidden), (tokens, shape.hidden, shape.ffn / tp)]
-    # Each worker computes the tokens of all, for its experts: as many as its own, times the experts of each token.
+    router = (tokens, shape.experts, shape.hidden)
+    if not shape.latent:
+        return [router]
+    width = shape.expert_ffn / tp  # one shared expert beside the routed ones (DeepSeek-AI 2024)
+    return [router, (tokens, parts * width, shape.hidden), (tokens, shape.hidden, width)]
+
+
+def _routed(work: Workload, tokens: float) -> list[Product]:
+    """Products of one of a worker's experts: the tokens of all for them are its own times the experts of each."""
+    shape = work.shape
     local = max(1, shape.experts // work.split.ep)
     rows = tokens * shape.experts_per_token / local
-    width = shape.expert_ffn / tp
-    routed: list[Product] = [(rows, parts * width, shape.hidden), (rows, shape.hidden, width)] * min(local, 64)
-    if shape.latent:  # one shared expert beside the routed ones (DeepSeek-AI 2024)
-        routed += [(tokens, parts * width, shape.hidden), (tokens, shape.hidden, width)]
-    return [*routed, (tokens, shape.experts, shape.hidden)]
+    width = shape.expert_ffn / work.split.tp
+    parts = 2 if shape.gated else 1
+    return [(rows, parts * width, shape.hidden), (rows, shape.hidden, width)]
 
 
 def _split_arrays(shape: Shape, *, expert: bool, compiled: bool) -> float:
@@ -222,6 +245,7 @@ def _split_arrays(shape: Shape, *, expert: bool, compiled: bool) -> float:
     inside = shape.expert_ffn * shape.experts_per_token if expert else shape.ffn
     arrays = (3.0 if shape.gated else 2.0) + (0.0 if compiled else 1.0 if shape.gated else 0.0)
     attention = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_width
+    arrays += _UNFUSED if expert and shape.biased else 0.0
     tokens_moved = 6.0 * shape.hidden * shape.experts_per_token if expert else 0.0  # sorted by expert, and back
     return arrays * inside + attention + tokens_moved
 

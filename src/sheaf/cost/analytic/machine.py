@@ -1,10 +1,12 @@
 """The machine of a published run: a known cluster, with the links that the run names."""
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 
 from sheaf.cluster import Cluster, collective_seconds, known, read
+from sheaf.cost.analytic.constants import kind_of
 from sheaf.cost.analytic.rows import Refused
 from sheaf.cost.analytic.workload import Workload
 from sheaf.errors import nearest
@@ -34,6 +36,7 @@ class Machine:
     island: int
     intra_bytes_per_second: float
     host_bytes_per_second: float  # leaving one host, all of its workers together
+    assumed: tuple[str, ...] = ()  # devices that were taken as others
 
     @property
     def cluster(self) -> Cluster:
@@ -76,7 +79,7 @@ class Machine:
         if group.hosts == 1:
             link = self.cluster.intra
             if link.timings and self.intra_bytes_per_second >= link.bytes_per_second:
-                return collective_seconds(link, "all_reduce", n, size_bytes) * rounds / 2 / intra
+                return _all_reduce_seconds(self.cluster.name, n, size_bytes) * rounds / 2 / intra
             return rounds * (n - 1) / n * size_bytes / (self.intra_bytes_per_second * intra) + link.latency_seconds * n
         outside = self.host_bytes_per_second / group.beside * inter
         if group.on_host > 1:
@@ -85,24 +88,54 @@ class Machine:
         return rounds * ((n - 1) / n * size_bytes / outside + latency * max(1.0, float(group.hosts)) ** 0.5)
 
 
+@lru_cache(maxsize=65536)
+def _all_reduce_seconds(cluster: str, workers: int, size_bytes: float) -> float:
+    return collective_seconds(_by_name()[cluster].intra, "all_reduce", workers, size_bytes)
+
+
 def machine(work: Workload) -> Machine:
-    """The machine of a run. Raises Refused for a device that no known cluster has."""
+    """The machine of a run; a device that is not known is taken as one of the same generation, and that is noted.
+
+    Raises Refused for a device of a generation that no known cluster has.
+    """
     by_device = _by_device()
     found: list[Cluster] = []
     unknown: list[str] = []
+    assumed: list[str] = []
     for device in work.devices:
-        name = device if device in by_device else next((each for each in by_device if each.startswith(device)), "")
-        name = name or next((each for each in by_device if _plain(each).startswith(_plain(device))), "")
+        name = _known_as(device)
+        if not name and (name := _kin_of(device)):
+            assumed.append(f"hardware.gpu {device} taken as {name}: the nearest that is known")
         if name:
             found.append(by_device[name])
         else:
             unknown.append(f"hardware.gpu: {device!r} is not known; {nearest(device, by_device)}")
     if unknown or not found:
         raise Refused(unknown or ["hardware.gpu is absent: it was not published"])
-    return _with_links(work, found)
+    return _with_links(work, found, tuple(assumed))
 
 
-def _with_links(work: Workload, found: Sequence[Cluster]) -> Machine:
+def _known_as(device: str) -> str:
+    """The known device of this name, or the first that has all of its words; empty: none.
+
+    >>> _known_as("NVIDIA A100 80GB PCIe"), _known_as("V100-16GB"), _known_as("A10")
+    ('A100-PCIE-80GB', 'V100-SXM2-16GB', '')
+    """
+    by_device = _by_device()
+    if device in by_device:
+        return device
+    said = set(_plain(device).split())
+    return next((each for each in by_device if said and said <= set(_plain(each).split())), "")
+
+
+def _kin_of(device: str) -> str:
+    """The known device of the same generation that shares most words with this name; empty: none."""
+    kind, said = kind_of(_plain(device).upper().replace(" ", "-")), set(_plain(device).split())
+    kin = [each for each in _by_device() if kind_of(each) == kind]
+    return max(kin, key=lambda each: len(said & set(_plain(each).split())), default="")
+
+
+def _with_links(work: Workload, found: Sequence[Cluster], assumed: tuple[str, ...]) -> Machine:
     host = found[0].hosts[0]
     island = host.workers if host.workers > _RACK else work.workers_per_host
     intra = min(cluster.intra.bytes_per_second for cluster in found)
@@ -111,7 +144,7 @@ def _with_links(work: Workload, found: Sequence[Cluster]) -> Machine:
     outside = min((cluster.inter or cluster.intra).bytes_per_second for cluster in found) * island
     if work.inter_bytes_per_second:
         outside = work.inter_bytes_per_second * island / work.workers_per_host
-    return Machine(tuple(found), island, intra, outside)
+    return Machine(tuple(found), island, intra, outside, assumed)
 
 
 def _rate(cluster: Cluster, precision: str) -> float:
@@ -123,20 +156,23 @@ def _rate(cluster: Cluster, precision: str) -> float:
 
 
 def _plain(name: str) -> str:
-    return (
-        name.replace("SXM2-", "")
-        .replace("SXM3-", "")
-        .replace("SXM4-", "")
-        .replace("SXM5-", "")
-        .replace("-", " ")
-        .lower()
-    )
+    """Without makers' and boards' names.
+
+    >>> _plain("NVIDIA A100-SXM4-80GB"), _plain("GeForce RTX 3090")
+    ('a100 80gb', 'rtx 3090')
+    """
+    words = re.sub(r"[-_ ]+", " ", name.lower())
+    return re.sub(r"\b(nvidia|geforce|tesla|amd|instinct|quadro|google|cloud|sxm\d?) ?", "", words).strip()
+
+
+@cache
+def _by_name() -> dict[str, Cluster]:
+    return {cluster.name: cluster for cluster in map(read, known())}
 
 
 @cache
 def _by_device() -> dict[str, Cluster]:
     made: dict[str, Cluster] = {}
-    for name in known():
-        cluster = read(name)
-        made.setdefault(cluster.hosts[0].device.name, replace(cluster))
+    for cluster in _by_name().values():
+        made.setdefault(cluster.hosts[0].device.name, cluster)
     return made

@@ -25,7 +25,8 @@ def peak(job: Job) -> dict[str, float]:
     own, experts = job.parameters
     terms["activations"] *= constants["activation_slack"]
     terms["logits"] *= constants["activation_slack"]
-    terms["reserve"] = constants["reserve_bytes"] + constants["flat_bytes"] * (own + experts) / _copies(job)
+    beside = constants["reserve_bytes"] * job.stack.counted
+    terms["reserve"] = beside + constants["flat_bytes"] * (own + experts) / _copies(job)
     return terms
 
 
@@ -98,11 +99,10 @@ def _activations(job: Job, stage: int, layers: float) -> float:
     tokens = work.micro * shape.sequence / split.cp
     along = split.tp if split.sequence else 1
     entering = tokens * shape.hidden * size / along
-    inside = shape.ffn * (3 if shape.gated else 2)
+    arrays_inside = (3 if shape.gated else 2) - stack.compiled  # fused backward computes the activation's output again
+    inside = shape.ffn * arrays_inside
     if shape.expert_layers:
-        inside = shape.expert_ffn * shape.experts_per_token * (3 if shape.gated else 2) + 2 * shape.hidden * (
-            shape.experts_per_token
-        )
+        inside = (shape.expert_ffn * arrays_inside + 2 * shape.hidden) * shape.experts_per_token
     attention = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_width
     masks = _MASKS if stack.dropout else 0.0
     arrays = (

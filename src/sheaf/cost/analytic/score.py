@@ -95,7 +95,7 @@ def model_flops(job: Job) -> float:
     work = job.work
     perfect = Kernels(1, 0.0, 0.0, 1, 1.0, 1, 1.0)
     if work.shape.network:
-        forward = sum(share * (one.forward.product + one.backward.product) for share, one in job.layers)
+        forward = sum(share * (one.both.product) for share, one in job.layers)
         return forward * work.accumulated
     kinds = [(1.0, False)]
     if work.shape.expert_layers:
@@ -104,7 +104,7 @@ def model_flops(job: Job) -> float:
     total = 0.0
     for share, expert in kinds:
         one = layer(work, job.stack, perfect, expert=expert)
-        total += share * sum(each.product + each.attention for each in (one.forward, one.backward))
+        total += share * (one.both.product + one.both.grouped + one.both.attention)
     ends = sum(each.product for each in head(work, job.stack, perfect))
     return (total * work.shape.layers + ends) / work.split.pp * work.accumulated
 

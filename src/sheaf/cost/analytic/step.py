@@ -71,6 +71,14 @@ class Job:
         return " ".join(str(each) for each in (*sizes, *parts, *kinds) if each != "")
 
     @cached_property
+    def layer_keys(self) -> tuple[tuple[str, str, str], tuple[str, str, str]]:
+        """Where the book keeps how its model did anywhere, and how its layers did on this stack and device."""
+        shape = self.work.shape
+        sizes = (shape.network or shape.family, shape.hidden, shape.heads, shape.kv_heads, shape.ffn, shape.experts)
+        model = " ".join(str(each) for each in sizes)
+        return ("", "", model), (self.stack.name, self.kind, self.layer_key)
+
+    @cached_property
     def kernels(self) -> Kernels:
         """How its device computes products."""
         known = self.book.kernels
@@ -103,19 +111,29 @@ class Job:
         return (_NONE, _NONE) if self.work.shape.network else head(self.work, self.stack, self.kernels)
 
     @cached_property
+    def head_both(self) -> Amounts:
+        """Both of its passes, for each of the tokens that are predicted at once."""
+        return (self.head[0] + self.head[1]).times(1.0 + self.work.shape.ahead)
+
+    @cached_property
     def stages(self) -> tuple[float, ...]:
         """Layers of each stage."""
-        split, layers = self.work.split, max(1, self.work.shape.layers)
+        split, layers = self.work.split, max(1, self.work.shape.layers) + self.work.shape.ahead
         if split.stages:
             return tuple(float(count) for count in split.stages)
         if split.pp == 1:
             return (float(layers),)
-        ends = 2 if split.balanced else 0
+        chunks = split.pp * split.virtual
+        balanced = split.balanced or (layers % chunks > 0 and (layers + 2) % chunks == 0)
+        ends = 2 if balanced else 0
         if split.virtual > 1:
-            return ((layers + ends) / split.pp,) * split.pp
+            even = [(layers + ends) / split.pp] * split.pp
+            even[0] -= ends / 2
+            even[-1] -= ends / 2
+            return tuple(max(0.0, each) for each in even)
         each, more = divmod(layers + ends, split.pp)
         counts = [each + (1 if split.pp - 1 - more <= stage < split.pp - 1 else 0) for stage in range(split.pp)]
-        if more and not split.balanced and split.pp == 2:
+        if more and not balanced and split.pp == 2:
             counts = [each + 1, each]
         counts[0] -= ends // 2
         counts[-1] -= ends // 2
@@ -145,7 +163,10 @@ class Job:
 
 def job(work: Workload, book: Book) -> Job:
     """Everything about a run that does not depend on fitted constants. Raises Refused for an unknown device."""
-    return Job(work, machine(work), book.stack(work.software, work.notes), book)
+    found = machine(work)
+    device = found.cluster.hosts[0].device.name
+    stack = book.stack(work.software, work.notes)
+    return Job(work, found, book.facts(stack, model=work.model, device=device, precision=work.precision), book)
 
 
 def seconds(
@@ -157,8 +178,8 @@ def seconds(
     scaled to them.
     """
     known = job.book.measured if measured is None else measured
-    found = known.get((job.stack.name, job.kind, job.layer_key))
-    return _Pricing(job, constants, found.factor if found else 1.0).terms()
+    factor = math.prod(known[key].factor for key in job.layer_keys if key in known)
+    return _Pricing(job, constants, factor).terms()
 
 
 class _Pricing:
@@ -186,7 +207,7 @@ class _Pricing:
     def parts(self, amounts: Amounts) -> dict[str, float]:
         """Seconds of one pass by term."""
         parts = {
-            "matmul": amounts.product / self.product_rate,
+            "matmul": (amounts.product + amounts.grouped / min(1.0, self.constants.grouped)) / self.product_rate,
             "attention": amounts.attention / self.attention_rate,
             "elementwise": amounts.moved / self.memory_rate,
         }
@@ -221,7 +242,8 @@ class _Pricing:
         inside = (1 - outside) * size_bytes / (self.machine.intra_bytes_per_second * self.constants.intra)
         rate = self.machine.host_bytes_per_second / self.machine.island * self.constants.inter
         longest = max(inside, outside * size_bytes / rate)
-        return longest * min(1.0, self.constants.exposed_tensor) + 2 * self.constants.intra_seconds
+        shown = min(1.0, self.constants.exposed_experts) if self.job.stack.sends_beside else 1.0
+        return longest * shown + 2 * self.constants.intra_seconds
 
     def terms(self) -> dict[str, float]:
         """All of them."""
@@ -265,7 +287,7 @@ class _Pricing:
         mean: dict[str, float] = {}
         host = 0.0
         for share, one in self.job.layers:
-            for term, value in self.parts(one.forward + one.backward).items():
+            for term, value in self.parts(one.both).items():
                 mean[term] = mean.get(term, 0.0) + share * value
             again = self.parts(one.again)
             sent = again.pop("tensor", 0.0)
@@ -273,8 +295,8 @@ class _Pricing:
             mean["recompute"] = mean.get("recompute", 0.0) + share * sum(again.values())
             passes = 3.0 + (1.0 if one.again.product or one.again.moved else 0.0)
             host += share * passes * one.launches * self.constants.layer_seconds * self.crowd
-        forward, backward = self.job.head
-        return mean, self.parts(forward + backward), host
+        host *= self.job.stack.launched
+        return mean, self.parts(self.job.head_both), host
 
     def _transfers(self, times: int, stages: int) -> float:
         if stages == 1:

@@ -20,6 +20,8 @@ class Shape:
     causal: bool = True
     latent: bool = False  # attention through low ranks (DeepSeek-AI 2024)
     window: int = 0  # tokens that every second layer's attention reaches back; 0: all
+    biased: bool = False  # experts have biases and a clamped activation, each a kernel of its own
+    ahead: int = 0  # tokens predicted beyond the next, each by one more layer and head (DeepSeek-AI 2024)
     tied: bool = True  # the output projection is the embedding
     experts: int = 0
     experts_per_token: int = 0
@@ -70,6 +72,7 @@ class Workload:
     workers_per_host: int
     intra_bytes_per_second: float = 0.0  # of one worker, one direction; 0: what the machine's file says
     inter_bytes_per_second: float = 0.0  # of one host
+    model: str = ""  # its name, in the source's words
     software: str = ""  # where it was published and what ran, in the source's words
     adapters: bool = False  # only low-rank adapters are trained (Hu et al. 2021)
     notes: tuple[str, ...] = ()

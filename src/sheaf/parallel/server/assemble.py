@@ -4,6 +4,7 @@ import hashlib
 import json
 import secrets
 import socket
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,17 +19,21 @@ from sheaf.parallel.recompute import recompute
 from sheaf.parallel.runner import Expectation, Parts, WholeModel
 from sheaf.parallel.server.addresses import own_address, told_all
 from sheaf.parallel.server.beside import Beside, Losses
+from sheaf.parallel.server.borrowing import Borrower, Lent
 from sheaf.parallel.server.client import Client
 from sheaf.parallel.server.host import Host
-from sheaf.parallel.server.link import Keys
+from sheaf.parallel.server.link import Address, Keys
+from sheaf.parallel.server.log import Terms
 from sheaf.parallel.server.peers import Peers
 from sheaf.parallel.server.places import Form, spread
 from sheaf.parallel.server.seats import BACKUP, PRIMARY, Throne
-from sheaf.parallel.server.shard import Shard, Terms
+from sheaf.parallel.server.shard import Shard
+from sheaf.parallel.server.spare import Spare
 from sheaf.parallel.server.step import ServedStep
+from sheaf.parallel.server.stolen import StolenStep
 from sheaf.parallel.shares import dealer
 from sheaf.parallel.spread import Spread
-from sheaf.parallel.statistics import BatchStatistics
+from sheaf.parallel.statistics import BatchStatistics, keeps_statistics
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
 from sheaf.plans.layout import Held
@@ -62,6 +67,17 @@ def refuse_served(task: Task, plan: Plan, blueprint: Blueprint) -> None:
             f"server={plan.server}: ReduceLROnPlateau looks at the loss of all workers, known in lock-step only: "
             "use staleness=0, or another scheduler"
         )
+    if served.late == "delayed" and not _has_nesterov(task):
+        broken.append(
+            "late=delayed splits the step of SGD with Nesterov's momentum in two, and the task has another optimizer: "
+            "use torch.optim.SGD(..., momentum=0.9, nesterov=True), or late=buffered"
+        )
+    normed = [name for name, module in blueprint.model.named_modules() if keeps_statistics(module)]
+    if plan.stolen and normed:
+        broken.append(
+            f"server={plan.server},shares=stolen: {normed[0]} keeps running statistics, which all workers add up in "
+            "each step, and here no step waits for a worker: use dealt shares, or a norm without running statistics"
+        )
     if broken:
         raise PlanError(broken)
 
@@ -84,15 +100,16 @@ def serve(task: Task, plan: Plan, spread_: Spread, portion: Portion) -> ServedSt
         dropped_beyond=served.dropped_beyond,
         clip=task.clip if served.exact else None,
         lease_seconds=LEASE_SECONDS,
+        lent=microbatches(task) if plan.stolen else 0,
     )
-    hosts, client = _opened(task, plan, world, portion, holding, forms, terms)
+    hosts, spares, client = _opened(task, plan, world, portion, holding, forms, terms)
     holding.client, holding.first = client, world.rank == 0
     merged = world if plan.exact else World.alone()  # outside lock-step, running statistics are each worker's own
     parts = Parts(
         task=task,
         spread=spread_,
         holding=holding,
-        dealer=dealer(plan, spread_.place.dp, None),
+        dealer=Lent() if plan.stolen else dealer(plan, spread_.place.dp, None),
         exchange=Losses(world),
         expectation=Expectation(float(task.batch)),
         scale=LossScale(task),
@@ -100,7 +117,15 @@ def serve(task: Task, plan: Plan, spread_: Spread, portion: Portion) -> ServedSt
         statistics=BatchStatistics(holding.model, merged),
         splitting=None,
     )
-    return ServedStep(plan, portion, WholeModel(parts), client, hosts)
+    if isinstance(client, Borrower):
+        return StolenStep(plan, portion, WholeModel(parts), client, hosts, spares)
+    return ServedStep(plan, portion, WholeModel(parts), client, hosts, spares)
+
+
+def microbatches(task: Task) -> int:
+    """How many a step has at most."""
+    assert task.microbatch is not None
+    return -(-task.batch // task.microbatch)
 
 
 def forms_of(model: nn.Module, parameters: dict[str, nn.Parameter], shards: int) -> list[Form]:
@@ -115,54 +140,64 @@ def forms_of(model: nn.Module, parameters: dict[str, nn.Parameter], shards: int)
 
 def _opened(
     task: Task, plan: Plan, world: World, portion: Portion, holding: Beside, forms: list[Form], terms: Terms
-) -> tuple[list[Host], Client]:
-    """Both seats of every shard, open, and this worker's client, joined."""
+) -> tuple[list[Host], list[Spare], Client]:
+    """This worker's seat of every shard, open, and its client, joined.
+
+    Worker k has the primary of shard k, the next one the backup, and all others a spare seat for it.
+    """
     token = bytes.fromhex(world.agreed(lambda: secrets.token_hex(32)))
     keys = Keys(token, _digest(task, plan, holding.parameters, forms))
-    number = world.number("sheaf/servers")
+    number_of_run = world.number("sheaf/servers")
     address = own_address(world.workers)
     store: Any = world.counter
     if hasattr(store, "clone"):  # a connection of its own: the run's may be waiting
         store = store.clone()
+    lease = terms.lease_seconds
     hosts: list[Host] = []
-    listeners = [socket.create_server((address, 0)) for _ in range(2)]
+    spares: list[Spare] = []
+    listeners = [socket.create_server((address, 0)) for _ in range(terms.shards)]
     try:
-        for seat, owner, listener in zip(
-            (PRIMARY, BACKUP), (world.rank, (world.rank - 1) % world.workers), listeners, strict=True
-        ):
-            if owner < terms.shards:
-                shard = _shard(task, owner, forms[owner], terms, portion, holding.parameters)
-                throne = Throne(store, f"sheaf/server/{number}/shard/{owner}")
-                hosts.append(Host(shard, seat, listener, keys, throne, Peers(keys, terms.lease_seconds)))
+        for number, listener in enumerate(listeners):
+            throne, peers = Throne(store, f"sheaf/server/{number_of_run}/shard/{number}"), Peers(keys, lease)
+            make = partial(_shard, task, number, forms[number], terms, portion, holding.parameters)
+            place = (world.rank - number) % world.workers
+            if place < 2:
+                hosts.append(Host(make(), (PRIMARY, BACKUP)[place], listener, keys, throne, peers))
             else:
-                listener.close()
-        at = told_all(world, [_where(listener) for listener in listeners])
-        seats = [[at[shard][0], at[(shard + 1) % world.workers][1]] for shard in range(terms.shards)]
-        for host in hosts:
-            host.peers.addresses = seats
-            if host.seat == BACKUP:
-                host.open()
-        world.barrier()
-        for host in hosts:
-            if host.seat == PRIMARY:
-                host.open(seats[host.shard.number][1])
-        world.barrier()
-        client = Client(world.rank, seats, forms, keys, terms)
+                spares.append(Spare(number, forms[number], make, listener, keys, throne, peers, lease))
+        at = told_all(world, [listener.getsockname()[:2] for listener in listeners])
+        seats = [
+            [at[(shard + place) % world.workers][shard] for place in range(world.workers)]
+            for shard in range(terms.shards)
+        ]
+        _open(world, hosts, spares, seats)
+        client = (Borrower if terms.lent else Client)(world.rank, seats, forms, keys, terms)
         client.join(0)
     except BaseException:
-        for host in hosts:
-            host.close()
+        for one in (*hosts, *spares):
+            one.close()
         for listener in listeners:
             listener.close()
         raise
-    return hosts, client
+    return hosts, spares, client
 
 
-def _where(listener: socket.socket) -> tuple[str, int]:
-    if listener.fileno() < 0:
-        return "", 0
-    host, port = listener.getsockname()[:2]
-    return host, port
+def _open(world: World, hosts: list[Host], spares: list[Spare], seats: list[list[Address]]) -> None:
+    """Begin to answer; ``seats`` by shard: the primary's address, the backup's, and where a next one may be."""
+    for one in (*hosts, *spares):
+        one.peers.addresses = seats
+    for spare in spares:
+        spare.recruits = [address for address in seats[spare.number][2:] if address != spare.address]
+        spare.open()
+    for host in hosts:
+        host.recruits = seats[host.shard.number][2:]
+        if host.seat == BACKUP:
+            host.open()
+    world.barrier()
+    for host in hosts:
+        if host.seat == PRIMARY:
+            host.open(seats[host.shard.number][1])
+    world.barrier()
 
 
 def _shard(
@@ -183,6 +218,14 @@ def _digest(task: Task, plan: Plan, parameters: dict[str, nn.Parameter], forms: 
     places = [[[piece.name, piece.start, piece.stop, piece.offset] for piece in form.pieces] for form in forms]
     known = [str(plan), task.name, task.seed, task.batch, task.microbatch, task.precision, task.clip, shapes, places]
     return hashlib.sha256(json.dumps(known).encode()).digest()
+
+
+def _has_nesterov(task: Task) -> bool:
+    try:
+        made = task.optimizer([nn.Parameter(torch.zeros(1))])
+    except Exception:  # noqa: BLE001 - one that wants other parameters is none of torch's own
+        return False
+    return type(made) is torch.optim.SGD and all(group["nesterov"] for group in made.param_groups)
 
 
 def _watches(task: Task) -> bool:

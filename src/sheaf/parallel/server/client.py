@@ -7,12 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from sheaf.errors import WorkerFailed
 from sheaf.parallel.server.frame import Head, Kind
 from sheaf.parallel.server.greeting import WORKER, Guest
 from sheaf.parallel.server.link import Address, Failed, Keys, Link
+from sheaf.parallel.server.log import Fenced, Terms
 from sheaf.parallel.server.places import Form
-from sheaf.parallel.server.shard import Fenced, Terms
+from sheaf.parallel.server.points import reached
+from sheaf.parallel.server.reading import PIECE_BYTES
+from sheaf.parallel.server.restore import unpacked
 
 
 @dataclass
@@ -95,6 +100,7 @@ class Client:
         """Read the values as of ``clock``."""
         for link in self._links:
             link.start(self._pulling(clock, commit=commit))
+            reached("worker.between_commits")
         return self._pulled(clock)
 
     def _pulling(self, clock: int, *, commit: bool) -> Head:
@@ -109,6 +115,7 @@ class Client:
         return seen
 
     def _pulled(self, clock: int) -> Seen:
+        reached("worker.during_pull")
         answers = self._finish(into=True)
         self._versions = [answer.base for answer, _ in answers]
         slowest = min(int(told["slowest"]) for _, told in answers)
@@ -127,6 +134,33 @@ class Client:
         for link in self._links:
             link.start(self._head(Kind.GRADIENT))
         return [told for _, told in self._finish(into=True)]
+
+    def drain(self) -> None:
+        """Have every shard apply what it has gathered; when nobody will push any more."""
+        while True:
+            for link in self._links:
+                link.start(self._head(Kind.DRAIN))
+            try:
+                self._finish()
+            except Fenced:
+                self._come_back(0)
+                continue
+            return
+
+    def states(self) -> list[tuple[dict[str, Tensor], dict[str, Any]]]:
+        """By shard, all that a later run needs of it, as it is now; nobody may push meanwhile."""
+        return [unpacked(self._state(link)) for link in self._links]
+
+    def _state(self, link: Link) -> bytes:
+        head = self._head(Kind.STATE)
+        while True:
+            made = memoryview(bytearray(int(link.ask(head)[1]["total"])))
+            for start in range(0, len(made), PIECE_BYTES):
+                part = made[start : start + PIECE_BYTES]
+                if link.ask(head, {"start": start, "size": len(part)}, part)[0].kind != Kind.VALUES:
+                    break  # another seat has taken over, and begins anew
+            else:
+                return bytes(made)
 
     def leave(self) -> None:
         """Say good-bye, so that nobody waits for this worker, and hang up."""
@@ -148,8 +182,10 @@ class Client:
             return self._at_once(clock, metas[0])
         for shard, (link, arena, meta) in enumerate(zip(self._links, self.out, metas, strict=True)):
             head = self._head(Kind.PUSH, clock=clock)._replace(base=self._versions[shard])
+            reached("worker.before_push")
             link.start(head, meta, arena.raw)
         delay = max(int(told["delay"]) for _, told in self._finish())
+        reached("worker.after_push")
         bound = self.terms.dropped_beyond
         if bound is not None and delay > bound:
             for link in self._links:
@@ -209,7 +245,7 @@ class Client:
     def _lines(self) -> list[Link]:
         guest, lease = Guest(WORKER, self.worker, self._incarnation), self.terms.lease_seconds
         return [
-            Link(shard, seats, guest, self._keys, form.size_bytes, lease)
+            Link(shard, seats, guest, self._keys, max(form.size_bytes, PIECE_BYTES), lease)
             for shard, (seats, form) in enumerate(self._places)
         ]
 

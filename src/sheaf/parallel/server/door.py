@@ -13,9 +13,22 @@ from sheaf.parallel.server.link import Address, Keys
 
 _GREETING_SECONDS = 5.0
 _STRANGERS = 64  # connections that may be in the middle of their greeting
-_FOR_SHARDS = frozenset({Kind.NORM, Kind.SETTLE})
+_FOR_SHARDS = frozenset({Kind.NORM, Kind.SETTLE, Kind.CLOSE})
 _FOR_WORKERS = frozenset(
-    {Kind.JOIN, Kind.BEAT, Kind.PUSH, Kind.ABANDON, Kind.PULL, Kind.READ, Kind.GRADIENT, Kind.LEAVE}
+    {
+        Kind.JOIN,
+        Kind.BEAT,
+        Kind.PUSH,
+        Kind.ABANDON,
+        Kind.PULL,
+        Kind.READ,
+        Kind.GRADIENT,
+        Kind.LEAVE,
+        Kind.TAKE,
+        Kind.CLAIM,
+        Kind.STATE,
+        Kind.DRAIN,
+    }
 )
 
 

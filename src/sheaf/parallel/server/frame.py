@@ -10,6 +10,8 @@ import zlib
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+from sheaf.cluster.traffic import traffic
+
 MAGIC, VERSION = b"SHFS", 1
 _HEAD = struct.Struct("<4sBBxxiQQQqqIQ")  # the fields of Head between magic and version, and the checksum
 _SUM = struct.Struct("<I")
@@ -36,6 +38,13 @@ class Kind(IntEnum):
     APPLY = 13  # (in the log) the gradients of a clock meet
     PULLED = 14  # (in the log) a worker has read the values
     MIRROR = 15  # (to the backup) this connection carries the log
+    TAKE = 16  # shares are stolen: lend me a microbatch
+    CLAIM = 17  # every shard has my push: does it count?
+    CLOSE = 18  # (from shard 0 to the others, and in the log) the pushes that a clock is made of
+    RETURN = 19  # (in the log) what a worker was lent goes to others
+    STATE = 20  # all of the shard's state, piece by piece
+    MOVE = 21  # (to a seat that is to be the backup) a part of all that the log has led to
+    DRAIN = 22  # apply what was gathered: no step follows
     ACK = 64
     VALUES = 65
     BUSY = 66  # still waiting: ask me no more
@@ -44,7 +53,8 @@ class Kind(IntEnum):
     FAILED = 69  # the step cannot be applied; meta says why
 
 
-_KINDS = frozenset(int(kind) for kind in Kind)
+_KINDS = {int(kind): kind for kind in Kind}
+_JSON = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class Head(NamedTuple):
@@ -70,43 +80,78 @@ class Closed(ConnectionError):
 
 
 class Wire:
-    """One connection, from which messages are read and to which they are written; not by several threads at once."""
+    """One connection, from which messages are read and to which they are written; not by several threads at once.
+
+    Small messages are read several at a time. A small answer to one of them may wait for the answer to the next, and
+    leave with it.
+    """
 
     def __init__(self, connection: socket.socket, *, most_data_bytes: int, silence_seconds: float | None) -> None:
         self.connection, self._most = connection, most_data_bytes
         if connection.family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.settimeout(silence_seconds)
-        self._head = bytearray(HEAD_BYTES)
+        # the system's own time-out: Python's would ask the system twice for every piece
+        connection.settimeout(None)
+        if silence_seconds is not None:
+            seconds = int(silence_seconds)
+            limit = struct.pack("ll", seconds, max(1, int((silence_seconds - seconds) * 1e6)))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        self._come = memoryview(bytearray(_SCRATCH))
+        self._start = self._stop = 0  # of what has come and was not read
+        self._held = b""
         self.sent_bytes = 0
+        self._ends = _ends(connection)
 
-    def send(self, head: Head, meta: dict[str, Any] | None = None, data: memoryview | None = None) -> None:
-        """Write a message; its sizes are filled in. Raises OSError when the other end is gone."""
-        told = json.dumps(meta).encode() if meta else b""
+    @property
+    def has_next(self) -> bool:
+        """Whether the fixed part of a next message has come already."""
+        return self._stop - self._start >= HEAD_BYTES
+
+    def send(
+        self,
+        head: Head,
+        meta: dict[str, Any] | None = None,
+        data: memoryview | None = None,
+        *,
+        then: Head | None = None,
+        hold: bool = False,
+    ) -> None:
+        """Write a message; its sizes are filled in. With ``then`` that one too, which has a fixed part only.
+
+        With ``hold`` it goes out together with the next. Raises OSError when the other end is gone.
+        """
         size = data.nbytes if data is not None else 0
-        packed = _HEAD.pack(MAGIC, VERSION, head.kind, *head[1:7], len(told), size)
-        first = packed + _SUM.pack(zlib.crc32(packed)) + told
-        self.sent_bytes += len(first) + size
-        if data is None or not size:
-            self.connection.sendall(first)
+        first = self._held + _packed(head, meta, size)
+        last = b"" if then is None else _packed(then, None, 0)
+        if hold and not size:
+            self._held = first
             return
-        sent = self.connection.sendmsg([first, data])
-        if sent < len(first):
-            self.connection.sendall(first[sent:])
-            sent = len(first)
-        if sent < len(first) + size:
-            self.connection.sendall(data[sent - len(first) :])
+        self._held = b""
+        self.sent_bytes += len(first) + size + len(last)
+        traffic.line(self._ends, len(first) + size + len(last))
+        if data is None or not size:
+            self.connection.sendall(first + last)
+            return
+        sent = self.connection.sendmsg([first, data, last])
+        for part in (memoryview(first), data, memoryview(last)):
+            if sent < part.nbytes:
+                self.connection.sendall(part[sent:])
+            sent = max(0, sent - part.nbytes)
 
     def head(self) -> Head:
         """Read the fixed part of the next message. Raises BadFrame, Closed, TimeoutError and OSError."""
-        self._into(memoryview(self._head))
-        packed, (checksum,) = self._head[: _HEAD.size], _SUM.unpack_from(self._head, _HEAD.size)
-        magic, version, kind, *rest = _HEAD.unpack(packed)
-        if magic != MAGIC or zlib.crc32(packed) != checksum:
+        while not self.has_next:
+            self._more()
+        start = self._start
+        self._start = start + HEAD_BYTES
+        (checksum,) = _SUM.unpack_from(self._come, start + _HEAD.size)
+        magic, version, kind, *rest = _HEAD.unpack_from(self._come, start)
+        if magic != MAGIC or zlib.crc32(self._come[start : start + _HEAD.size]) != checksum:
             raise BadFrame("these bytes are no message of a parameter server")
         if version != VERSION or kind not in _KINDS:
             raise BadFrame(f"message {kind} of version {version}; this is version {VERSION}")
-        found = Head(Kind(kind), *rest)
+        found = Head(_KINDS[kind], *rest)
         if found.meta_bytes > MOST_META_BYTES or found.data_bytes > self._most:
             raise BadFrame(
                 f"a message of {found.meta_bytes} + {found.data_bytes} bytes, where at most {MOST_META_BYTES} + "
@@ -121,7 +166,7 @@ class Wire:
         told = bytearray(head.meta_bytes)
         self._into(memoryview(told))
         try:
-            found = json.loads(told)
+            found = json.loads(told.decode())
         except (ValueError, RecursionError):
             raise BadFrame("what a message tells is no JSON") from None
         if not isinstance(found, dict):
@@ -152,7 +197,42 @@ class Wire:
 
     def _into(self, view: memoryview) -> None:
         while view.nbytes:
-            count = self.connection.recv_into(view)
-            if not count:
-                raise Closed("the other end closed the connection")
+            count = min(self._stop - self._start, view.nbytes)
+            if count:
+                view[:count] = self._come[self._start : self._start + count]
+                self._start += count
+            elif view.nbytes >= _SCRATCH:
+                count = self._received(view)
+            else:
+                self._more()
             view = view[count:]
+
+    def _more(self) -> None:
+        """Take what has come, behind what is left of what came before."""
+        left = self._stop - self._start
+        if self._start and left:
+            self._come[:left] = bytes(self._come[self._start : self._stop])
+        self._start, self._stop = 0, left
+        self._stop += self._received(self._come[left:])
+
+    def _received(self, view: memoryview) -> int:
+        try:
+            count = self.connection.recv_into(view)
+        except BlockingIOError:
+            raise TimeoutError("nothing came for too long") from None
+        if not count:
+            raise Closed("the other end closed the connection")
+        return count
+
+
+def _ends(connection: socket.socket) -> tuple[Any, Any]:
+    try:
+        return connection.getsockname(), connection.getpeername()
+    except OSError:  # it is gone already, which whoever reads or writes will see
+        return "", ""
+
+
+def _packed(head: Head, meta: dict[str, Any] | None, size: int) -> bytes:
+    told = _JSON(meta).encode() if meta else b""
+    packed = _HEAD.pack(MAGIC, VERSION, head.kind, *head[1:7], len(told), size)
+    return packed + _SUM.pack(zlib.crc32(packed)) + told

@@ -11,70 +11,52 @@ import torch
 
 from sheaf.errors import WorkerFailed
 from sheaf.parallel.server.clock import Leases
-from sheaf.parallel.server.door import Door, check_asker, check_push
-from sheaf.parallel.server.frame import BadFrame, Head, Kind, Wire
+from sheaf.parallel.server.door import Door, check_asker
+from sheaf.parallel.server.frame import Head, Kind, Wire
 from sheaf.parallel.server.greeting import LOG, Guest
+from sheaf.parallel.server.lending import Lender, check_counted, check_lent
 from sheaf.parallel.server.link import Address, Failed, Keys
+from sheaf.parallel.server.log import Entry, Fenced
 from sheaf.parallel.server.peers import Peers
 from sheaf.parallel.server.places import Arena
-from sheaf.parallel.server.seats import BACKUP, PRIMARY, RETIRED, Mirror, Throne, committing, entry_of
-from sheaf.parallel.server.shard import Entry, Fenced, Shard, losses
+from sheaf.parallel.server.points import reached
+from sheaf.parallel.server.reading import Pictures, read, readable
+from sheaf.parallel.server.seat import Elsewhere, Seat
+from sheaf.parallel.server.seats import PRIMARY, Mirror, Throne, committing, entry_of
+from sheaf.parallel.server.shard import Shard
+
+_STOOD_STILL_SECONDS = 1.0  # between two ticks: then others had no chance to be heard
 
 
-class Elsewhere(Exception):
-    """This seat does not answer for the shard."""
-
-
-class Host:
-    """Serves one seat of a shard.
-
-    ``open`` starts it: the primary with the address of its backup, if it has one. ``peers`` reaches the other shards.
-    """
+class Host(Seat):
+    """Serves one seat of a shard: workers, and other shards."""
 
     def __init__(
-        self, shard: Shard, seat: str, listener: socket.socket, keys: Keys, throne: Throne, peers: Peers
+        self,
+        shard: Shard,
+        seat: str,
+        listener: socket.socket | Door,
+        keys: Keys,
+        throne: Throne,
+        peers: Peers,
+        changed: threading.Condition | None = None,
     ) -> None:
-        self.shard, self.seat, self._keys = shard, seat, keys
-        self._throne, self.peers = throne, peers
-        self.terms = shard.terms
-        self.changed = threading.Condition()
-        self.leases = Leases(range(self.terms.workers), self.terms.lease_seconds)
-        self.took_over_at: float | None = None
-        self._mirror: Mirror | None = None
-        self._last = 0  # the last entry's place in the log
-        self._finishing = self._closed = False
-        self._logged = False  # whether a primary's log comes in here
-        self._name = f"sheaf-shard-{shard.number}"
-        self.door = Door(listener, keys, self._name, shard.form.size_bytes, self.terms.lease_seconds)
-
-    @property
-    def address(self) -> Address:
-        """Where it listens."""
-        return self.door.address
-
-    @property
-    def refusals(self) -> list[str]:
-        """Who was turned away, and why."""
-        return list(self.door.refusals)
+        super().__init__(shard, seat, listener, keys, throne, peers, changed)
+        self.finishing = False
+        self._lender = Lender(self) if self.terms.lent else None
+        self._pictures = Pictures()
 
     def open(self, backup: Address | None = None) -> None:
         """Begin to answer."""
         most = self.shard.form.size_bytes
         if backup is not None:
             self._mirror = Mirror(backup, self.shard.number, self._keys, most, self.terms.lease_seconds)
-        self.door.open(self._serve, self.changed)
-        threading.Thread(target=self._tick, name=self._name, daemon=True).start()
+        self.door.open(self.serve, self.changed)
+        self.begin()
 
-    def close(self) -> None:
-        """Stop answering, without anyone taking over."""
-        with self.changed:
-            self._closed, self.seat = True, RETIRED
-            mirror = self._mirror
-            self.changed.notify_all()
-        self.door.close()
-        self.peers.close()
-        if mirror is not None:
-            mirror.close()
+    def begin(self) -> None:
+        """Look after leases and the other seat from now on."""
+        threading.Thread(target=self._tick, name=self._name, daemon=True).start()
 
     def wait_for_clock(self, clock: int, timeout_seconds: float) -> bool:
         """Wait until every worker has finished so many steps here, and they are applied."""
@@ -91,89 +73,69 @@ class Host:
                 lambda: not self.shard.clocks.workers and not self.door.callers, timeout_seconds
             )
 
+    def lose(self, worker: int) -> None:
+        """A worker is known to be gone, before its lease has run out."""
+        if self.answers and worker in self.shard.clocks.workers:
+            with contextlib.suppress(Elsewhere), torch.no_grad():
+                self.give_up(worker)
+
     def restart(self, change: Callable[[Shard], None]) -> None:
         """Change the shard behind everyone's back, as a checkpoint does; nobody may be in the middle of a step."""
         with self.changed:
             change(self.shard)
             self.leases = Leases(range(self.terms.workers), self.terms.lease_seconds)
+            self._lender = Lender(self) if self.terms.lent else None
             self.changed.notify_all()
 
-    def _serve(self, wire: Wire, guest: Guest) -> None:
+    def serve(self, wire: Wire, guest: Guest) -> None:
         with torch.no_grad():
             if guest.role == LOG:
-                self._follow(wire)
+                self.follow(wire)
             else:
                 self._talk(wire, guest)
-
-    # --- the backup -----------------------------------------------------------------------------------------------
-
-    def _follow(self, wire: Wire) -> None:
-        """Do what the primary did, in its order, until it is lost."""
-        with self.changed:
-            if self.seat != BACKUP or self._logged:
-                raise BadFrame("a log came to a seat that follows nobody, or another already")
-            self._logged = True
-        try:
-            while True:
-                head = wire.head()
-                meta = wire.meta(head)
-                if head.kind != Kind.BEAT:
-                    entry = self._with_data(wire, head, entry_of(head, meta))
-                    with self.changed, contextlib.suppress(Fenced):
-                        self.shard.do(entry)
-                        self.changed.notify_all()
-                wire.send(Head(Kind.ACK, request=head.request))
-        finally:
-            self._widowed()
-
-    def _widowed(self) -> None:
-        """The primary is lost: take its seat, if it has not been told to go on alone."""
-        if self._closed or self.seat != BACKUP:
-            return
-        won = self._throne.claim(BACKUP)
-        with self.changed:
-            if self.seat == BACKUP:
-                self.seat = PRIMARY if won else RETIRED
-                self.took_over_at = time.monotonic() if won else None
-                self.leases.renewed()
-                self.changed.notify_all()
 
     # --- the primary ----------------------------------------------------------------------------------------------
 
     def _talk(self, wire: Wire, guest: Guest) -> None:
         """Answer one worker, or another shard."""
-        out = None
-        while True:
-            head = wire.head()
-            check_asker(guest, head)
-            meta = wire.meta(head)
-            entry = self._with_data(wire, head, entry_of(head, meta))
-            try:
-                if head.kind in (Kind.PULL, Kind.READ, Kind.GRADIENT):
-                    out = out or self.shard.form.arena()
-                    self._give(wire, head, entry, out)
-                else:
-                    wire.send(Head(Kind.ACK, request=head.request), self._simple(wire, head, entry))
-            except Fenced:
-                wire.send(Head(Kind.FENCED, request=head.request))
-            except Elsewhere:
-                wire.send(Head(Kind.ELSEWHERE, request=head.request))
-            except Failed as failed:
-                wire.send(Head(Kind.FAILED, request=head.request), failed.meta)
-            except WorkerFailed as lost:
-                wire.send(Head(Kind.FAILED, request=head.request), {"why": "shard", "message": str(lost)})
+        out, borrows = None, False
+        try:
+            while True:
+                head = wire.head()
+                check_asker(guest, head)
+                check_lent(head, self.shard.number, self.terms.lent)
+                borrows = borrows or head.kind == Kind.TAKE
+                out = self._answer(wire, head, out)
+        finally:
+            if borrows and self._lender is not None:
+                self._lender.hung_up(guest)
 
-    def _with_data(self, wire: Wire, head: Head, entry: Entry) -> Entry:
-        if head.kind != Kind.PUSH:
-            if head.data_bytes:
-                raise BadFrame(f"{head.data_bytes} bytes came with a {head.kind.name}, which has none")
-            return entry
-        check_push(entry.meta, len(self.shard.form.pieces))
-        with self.changed:
-            arena = self.shard.room()
-        wire.data(head, arena.raw)
-        return Entry(entry.kind, entry.worker, entry.incarnation, entry.sequence, entry.clock, entry.base, entry.meta,
-                     arena)  # fmt: skip
+    def _answer(self, wire: Wire, head: Head, out: Arena | None) -> Arena | None:
+        """One request; ``out`` is room for values, made when first needed."""
+        meta = wire.meta(head)
+        entry = self._with_data(wire, head, entry_of(head, meta))
+        try:
+            if head.kind in (Kind.PULL, Kind.READ, Kind.GRADIENT):
+                out = out or self.shard.form.arena()
+                self._give(wire, head, entry, out)
+            elif head.kind == Kind.STATE:
+                with self.changed:
+                    self.own()
+                    told, part = self._pictures.give(self.shard, entry.worker, entry.meta)
+                wire.send(Head(Kind.VALUES if part else Kind.ACK, request=head.request), told, part)
+            else:
+                answer = self._simple(wire, head, entry)
+                wire.send(Head(Kind.ACK, request=head.request), answer, hold=head.kind == Kind.PUSH and wire.has_next)
+            reached("primary.after_ack")
+        except Fenced:
+            wire.send(Head(Kind.FENCED, request=head.request))
+        except Elsewhere:
+            wire.send(Head(Kind.ELSEWHERE, request=head.request))
+        except Failed as failed:
+            wire.send(Head(Kind.FAILED, request=head.request), failed.meta)
+        except WorkerFailed as lost:
+            wire.send(Head(Kind.FAILED, request=head.request), {"why": "shard", "message": str(lost)})
+        return out
 
     def _simple(self, wire: Wire, head: Head, entry: Entry) -> dict[str, Any]:
         """Answer what needs no values."""
@@ -181,17 +143,23 @@ class Host:
             return {"square": self._norm(wire, head)}
         if head.kind == Kind.JOIN:
             self._make_way(entry)
+        if self._lender is not None and head.kind == Kind.TAKE:
+            return self._lender.lend(wire, head, entry)
+        if self._lender is not None and head.kind == Kind.CLAIM:
+            return self._lender.claim(entry)
+        if head.kind == Kind.CLOSE:
+            check_counted(entry.meta)
         with self.changed:
-            self._own()
+            self.own()
             if head.kind == Kind.BEAT:
-                self._heard(entry)
+                self.heard(entry)
                 return {}
             if head.kind == Kind.SETTLE:
-                self._log(Entry(Kind.FENCE, entry.worker, entry.incarnation))
+                self.log(Entry(Kind.FENCE, entry.worker, entry.incarnation))
                 answer = {"committed": self.shard.committed(entry.worker, entry.incarnation)}
             else:
-                self._log(entry)
-                self._heard(entry)
+                self.log(entry)
+                self.heard(entry)
                 answer = {"delay": self.shard.version - entry.base}
                 if head.kind == Kind.JOIN:
                     last = int(entry.meta.get("last", 0))
@@ -203,94 +171,68 @@ class Host:
                 if head.kind == Kind.LEAVE:
                     self.leases.end(entry.worker)
                 self.changed.notify_all()
-            place = self._last
-        self._mirrored(place)
+            place = self.last
+        self.mirrored(place)
         return answer
 
     def _give(self, wire: Wire, head: Head, entry: Entry, out: Arena) -> None:
         """Answer with values, once the clock allows."""
         with self.changed:
-            self._own()
+            self.own()
             if head.kind == Kind.PULL and head.sequence:
-                self._log(committing(entry))
+                self.log(committing(entry))
                 self.changed.notify_all()
         while True:
             finish = False
             with self.changed:
-                self._own()
-                self._heard(entry)
+                self.own()
+                self.heard(entry)
                 if head.kind == Kind.PULL and not self.shard.heard(entry.worker, entry.incarnation):
                     raise Fenced
-                if self._readable(head):
-                    told, place = self._read(head, entry, out), self._last
+                if readable(self.shard, head):
+                    told, place = read(self.shard, head, entry, out, self.log), self.last
                     break
                 if (hopeless := self.shard.hopeless) is not None:
                     raise Failed(hopeless)
-                finish = self.shard.ready and not self._finishing
+                finish = self.shard.ready and not self.finishing
                 busy = not finish and not self.changed.wait(self.terms.lease_seconds / 4)
             if finish:
-                self._finish()
+                self.finish()
             elif busy:
                 wire.send(Head(Kind.BUSY, request=head.request))
-        self._mirrored(place)
+        self.mirrored(place)
         wire.send(Head(Kind.VALUES, request=head.request, base=told.pop("version")), told, out.raw)
 
-    def _readable(self, head: Head) -> bool:
-        if head.kind == Kind.PULL:
-            return self.shard.allows(head.clock)
-        if self.terms.exact:
-            return self.shard.applied >= head.clock
-        return self.shard.clocks.slowest >= head.clock or not self.shard.clocks.workers
-
-    def _read(self, head: Head, entry: Entry, out: Arena) -> dict[str, Any]:
-        shard = self.shard
-        if head.kind == Kind.GRADIENT:
-            for name, view in out.views.items():
-                if name in shard.watched:
-                    view.copy_(shard.watched[name])
-            places = [place for place, piece in enumerate(shard.form.pieces) if piece.name in shard.watched]
-            return {"version": shard.version, "used": places}
-        earlier = shard.pulled_copy(entry.worker, head.request)
-        if earlier is None and head.kind == Kind.PULL and shard.terms.late == "compensated":
-            self._log(Entry(Kind.PULLED, entry.worker, entry.incarnation, sequence=head.request))
-        out.copy_(earlier.views if earlier is not None else shard.values)
-        told = shard.told.get(head.clock - 1, {})
-        return {
-            "version": shard.version,
-            "losses": losses(told.values()),
-            "counts": {str(worker): len(each.get("losses", ())) for worker, each in told.items()},
-            "norm": shard.whole_norms.get(head.clock - 1),
-            "rate": float(shard.optimizer.param_groups[0]["lr"]) if shard.optimizer.param_groups else None,
-            "slowest": shard.clocks.slowest,
-            "stop_at": shard.stop_at,
-        }
-
-    def _finish(self) -> None:
-        """At staleness 0, everyone's gradient is here: let them meet, scaled by the norm over all shards."""
+    def finish(self) -> None:
+        """At staleness 0, all gradients are here: let them meet, scaled by the norm over all shards."""
         with self.changed:
-            if self._finishing or not self.shard.ready:
+            if self.finishing or not self.shard.ready:
                 return
-            self._finishing = True
-            clock = self.shard.applied
+            self.finishing = True
+            clock, counted, place = self.shard.applied, self.shard.counted, self.last
             mine = self.shard.partial() if self.terms.clip is not None else None
             self.changed.notify_all()
         try:
             norm = None
+            if self._lender is not None and not self.shard.number and self.terms.shards > 1:
+                self.mirrored(place)  # whoever takes over must say the same
+                self.peers.close_clock(self.shard.number, clock, counted)
             if mine is not None:
+                reached("primary.during_norms")
                 squares = self.peers.squares(self.shard.number, mine, clock)
                 norm = sum(squares) ** 0.5
             with self.changed:
-                self._own()
-                self._log(Entry(Kind.APPLY, clock=clock, meta={} if norm is None else {"norm": norm}))
+                self.own()
+                self.log(Entry(Kind.APPLY, clock=clock, meta={} if norm is None else {"norm": norm}))
         finally:
             with self.changed:
-                self._finishing = False
+                self.finishing = False
                 self.changed.notify_all()
 
     def _norm(self, wire: Wire, head: Head) -> float:
         while True:
             with self.changed:
-                self._own()
+                self.own()
                 if head.clock not in self.shard.norms and self.shard.ready and self.shard.applied == head.clock:
                     self.shard.partial()
                 if head.clock in self.shard.norms:
@@ -304,67 +246,49 @@ class Host:
     def _make_way(self, entry: Entry) -> None:
         """A worker's next incarnation comes: what came of its last gradient is settled first."""
         with self.changed:
-            self._own()
+            self.own()
             known = self.shard.members.get(entry.worker)
             waiting = known is not None and known.staged is not None and entry.incarnation > known.incarnation
         if waiting:
-            self._give_up(entry.worker)
+            self.give_up(entry.worker)
 
-    def _give_up(self, worker: int) -> None:
-        """End a worker's membership. Its last gradient counts on all shards or on none: if any shard was told to apply
-        it, then all of them have it.
+    def give_up(self, worker: int) -> None:
+        """End a worker's membership, where this seat answers.
+
+        Its last gradient counts on all shards or on none: if any was told to apply it, then all of them have it.
         """
         with self.changed:
-            self._own()
+            self.own()
             member = self.shard.members[worker]
             incarnation, staged = member.incarnation, member.staged
-            self._log(Entry(Kind.FENCE, worker, incarnation))
+            self.log(Entry(Kind.FENCE, worker, incarnation))
         if staged is not None and self.peers.committed(self.shard.number, worker, incarnation) >= staged.sequence:
             with self.changed:
-                self._log(Entry(Kind.COMMIT, worker, incarnation, staged.sequence, meta={"settled": True}))
+                self.log(Entry(Kind.COMMIT, worker, incarnation, staged.sequence, meta={"settled": True}))
         with self.changed:
-            self._log(Entry(Kind.LEAVE, worker, incarnation, meta={"given_up": True}))
+            self.log(Entry(Kind.LEAVE, worker, incarnation, meta={"given_up": True}))
             self.leases.end(worker)
             self.changed.notify_all()
 
-    def _heard(self, entry: Entry) -> None:
+    def heard(self, entry: Entry) -> None:
         if self.shard.heard(entry.worker, entry.incarnation):
             self.leases.heard(entry.worker)
 
     def _tick(self) -> None:
         """Give up workers whose lease ran out; notice when this very process stood still."""
         pause, before = max(0.01, self.terms.lease_seconds / 20), time.monotonic()
+        pause = pause if self._lender is None else max(0.01, self._lender.tick_seconds)
         while not self._closed:
             time.sleep(pause)
             now, before = time.monotonic() - before, time.monotonic()
             with self.changed:
                 if now > self.terms.lease_seconds / 2:
                     self.leases.renewed()
+                if self._lender is not None and self.answers:
+                    self._lender.tick(now > max(_STOOD_STILL_SECONDS, 3 * pause))
                 gone = self.leases.expired() if self.seat == PRIMARY else []
+            with torch.no_grad():
+                self.keep_backed()
             for worker in gone:
                 with contextlib.suppress(Elsewhere), torch.no_grad():
-                    self._give_up(worker)
-
-    def _log(self, entry: Entry) -> None:
-        """Make a transition here and on the backup. The lock is held."""
-        if self._mirror is not None:
-            self._last = self._mirror.send(entry)
-        self.shard.do(entry)
-
-    def _mirrored(self, place: int) -> None:
-        """Wait until the backup has the log so far; without it, ask whether to go on alone."""
-        mirror = self._mirror
-        if mirror is None or mirror.wait(place):
-            return
-        won = not self._closed and self._throne.claim(PRIMARY)
-        with self.changed:
-            if self._mirror is mirror:
-                self._mirror = None
-                self.seat = self.seat if won else RETIRED
-                self.changed.notify_all()
-        if not won:
-            raise Elsewhere
-
-    def _own(self) -> None:
-        if self.seat != PRIMARY:
-            raise Elsewhere
+                    self.give_up(worker)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sheaf.plans.server import LATE
 
-PLAIN, SCALED, COMPENSATED, BUFFERED = LATE
+PLAIN, SCALED, COMPENSATED, BUFFERED, DELAYED = LATE
 COMPENSATION = 0.04  # the constant of DC-ASGD-c
 
 
@@ -31,18 +31,22 @@ def adjusted_(way: str, gradient: Tensor, tau: int, value: Tensor, pulled: Tenso
 
 
 class Buffer:
-    """Gathers gradients, and gives their mean when ``count`` have come.
+    """Gathers gradients; the optimizer steps on their mean when ``count`` have come.
 
-    So the optimizer's momentum sees one gradient for ``count`` late ones, which is what delayed Nesterov asks for (Liu
-    et al., 2024, arXiv:2401.09135; its plain steps in between are left out). The buffer itself is that of FedBuff
-    (Nguyen et al., 2022, arXiv:2106.06639).
+    ``buffered`` leaves the values alone until then (FedBuff: Nguyen et al., 2022, arXiv:2106.06639). ``delayed`` steps
+    at once by each one's part of the mean, without momentum, and lets the momentum see the mean when it is whole:
+    delayed Nesterov (Liu et al., 2024, arXiv:2401.09135, algorithm 3 with c = 0). ``ahead`` is what the values have
+    moved by in that way; the step on the mean, which has it in it too, starts from where they were.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count, self.gathered = count, 0
+    def __init__(self, count: int, *, plain_between: bool = False) -> None:
+        self.count, self.gathered, self._plain = count, 0, plain_between
         self.sums: dict[str, Tensor] = {}
+        self.ahead: dict[str, Tensor] = {}
 
-    def add(self, gradients: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    def add(
+        self, gradients: dict[str, Tensor], optimizer: torch.optim.Optimizer, values: dict[str, Tensor]
+    ) -> dict[str, Tensor] | None:
         """Add one worker's gradients; the mean when it was the last of a round, else None."""
         for name, gradient in gradients.items():
             if name in self.sums:
@@ -50,8 +54,30 @@ class Buffer:
             else:
                 self.sums[name] = gradient.clone()
         self.gathered += 1
-        if self.gathered < self.count:
-            return None
-        full, self.sums, self.gathered = self.sums, {}, 0
+        if self.gathered == self.count:
+            return self.given(values)
+        if self._plain:
+            rates = {id(value): group["lr"] for group in optimizer.param_groups for value in group["params"]}
+            for name, gradient in gradients.items():
+                part = gradient * (-float(rates[id(values[name])]) / self.count)
+                values[name] += part
+                self.ahead[name] = self.ahead[name] + part if name in self.ahead else part
+        return None
+
+    def given(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What was gathered, each gradient with the weight that it has in a whole round; the next round begins."""
+        for name, moved in self.ahead.items():
+            values[name] -= moved
+        full, self.sums, self.ahead, self.gathered = self.sums, {}, {}, 0
         torch._foreach_div_(list(full.values()), self.count)
         return full
+
+
+def is_plain(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step subtracts each gradient times a rate, and does nothing else."""
+    if type(optimizer) is not torch.optim.SGD or optimizer._optimizer_step_pre_hooks:
+        return False
+    if optimizer._optimizer_step_post_hooks:
+        return False
+    other = ("momentum", "weight_decay", "maximize", "differentiable", "fused")
+    return not any(group[key] for group in optimizer.param_groups for key in other)

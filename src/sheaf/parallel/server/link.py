@@ -7,7 +7,7 @@ from typing import Any
 from sheaf.errors import PlanError, WorkerFailed
 from sheaf.parallel.server.frame import BadFrame, Head, Kind, Wire
 from sheaf.parallel.server.greeting import OTHER_TASK, Guest, Refused, greet
-from sheaf.parallel.server.shard import Fenced
+from sheaf.parallel.server.log import Fenced
 
 Address = tuple[str, int]
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.1  # seconds between attempts
@@ -114,7 +114,8 @@ class Link:
         assert wire is not None
         head = wire.head()
         meta = wire.meta(head)
-        self._alive, self._pause = time.monotonic(), _FIRST_PAUSE
+        if head.kind != Kind.ELSEWHERE:  # a seat that does not answer for the shard is no sign of the shard's life
+            self._alive, self._pause = time.monotonic(), _FIRST_PAUSE
         asked = [one[0].request for one in self._asked]
         if head.request not in asked or head.kind == Kind.BUSY:
             wire.skip(head)
@@ -147,8 +148,8 @@ class Link:
         self._send(self._wire)
 
     def _send(self, wire: Wire) -> None:
-        for request in self._asked:
-            wire.send(*request)
+        head, meta, data = self._asked[0]
+        wire.send(head, meta, data, then=self._asked[1][0] if len(self._asked) > 1 else None)
 
     def _lost(self, error: Exception) -> None:
         """Turn to the other seat, after a pause that grows."""

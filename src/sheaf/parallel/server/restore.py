@@ -10,7 +10,8 @@ from torch import Tensor
 from sheaf.errors import RunError
 from sheaf.parallel.optimizers import load_named_state, named_state
 from sheaf.parallel.server.clock import Clocks
-from sheaf.parallel.server.shard import Member, Shard
+from sheaf.parallel.server.log import Member
+from sheaf.parallel.server.shard import Shard
 from sheaf.parallel.values import decoded, encoded
 from sheaf.parallel.world import World
 
@@ -30,6 +31,7 @@ def kept(shard: Shard) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if shard.buffer is not None:
         gathered = shard.buffer.gathered
         named |= {f"gathered/{name}": value for name, value in shard.buffer.sums.items()}
+        named |= {f"ahead/{name}": value for name, value in shard.buffer.ahead.items()}
     return named, {"optimizer": optimizer, "scheduler": scheduler, "gathered": gathered}
 
 
@@ -48,6 +50,7 @@ def restored(shard: Shard, tensors: dict[str, Tensor], values: dict[str, Any], i
     load_named_state(shard.optimizer, names, part("optimizer/"), values["optimizer"])
     if shard.buffer is not None:
         shard.buffer.sums = {name: value.clone() for name, value in part("gathered/").items()}
+        shard.buffer.ahead = {name: value.clone() for name, value in part("ahead/").items()}
         shard.buffer.gathered = int(values["gathered"])
     shard.forget(index)
     for member in shard.members.values():
@@ -62,15 +65,22 @@ def shared(
     count = world.summed(torch.tensor([0 if mine is None else 1]), what)
     if int(count) != 1:
         raise RunError(f"the checkpoint has {what} {int(count)} times; it was not written by a whole run")
-    told = b""
-    if mine is not None:
-        held = {name: value.detach().contiguous() for name, value in mine[0].items()}
-        told = save(held, {"values": json.dumps(mine[1])})
+    told = b"" if mine is None else packed(*mine)
     size = int(world.summed(torch.tensor([len(told)]), what))
     content = torch.zeros(size, dtype=torch.uint8)
     if told:
         content = torch.frombuffer(bytearray(told), dtype=torch.uint8)
     content = world.summed(content, what)
-    raw = content.numpy().tobytes()
+    return unpacked(content.numpy().tobytes())
+
+
+def packed(tensors: dict[str, Tensor], values: dict[str, Any]) -> bytes:
+    """Both as the bytes of a safetensors file."""
+    held = {name: value.detach().contiguous() for name, value in tensors.items()}
+    return save(held, {"values": json.dumps(values)})
+
+
+def unpacked(raw: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What was packed."""
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     return load(raw), json.loads(header["__metadata__"]["values"])

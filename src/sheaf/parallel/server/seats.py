@@ -8,12 +8,12 @@ import socket
 import threading
 import time
 from dataclasses import replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from sheaf.parallel.server.frame import BadFrame, Head, Kind, Wire
-from sheaf.parallel.server.greeting import LOG, Guest, Refused, greet
+from sheaf.parallel.server.greeting import LOG, Guest, greet
 from sheaf.parallel.server.link import Address, Keys
-from sheaf.parallel.server.shard import Entry
+from sheaf.parallel.server.log import Entry
 
 PRIMARY, BACKUP, RETIRED = "primary", "backup", "retired"
 
@@ -28,19 +28,21 @@ class Store(Protocol):
 
 
 class Throne:
-    """Decides once which seat of a shard goes on alone."""
+    """Decides once for each pair of seats which of them goes on alone. ``generation`` counts the pairs."""
 
     def __init__(self, store: Store | None, key: str) -> None:
         self._store, self._key = store, key
+        self.generation = 0
         self._lock = threading.Lock()
 
-    def claim(self, seat: str) -> bool:
-        """Whether this seat is the one. False too when the store is gone: with it goes the run."""
+    def claim(self, seat: str, generation: int | None = None) -> bool:
+        """Whether this seat of its pair is the one. False too when the store is gone: with it goes the run."""
         if self._store is None:
             return seat == PRIMARY
+        key = f"{self._key}/{self.generation if generation is None else generation}"
         try:
             with self._lock:
-                return bytes(self._store.compare_set(self._key, "", seat)) == seat.encode()
+                return bytes(self._store.compare_set(key, "", seat)) == seat.encode()
         except RuntimeError:
             return False
 
@@ -48,17 +50,21 @@ class Throne:
 class Mirror:
     """The primary's line to its backup: entries go in order, each is answered, and silence counts as loss."""
 
-    def __init__(self, address: Address, shard: int, keys: Keys, most_data_bytes: int, lease: float) -> None:
+    def __init__(
+        self, address: Address, shard: int, keys: Keys, most_data_bytes: int, lease: float, generation: int = 0
+    ) -> None:
+        self.generation = generation  # of the pair of seats
         connection = socket.create_connection(address, timeout=lease)
         try:
             greet(connection, Guest(LOG, shard, 0), keys.token, keys.digest)
-        except Refused:
+        except BaseException:
             connection.close()
             raise
         self._wire = Wire(connection, most_data_bytes=most_data_bytes, silence_seconds=lease)
         self._sending = threading.Lock()
         self._state = threading.Condition()
         self._sent = self._known = 0
+        self._first = 0  # the place from which on the log goes to the other seat
         self.lost = False
         self._pause = lease / 4
         for what in (self._read, self._beat):
@@ -66,16 +72,32 @@ class Mirror:
 
     def send(self, entry: Entry) -> int:
         """Send an entry; its place in the log. A loss shows in ``wait``."""
+        head = Head(entry.kind, entry.worker, entry.incarnation, entry.sequence, 0, entry.clock, entry.base)
+        return self._entry(head, entry.meta, entry.arena.raw if entry.arena is not None else None)
+
+    def _entry(self, head: Head, meta: dict[str, Any], data: memoryview | None) -> int:
         with self._sending:
             self._sent += 1
-            head = Head(
-                entry.kind, entry.worker, entry.incarnation, entry.sequence, self._sent, entry.clock, entry.base
-            )
             try:
-                self._wire.send(head, entry.meta, entry.arena.raw if entry.arena is not None else None)
+                self._wire.send(head._replace(request=self._sent), meta, data)
             except OSError:
                 self._lose()
             return self._sent
+
+    def move(self, state: bytes, last: int, most: int) -> int:
+        """Send all that the log has led to so far, in parts of at most so many bytes; the place of the last entry."""
+        with self._state:
+            self._sent = self._known = last
+        for start in range(0, len(state), most):
+            part = memoryview(state)[start : start + most]
+            meta = {"start": start, "total": len(state), "generation": self.generation}
+            self._first = self._entry(Head(Kind.MOVE), meta, part)
+        return self._sent
+
+    @property
+    def settled(self) -> bool:
+        """Whether the other seat has all of the log's past."""
+        return self._known >= self._first
 
     def wait(self, place: int) -> bool:
         """Whether the backup has the log up to that place; False when it is lost."""

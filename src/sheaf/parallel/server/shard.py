@@ -1,8 +1,7 @@
 """One shard: a state machine over a log. The same entries in the same order leave the same bits on its backup."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,62 +9,13 @@ from torch import Tensor
 
 from sheaf.parallel.server.clock import Clocks
 from sheaf.parallel.server.frame import Kind
-from sheaf.parallel.server.late import BUFFERED, COMPENSATED, PLAIN, Buffer, adjusted_
+from sheaf.parallel.server.late import BUFFERED, COMPENSATED, DELAYED, Buffer, adjusted_, is_plain
+from sheaf.parallel.server.log import Entry, Fenced, Member, Terms, losses, used
 from sheaf.parallel.server.places import Arena, Form
+from sheaf.parallel.server.points import reached
+from sheaf.parallel.server.work import Kept, Key
 
 _KEPT_CLOCKS = 3  # finished clocks of which losses are still known
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What all shards and workers of a run agree on.
-
-    ``staleness`` in clocks, None: unbounded; ``late`` one of ``plans.server.LATE``; ``dropped_beyond`` updates a
-    gradient is not applied; ``clip`` the largest global norm of a clock's gradient, at staleness 0; ``lease_seconds``
-    without a sign of life end a worker's membership, and a silent seat's.
-    """
-
-    workers: int
-    shards: int
-    staleness: int | None = 0
-    late: str = PLAIN
-    dropped_beyond: int | None = None
-    clip: float | None = None
-    lease_seconds: float = 10.0
-
-    @property
-    def exact(self) -> bool:
-        """Whether each update is the sum over all workers."""
-        return self.staleness == 0
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of the log. ``base`` is the version on which a gradient was computed."""
-
-    kind: Kind
-    worker: int = -1
-    incarnation: int = 0
-    sequence: int = 0
-    clock: int = 0
-    base: int = 0
-    meta: dict[str, Any] = field(default_factory=dict[str, Any])
-    arena: Arena | None = None
-
-
-@dataclass
-class Member:
-    """What a shard knows of one worker: that nothing of it is applied twice is decided by this alone."""
-
-    incarnation: int = 0
-    fenced: int = 0  # incarnations up to this one are not heard any more
-    committed: int = 0  # sequence of the last gradient that counts
-    staged: Entry | None = None
-    history: dict[int, int] = field(default_factory=dict[int, int])  # committed, by earlier incarnations
-
-
-class Fenced(Exception):
-    """The message is of an incarnation that was given up."""
 
 
 class Shard:
@@ -97,10 +47,14 @@ class Shard:
         self.failure: dict[str, Any] | None = None
         self.stop_at: int | None = None
         self.watched: dict[str, Tensor] = {}
-        self.buffer = Buffer(terms.workers) if terms.late == BUFFERED else None
-        self._round: dict[int, Entry] = {}
+        gathers = terms.late in (BUFFERED, DELAYED)
+        self.buffer = Buffer(terms.workers, plain_between=terms.late == DELAYED) if gathers else None
+        self.kept = Kept() if terms.lent else None
+        self.round: dict[int, Entry] = {}
         self._sum: dict[str, Tensor] | None = None
-        self._pulled: dict[int, tuple[int, Arena]] = {}
+        self.pulled: dict[int, tuple[int, Arena]] = {}
+        self._names = {id(value): name for name, value in values.items()}
+        self._is_plain = scheduler is None and is_plain(optimizer)
         for worker in self.members:  # they all begin with the values that are here now
             self._keep_pulled(Entry(Kind.PULLED, worker))
 
@@ -109,27 +63,39 @@ class Shard:
         member = self.members.get(entry.worker)
         if entry.kind == Kind.APPLY:
             self._apply(entry.clock, entry.meta.get("norm"))
+        elif entry.kind == Kind.CLOSE:
+            self._close(entry.clock, [(one[0], one[1], one[2]) for one in entry.meta["counted"]])
         elif member is None:
             raise Fenced
-        elif entry.kind == Kind.JOIN:
+        elif entry.kind in (Kind.JOIN, Kind.FENCE, Kind.LEAVE, Kind.RETURN) or _settles(entry):
+            self._of_member(member, entry)
+        elif entry.incarnation != member.incarnation or entry.incarnation <= member.fenced:
+            raise Fenced
+        elif self.kept is not None:
+            self._lend(self.kept, entry)
+        elif entry.kind == Kind.PUSH:
+            self._stage(member, entry)
+        elif entry.kind == Kind.ABANDON:
+            self._abandon(member, entry)
+        elif entry.kind == Kind.COMMIT:
+            self._commit(member, entry)
+        elif entry.kind == Kind.PULLED:
+            self._keep_pulled(entry)
+        elif entry.kind == Kind.DRAIN and self.buffer is not None and self.buffer.gathered:
+            self._update(self.buffer.given(self.values))
+
+    def _of_member(self, member: Member, entry: Entry) -> None:
+        """A worker comes, goes, or is given up."""
+        if entry.kind == Kind.JOIN:
             self._join(member, entry)
         elif entry.kind == Kind.FENCE:
             member.fenced = max(member.fenced, entry.incarnation)
         elif entry.kind == Kind.LEAVE:
             self._leave(member, entry)
-        elif entry.kind == Kind.COMMIT and entry.meta.get("settled"):
+        elif entry.kind == Kind.RETURN:
+            self._give_back(entry.worker)
+        elif entry.kind == Kind.COMMIT:
             self._commit(member, entry)
-        else:
-            if entry.incarnation != member.incarnation or entry.incarnation <= member.fenced:
-                raise Fenced
-            if entry.kind == Kind.PUSH:
-                self._stage(member, entry)
-            elif entry.kind == Kind.ABANDON:
-                self._abandon(member, entry)
-            elif entry.kind == Kind.COMMIT:
-                self._commit(member, entry)
-            elif entry.kind == Kind.PULLED:
-                self._keep_pulled(entry)
 
     def heard(self, worker: int, incarnation: int) -> bool:
         """Whether messages of this incarnation count."""
@@ -144,16 +110,36 @@ class Shard:
     @property
     def ready(self) -> bool:
         """Whether everyone's gradients of the next clock are there, and nothing stops them from being applied."""
-        return self.terms.exact and self.failure is None and set(self._round) == set(range(self.terms.workers))
+        return self.terms.exact and self.failure is None and self._met
 
     @property
     def hopeless(self) -> dict[str, Any] | None:
         """Why the next clock will never come: what cannot be applied, or at staleness 0 a worker that is gone."""
-        if self.failure is None and self.terms.exact and not self.ready:
+        if self.failure is None and self.terms.exact and not self.terms.lent and not self.ready:
             gone = sorted(set(range(self.terms.workers)) - set(self.clocks.workers))
             if gone:
                 return {"why": "worker", "worker": gone[0], "clock": self.applied}
         return self.failure
+
+    @property
+    def _met(self) -> bool:
+        """At staleness 0: whether all gradients of the next clock are there."""
+        return bool(self.round) if self.terms.lent else set(self.round) == set(range(self.terms.workers))
+
+    @property
+    def is_summing(self) -> bool:
+        """Whether gradients have been added up that are not applied yet."""
+        return self._sum is not None
+
+    @property
+    def borrowers(self) -> list[int]:
+        """Workers that were lent microbatches and have not covered them."""
+        return sorted(set(self.kept.round.lent.values())) if self.kept is not None and self.kept.round else []
+
+    @property
+    def counted(self) -> list[Key]:
+        """Where shares are stolen: the pushes of which the next clock's gradient is made, once they are all there."""
+        return self.kept.counted.get(self.applied, []) if self.kept is not None else []
 
     def allows(self, clock: int) -> bool:
         """Whether a worker at ``clock`` may read the values."""
@@ -177,7 +163,7 @@ class Shard:
 
     def pulled_copy(self, worker: int, request: int) -> Arena | None:
         """What a worker's pull of that request read, when it asks again."""
-        known = self._pulled.get(worker)
+        known = self.pulled.get(worker)
         return known[1] if known is not None and known[0] == request else None
 
     def forget(self, start: int) -> None:
@@ -185,7 +171,9 @@ class Shard:
         self.version, self.applied, self.scheduled = 0, start, start
         self.told, self.norms, self.whole_norms, self.watched = {}, {}, {}, {}
         self.failure = self.stop_at = self._sum = None
-        self._round = {}
+        self.round = {}
+        if self.kept is not None:
+            self.kept.forget()
         for worker in self.members:
             self._keep_pulled(Entry(Kind.PULLED, worker))
 
@@ -196,6 +184,7 @@ class Shard:
             member.history[member.incarnation] = member.committed
             self._release(member.staged)
             member.incarnation, member.staged, member.committed = entry.incarnation, None, 0
+            self._give_back(entry.worker)
             self.clocks.enter(entry.worker, entry.clock)
             if member.history.keys() != {0}:  # the first comes with the first values
                 self._keep_pulled(replace(entry, sequence=0))
@@ -206,8 +195,58 @@ class Shard:
         self._release(member.staged)
         member.fenced, member.staged = max(member.fenced, entry.incarnation), None
         self.clocks.leave(entry.worker)
-        self._pulled.pop(entry.worker, None)
+        self._give_back(entry.worker)
+        self.pulled.pop(entry.worker, None)
         self._schedule()
+
+    def _lend(self, kept: Kept, entry: Entry) -> None:
+        """Where shares are stolen: lend a microbatch, keep a push, or say whether it counts."""
+        key = entry.worker, entry.incarnation, entry.sequence
+        if entry.clock != self.applied or self.round:
+            self._release(entry)  # of a step that is closed
+        elif entry.kind == Kind.PUSH:
+            self._release(kept.pushes.get(key))
+            kept.pushes[key] = entry
+        elif entry.kind == Kind.TAKE:
+            round_ = kept.begun(int(entry.meta["count"]))
+            round_.stop = round_.stop or bool(entry.meta.get("stop"))
+            if entry.meta["microbatch"] is not None:
+                round_.lent[int(entry.meta["microbatch"])] = entry.worker
+        elif entry.kind == Kind.CLAIM and key in kept.pushes:
+            round_ = kept.begun(int(entry.meta["count"]))
+            round_.stop = round_.stop or bool(entry.meta.get("stop"))
+            round_.claim(key, [one[0] for one in kept.pushes[key].meta.get("losses", ())])
+            if round_.complete:
+                self._close(entry.clock, round_.ordered)
+
+    def _close(self, clock: int, keys: list[Key]) -> None:
+        """Where shares are stolen: these pushes are the clock's."""
+        if self.kept is None or clock != self.applied or self.round:
+            return
+        if missing := [key for key in keys if key not in self.kept.pushes]:
+            self.failure = {"why": "shard", "message": f"shard {self.number} was never sent {missing} of step {clock}"}
+            return
+        round_ = self.kept.round
+        self.round, spare = self.kept.closed(clock, keys)
+        self.free += spare
+        told: dict[int, dict[str, Any]] = {}
+        for place, (worker, _, _) in enumerate(keys):
+            meta = self.round[place].meta
+            mine = told.setdefault(worker, {"losses": [], "seconds": 0.0})
+            mine["losses"] += meta.get("losses", ())
+            mine["seconds"] += meta.get("seconds", 0.0)
+            if meta.get("stop") or (round_ is not None and round_.stop):
+                self.stop_at = self.stop_at or clock + 1
+        for worker, count in (round_.returned if round_ is not None else {}).items():
+            told.setdefault(worker, {"losses": [], "seconds": 0.0})["returned"] = count
+        self.told[clock] = told
+        for old in [old for old in self.told if old < clock - _KEPT_CLOCKS]:
+            del self.told[old]
+        self._check()
+
+    def _give_back(self, worker: int) -> None:
+        if self.kept is not None and self.kept.round is not None:
+            self.kept.round.give_back(worker)
 
     def _stage(self, member: Member, entry: Entry) -> None:
         if not self.knows(entry.worker, entry.sequence):
@@ -230,7 +269,7 @@ class Shard:
             done = [self.clocks.of(worker) for worker in self.clocks.workers]
             self.stop_at = staged.clock + 1 if self.terms.exact else max(done, default=staged.clock) + 1
         if self.terms.exact:
-            self._round[entry.worker] = staged
+            self.round[entry.worker] = staged
             self._check()
         else:
             self._late(entry.worker, staged)
@@ -242,9 +281,9 @@ class Shard:
 
     def _check(self) -> None:
         """At staleness 0: what makes the step impossible, found out alike on every shard."""
-        if set(self._round) != set(range(self.terms.workers)):
+        if not self._met:
             return
-        told = losses(self._round[worker].meta for worker in sorted(self._round))
+        told = losses(self.round[worker].meta for worker in sorted(self.round))
         clock = self.applied
         for index, total, weight in told:
             if not math.isfinite(total) or not math.isfinite(weight):
@@ -253,20 +292,20 @@ class Shard:
                 return
         if not sum(weight for _, _, weight in told):
             self.failure = {"why": "weight", "clock": clock}
-        elif not any(entry.meta.get("any") for entry in self._round.values()):
+        elif not any(entry.meta.get("any") for entry in self.round.values()):
             self.failure = {"why": "unused", "clock": clock}
 
     def _summed(self) -> dict[str, Tensor]:
         """At staleness 0: the clock's gradients, added in the order of workers."""
         if self._sum is None:
             sums: dict[str, Tensor] = {}
-            for worker in sorted(self._round):
-                for name, gradient in _used(self._round[worker]).items():
+            for worker in sorted(self.round):
+                for name, gradient in used(self.round[worker]).items():
                     if name in sums:
                         sums[name] += gradient
                     else:
                         sums[name] = gradient
-            metas = [self._round[worker].meta for worker in sorted(self._round)]
+            metas = [self.round[worker].meta for worker in sorted(self.round)]
             weight = math.fsum(weight for _, _, weight in losses(metas))
             factor = metas[0].get("expected", weight) / weight
             if sums and factor != 1.0:
@@ -280,7 +319,7 @@ class Shard:
         sums = self._summed()
         if self.terms.clip is not None and clock not in self.norms:
             self.partial()  # a backup may be asked for it one day
-        if any(entry.meta.get("watch") for entry in self._round.values()):
+        if any(entry.meta.get("watch") for entry in self.round.values()):
             self.watched = {name: gradient.clone() for name, gradient in sums.items()}
         if norm is not None and not math.isfinite(norm):
             self.failure = {"why": "norm", "clock": clock, "value": norm}
@@ -291,21 +330,23 @@ class Shard:
             one = torch.tensor(norm, dtype=next(iter(sums.values())).dtype)
             torch._foreach_mul_(list(sums.values()), float((self.terms.clip / (one + 1e-6)).clamp(max=1.0)))
         self._update(sums)
-        for staged in self._round.values():
+        for staged in self.round.values():
             self._release(staged)
-        self._round, self._sum = {}, None
+        self.round, self._sum = {}, None
         for known in (self.norms, self.whole_norms):
             known.pop(clock - _KEPT_CLOCKS, None)
         self.applied = clock + 1
         self._schedule()
 
     def _late(self, worker: int, staged: Entry) -> None:
-        gradients = _used(staged)
-        pulled = self._pulled.get(worker)
+        gradients = used(staged)
+        pulled = self.pulled.get(worker)
         tau = self.version - staged.base
         if self.buffer is not None:
-            if gradients and (full := self.buffer.add(gradients)) is not None:
+            if gradients and (full := self.buffer.add(gradients, self.optimizer, self.values)) is not None:
                 self._update(full)
+            elif gradients and self.buffer.ahead:
+                self.version += 1
             return
         for name, gradient in gradients.items():
             before = pulled[1].views[name] if pulled is not None else None
@@ -314,12 +355,19 @@ class Shard:
             self._update(gradients)
 
     def _update(self, gradients: dict[str, Tensor]) -> None:
+        reached("primary.during_apply")
+        self.version += 1
+        if self._is_plain:  # what the optimizer would do, without what it does around that
+            for group in self.optimizer.param_groups:
+                for value in group["params"]:
+                    if (gradient := gradients.get(self._names[id(value)])) is not None:
+                        value.add_(gradient, alpha=-group["lr"])
+            return
         for name, value in self.values.items():
             value.grad = gradients.get(name)
         self.optimizer.step()
         for value in self.values.values():
             value.grad = None
-        self.version += 1
 
     def _schedule(self) -> None:
         if self.scheduler is None:
@@ -340,19 +388,11 @@ class Shard:
     def _keep_pulled(self, entry: Entry) -> None:
         if self.terms.late != COMPENSATED:
             return
-        arena = self._pulled[entry.worker][1] if entry.worker in self._pulled else self.form.arena()
+        arena = self.pulled[entry.worker][1] if entry.worker in self.pulled else self.form.arena()
         arena.copy_(self.values)
-        self._pulled[entry.worker] = (entry.sequence, arena)
+        self.pulled[entry.worker] = (entry.sequence, arena)
 
 
-def losses(told: Iterable[dict[str, Any]]) -> list[tuple[int, float, float]]:
-    """All microbatches that were told of, in order, with their losses' sums and weights."""
-    return sorted((index, total, weight) for each in told for index, total, weight in each.get("losses", ()))
-
-
-def _used(entry: Entry) -> dict[str, Tensor]:
-    """The gradients of parameters that had one."""
-    assert entry.arena is not None
-    names: Sequence[int] = entry.meta.get("used", ())
-    pieces = entry.arena.form.pieces
-    return {pieces[place].name: entry.arena.views[pieces[place].name] for place in names}
+def _settles(entry: Entry) -> bool:
+    """Whether shards agreed that a gradient counts whose worker was given up."""
+    return entry.kind == Kind.COMMIT and bool(entry.meta.get("settled"))

@@ -1,13 +1,19 @@
 """One step beside a parameter server: own microbatches, one exchange with every shard, the values that come back."""
 
+import contextlib
+import json
 import math
+import threading
 import time
 from collections import Counter
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from sheaf.cluster.traffic import traffic
 from sheaf.errors import NonFiniteLoss, RunError, TaskError, WorkerFailed
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.runner import AbstractRunner
@@ -17,10 +23,15 @@ from sheaf.parallel.server.host import Host
 from sheaf.parallel.server.link import Failed
 from sheaf.parallel.server.restore import kept, restored, shared
 from sheaf.parallel.server.seats import PRIMARY
+from sheaf.parallel.server.spare import Spare
 from sheaf.parallel.step import Step, memory_bytes
 from sheaf.plans import Plan
+from sheaf.plans.server import outlives
 from sheaf.record import StepReport
 from sheaf.task import Microbatch
+
+_WATCH_SECONDS = 0.1  # between two looks at who is lost
+_LOOK_SECONDS = 0.005  # between two looks whether something is done
 
 
 class ServedStep(Step):
@@ -31,16 +42,27 @@ class ServedStep(Step):
     the losses that were told for this step by then, this worker's and those of workers that are as far.
     """
 
-    def __init__(self, plan: Plan, portion: Portion, runner: AbstractRunner, client: Client, hosts: list[Host]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        portion: Portion,
+        runner: AbstractRunner,
+        client: Client,
+        hosts: list[Host],
+        spares: Sequence[Spare] = (),
+    ) -> None:
         super().__init__(plan, portion, runner)
         assert isinstance(self._holding, Beside)
-        self.client, self.hosts = client, hosts
+        self.client, self._hosts, self._spares = client, hosts, spares
         self._beside = self._holding
+        self._ended = threading.Event()
         self._staleness: Counter[int] = Counter()  # how often each was seen
+        self.lost: Callable[[], Collection[int]] = tuple  # workers that are known to be gone
+        self._run, self._store = self._world.number("sheaf/served"), cast("dist.Store", self._world.counter)
 
     def __call__(self) -> StepReport:
         """Run the next step: of all workers together in lock-step, else of this one."""
-        start, sent = time.perf_counter(), self.client.sent_bytes
+        start, sent, sent_in_all = time.perf_counter(), self.client.sent_bytes, traffic.sent_bytes
         self._runner.compute_seconds = 0.0
         self._check_trained()
         microbatches = self._order.step(self.index)
@@ -57,13 +79,17 @@ class ServedStep(Step):
         if self._observer is not None:
             self._observer.gradients(self.index, self._gradients())
         self._staleness[seen.staleness] += 1
+        done = seen.finished - 1 if self.plan.stolen else self.index  # the others may have gone on without this worker
+        microbatches = self._order.step(done)
         told: list[list[float]] = seen.told["losses"] or [[*one] for one in self._exchange.mine]
+        seconds = seen.told.get("seconds", {})
         weight = math.fsum(one[2] for one in told)
         if self.plan.exact:
+            norm = seen.told.get("norm")
+        if self.plan.exact and not self.plan.stolen:  # a worker that missed steps would divide by another weight
             self._expectation.weight = weight
-            norm = seen.told["norm"]
         report = StepReport(
-            step=self.index,
+            step=done,
             loss=math.fsum(one[1] for one in told) / weight if weight else math.nan,
             weight=weight,
             samples=sum(len(microbatches[int(one[0])].samples) for one in told),
@@ -73,7 +99,9 @@ class ServedStep(Step):
             learning_rate=seen.told["rate"],
             memory_bytes=memory_bytes(self._world.device),
             microbatches=tuple(seen.told["counts"].get(str(worker), 0) for worker in range(self.workers)),
+            computed=tuple(seconds.get(str(worker), 0.0) for worker in range(self.workers)) if seconds else (),
             stop=seen.stop,
+            sent_bytes=traffic.sent_bytes - sent_in_all,
             server={
                 "staleness": seen.staleness,
                 "staleness_max": max(self._staleness),
@@ -83,12 +111,18 @@ class ServedStep(Step):
                 "missed": seen.finished - self.index - 1,
                 "sent_bytes": self.client.sent_bytes - sent,
                 "waited_seconds": waited,
+                **self._seen(seen),
             },
         )
         report.terms["host"] = max(0.0, report.seconds - sum(report.terms.values()))
         self.index = seen.finished
         self._beside.index = self.index
         return report
+
+    @property
+    def hosts(self) -> list[Host]:
+        """The seats of shards that this worker has now."""
+        return [*self._hosts, *(spare.host for spare in self._spares if spare.host is not None)]
 
     @property
     def _staleness_mean(self) -> float:
@@ -112,6 +146,71 @@ class ServedStep(Step):
                 named |= {f"shard/{host.shard.number}/{name}": value for name, value in tensors.items()}
         values = {"index": self.index, "expected_weight": self._expectation.weight, "shards": shards}
         return named, values
+
+    def states(self) -> list[tuple[dict[str, Tensor], dict[str, Any]]]:
+        """By worker, what ``state`` gives, found by this worker alone once all that live have come as far.
+
+        Buffers are this worker's own.
+        """
+        self.client.read(self.index)
+        buffers = {f"buffer/{name}": value for name, value in self.model.named_buffers()}
+        shards: dict[str, Any] = {}
+        named: dict[str, Tensor] = {}
+        for number, (tensors, values) in enumerate(self.client.states()):
+            shards[str(number)] = values
+            named |= {f"shard/{number}/{name}": value for name, value in tensors.items()}
+        common = {"index": self.index, "expected_weight": self._expectation.weight}
+        first = buffers | named, {**common, "shards": shards}
+        return [first, *((buffers, {**common, "shards": {}}) for _ in range(self.workers - 1))]
+
+    def settle(self) -> None:
+        """No step follows: what late gradients were gathered are applied. Every worker that lives calls this."""
+
+        def drain() -> None:
+            self.client.read(self.index)
+            self.client.drain()
+
+        if self.plan.serves.gathers:
+            self.once(f"settle/{self.index}", drain)
+
+    def heed(self, lost: Callable[[], Collection[int]]) -> None:
+        """Give up at once whom ``lost`` names, before a lease has run out."""
+        self.lost = lost
+        threading.Thread(target=self._watch, name="sheaf-lost", daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_WATCH_SECONDS):
+            with contextlib.suppress(RuntimeError):  # the store went with the run
+                for rank in self.lost():
+                    for host in self.hosts:
+                        host.lose(rank)
+
+    @property
+    def outlives_workers(self) -> bool:
+        """Whether the others go on when a worker is lost."""
+        return outlives(self.plan.serves, stolen=self.plan.stolen)
+
+    @property
+    def gives_whole(self) -> bool:
+        return self._first == self.rank
+
+    @property
+    def _first(self) -> int:
+        """The first worker that lives."""
+        return next((rank for rank in range(self.workers) if rank not in self.lost()), self.rank)
+
+    def once(self, name: str, do: Callable[[], Any]) -> Any:
+        """What ``do`` gives, of what JSON knows, on the first worker that lives; every worker that lives calls this.
+
+        When that worker is lost before it has done it, the next does it. ``name`` is used once in a run.
+        """
+        key = f"sheaf/once/{self._run}/{name}"
+        while not self._store.check([key]):
+            if self.gives_whole:
+                self._store.set(key, json.dumps(do()))
+            else:
+                time.sleep(_LOOK_SECONDS)
+        return json.loads(self._store.get(key))
 
     def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Go on where ``state`` stood; collective. Both seats of a shard take over what its worker kept."""
@@ -138,13 +237,19 @@ class ServedStep(Step):
         self._staleness.clear()
         self._world.barrier()
 
+    def full_state_alone(self) -> dict[str, Tensor]:
+        """What ``full_state`` gives, found by this worker alone; nobody may push meanwhile."""
+        self._beside.first = self.gives_whole
+        return super().full_state()
+
     def close(self) -> None:
         """Say good-bye, and stay until the others have: this worker may hold their shards."""
         self.client.leave()
         for host in self.hosts:
             host.wait_until_left(3 * host.terms.lease_seconds)
-        for host in self.hosts:
-            host.close()
+        for one in (*self._hosts, *self._spares):
+            one.close()
+        self._ended.set()
         super().close()
 
     def _once(self, microbatches: tuple[Microbatch, ...]) -> tuple[float | None, Seen]:
@@ -170,6 +275,10 @@ class ServedStep(Step):
             return norm, self.client.exchange(self.index, [{"used": places, **common} for places in used])
         except Failed as failed:
             raise self._explained(failed.meta) from None
+
+    def _seen(self, seen: Seen) -> dict[str, float]:  # noqa: ARG002 - some see more
+        """What the record has beside the rest."""
+        return {}
 
     def _own(self, mine: list[tuple[int, float, float]]) -> float | None:
         """Outside lock-step: the gradient of this worker's own mean."""

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sheaf.plans.split import Cut
-from sheaf.split.moves import joined, sliced
+from sheaf.split.moves import sliced
 from sheaf.split.registry import FALLBACK, rule
 from sheaf.split.rules.empty import filled, without
 from sheaf.split.tensor import Split
@@ -100,7 +99,7 @@ def _channelwise(
 ) -> Any:
     """Statistics for each channel, in dimension 1: ``fresh`` ones, which move the running ones, or the running ones.
 
-    Running statistics are whole on every worker, so every worker gets all channels' new ones.
+    Running statistics are whole on every worker, so every worker gets all channels' new ones, before forward ends.
     """
     split, why = given.pop("input"), function.__name__
     running = {key: given.pop(key, None) for key in ("running_mean", "running_var")}
@@ -119,18 +118,10 @@ def _channelwise(
     own = {key: parts.get(key) for key in running}
     made = function(local, **own, weight=weight, bias=bias, **given)
     channels = split.local.shape[1]
-    if fresh and kept:
-        _spread(mode, list(kept.values()), [part[:channels] for part in parts.values()], split.cut, why)
+    if fresh:
+        for key, whole in kept.items():
+            mode.later(whole, parts[key][:channels], split.cut, f"running statistics of {why}")
     return split.like(made if channels else made.narrow(1, 0, 0))
-
-
-@torch.no_grad()
-def _spread(mode: Any, wholes: list[Tensor], parts: list[Tensor], cut: Cut, why: str) -> None:
-    """Every worker's new running statistics, on every worker."""
-    shapes = [(len(parts), cut.local_length(worker)) for worker in range(mode.team.workers)]
-    collected = mode.team.collect(torch.stack(parts), shapes, f"running statistics of {why}{mode.place}")
-    for whole, fresh in zip(wholes, joined(collected, 1, cut), strict=True):
-        whole.copy_(fresh)
 
 
 def _entered(mode: Any, tensors: list[Any], why: str) -> list[Any]:

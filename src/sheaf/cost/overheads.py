@@ -1,0 +1,114 @@
+"""What executors add to blocks and messages: the Python of split layers, passing between stages, layouts, codecs.
+
+No fact of a model foretells it, so it is measured: each executor that a plan uses runs a few steps of very small
+microbatches on two workers (a rehearsal), and what they take beyond what is priced is its overhead. A profile holds it
+by the text of the rehearsed plan.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from sheaf.graph.facts import Profile
+from sheaf.plans import Plan
+from sheaf.plans.local import of_two
+
+REPLICAS = Plan(dp=2)
+MEETING = 2  # steps between meetings of weights, in a rehearsal
+_GRADIENT_TERMS = ("server", "all_reduce", "reduce_scatter", "all_gather")
+
+
+def in_microbatches(plan: Plan) -> tuple[Plan, ...]:
+    """What is rehearsed of the plan for what it adds to each microbatch.
+
+    >>> [str(one) for one in in_microbatches(Plan.parse("dp=4,tp=2,pp=4:gpipe,zero=1"))]
+    ['tp=2', 'pp=2:gpipe']
+    """
+    found: list[Plan] = []
+    if plan.tp > 1:
+        found.append(Plan(tp=2, sequence=plan.sequence))
+    if plan.cp > 1:
+        found.append(Plan(cp=2))
+    if plan.pp > 1:
+        found.append(Plan(pp=2, schedule=plan.schedule, virtual=plan.virtual))
+    if plan.zero > 1:
+        found.append(Plan(dp=2, zero=plan.zero))
+    if plan.stolen:
+        found.append(Plan(dp=2, shares=plan.shares))
+    if plan.parts and plan.by_parts:
+        found.append(Plan(dp=2, parts=plan.parts))
+    if plan.recompute != "none":
+        found.append(Plan(dp=2, recompute=plan.recompute))
+    return tuple(found)
+
+
+def in_steps(plan: Plan) -> tuple[Plan, ...]:
+    """What is rehearsed of the plan for what it adds to each step, or to each meeting of weights.
+
+    >>> [str(one) for plan in ("dp=4,local=16:diloco", "dp=8,pp=2", "pp=2") for one in in_steps(Plan.parse(plan))]
+    ['dp=2,local=2:diloco', 'dp=2']
+    """
+    found: list[Plan] = []
+    if plan.dp > 1 and plan.exact and not plan.zero and not plan.server:
+        found.append(REPLICAS)
+    if plan.zero == 1:
+        found.append(Plan(dp=2, zero=1))
+    if plan.compress != "none" and not plan.local:
+        found.append(Plan(dp=2, compress=plan.compress))
+    if plan.local:
+        found.append(Plan(dp=2, local=of_two(plan.local, MEETING), compress=plan.compress))
+    if plan.server:
+        shards, _, behind = plan.server.partition(":")
+        few = f"{min(2, int(shards))}"  # two workers hold two shards at most
+        found.append(Plan(dp=2, server=f"{few}:{behind}" if behind else few, late=plan.late))
+    return tuple(found)
+
+
+def microbatch_seconds(profile: Profile | None, plan: Plan, *, stages: bool) -> float:
+    """What one worker spends on each microbatch beside what is priced; of pipelines' executors, or of the others."""
+    if profile is None or not profile.overheads:
+        return 0.0
+    known = (one for one in in_microbatches(plan) if (one.pp > 1) == stages)
+    return sum(max(0.0, profile.overheads.get(str(one), 0.0)) for one in known)
+
+
+def with_meetings(seconds: dict[str, float], profile: Profile | None, plan: Plan) -> dict[str, float]:
+    """Terms with what each step takes beside what is priced, in the longest of those that gradients travel in.
+
+    What is priced too high there is put right as far as to nothing.
+    """
+    every = max(1, plan.meets_locally.every)
+    known = profile.overheads if profile is not None else {}
+    more = sum(known.get(str(one), 0.0) / every for one in in_steps(plan))
+    longest = max(_GRADIENT_TERMS, key=lambda term: seconds[term])
+    return seconds | {longest: max(0.0, seconds[longest] + more)}
+
+
+def each(more: Mapping[str, float], num_microbatches: int) -> dict[str, float]:
+    """Overheads from what steps took beyond their price, by rehearsed plan; steps had so many microbatches.
+
+    What plain replicas add is not counted again with what is rehearsed on top of them.
+
+    >>> each({"dp=2": 0.25, "dp=2,shares=stolen": 0.75, "dp=2,zero=1": 0.5, "pp=2": 0.5, "dp=2,local=2": 0.1}, 4)
+    {'dp=2': 0.25, 'dp=2,shares=stolen': 0.25, 'dp=2,zero=1': 0.5, 'pp=2': 0.1, 'dp=2,local=2': 0.2}
+    """
+    found: dict[str, float] = {}
+    for text, seconds in more.items():
+        plan = Plan.parse(text)
+        beside = more.get(str(REPLICAS), 0.0) if plan != REPLICAS and REPLICAS in in_steps(plan) else 0.0
+        found[text] = _each(plan, seconds - beside, num_microbatches)
+    return found
+
+
+def _each(plan: Plan, more: float, num_microbatches: int) -> float:
+    if plan.local:
+        return more * max(1, plan.meets_locally.every)
+    if not in_microbatches(plan):
+        return more
+    # of a pipeline, by turns of a stage: each worker has its own, and waits for those of the others once
+    times = num_microbatches * plan.virtual + plan.pp - 1 if plan.pp > 1 else -(-num_microbatches // plan.dp)
+    return more / times
+
+
+def without(profile: Profile) -> Profile:
+    """The profile as if nothing had been rehearsed."""
+    return replace(profile, overheads={})

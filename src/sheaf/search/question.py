@@ -1,0 +1,112 @@
+"""What a search is asked: a model's facts, a cluster, measured times; and the price of any plan under them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from sheaf.cluster.cluster import Cluster
+from sheaf.cost import Price, microbatch_sizes, priced
+from sheaf.cost.basis import Basis
+from sheaf.cost.estimate import holding
+from sheaf.cost.seating import Seating
+from sheaf.graph.facts import GLUE, LOSS, ModelFacts, Profile
+from sheaf.plans import Plan
+from sheaf.plans.split import SplitFacts
+from sheaf.plans.stages import default_microbatch
+from sheaf.search.measured import Profiles, facts_for, profile_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What a search is asked.
+
+    ``facts`` by samples per microbatch: one size where the task fixes it (``microbatch``), else those worth trying
+    or a few of them. ``profiles`` by (samples, busy workers per host); none: a roofline prices. ``elementwise`` says
+    whether the optimizer may step flat slices, ``allow_relaxed`` whether plans count that are not exact. ``splits`` by
+    (workers that split a layer, sequence 0 or 1; see ``Plan.split_kind``): what is not there is not proposed.
+    """
+
+    batch: int
+    facts: Mapping[int, ModelFacts]
+    cluster: Cluster
+    microbatch: int | None = None
+    workers: int | None = None
+    profiles: Profiles = field(default_factory=dict)
+    elementwise: bool = True
+    precision: str = "fp32"
+    splits: Mapping[tuple[int, int], SplitFacts] = field(default_factory=dict)
+    allow_relaxed: bool = False
+    _bases: dict[object, Basis] = field(default_factory=dict[object, Basis], init=False, repr=False, compare=False)
+    _seatings: list[Seating] = field(default_factory=list[Seating], init=False, repr=False, compare=False)
+
+    @property
+    def available(self) -> int:
+        """Workers that a plan may use."""
+        return self.cluster.workers if self.workers is None else min(self.workers, self.cluster.workers)
+
+    def size(self, plan: Plan) -> int:
+        """Samples per microbatch under a plan."""
+        return self.microbatch or plan.microbatch or default_microbatch(plan, self.batch)
+
+    @property
+    def recomputable(self) -> bool:
+        """Whether any block keeps more than its input, so that running it again would save memory."""
+        blocks = next(iter(self.facts.values())).blocks
+        return any(block.composite for block in blocks if block.name not in (GLUE, LOSS))
+
+    def price(self, plan: Plan) -> Price:
+        """The price of one plan, with a pipeline's timeline.
+
+        Raises ValueError for a plan that splits layers in a way that ``splits`` does not hold.
+        """
+        return priced(plan, self.basis(plan), microbatch_sizes(self.batch, self.size(plan)), drawn=True)
+
+    def rough(self, plan: Plan) -> Price:
+        """The price without timeline."""
+        return priced(plan, self.basis(plan), microbatch_sizes(self.batch, self.size(plan)))
+
+    def held(self, plan: Plan) -> Price:
+        """The price as far as memory goes: without seconds."""
+        holds = holding(plan, self.basis(plan), microbatch_sizes(self.batch, self.size(plan)))
+        return Price(plan, {}, holds, 0.0)
+
+    def basis(self, plan: Plan) -> Basis:
+        """What the price of this plan has in common with others."""
+        size = self.size(plan)
+        facts = facts_for(self.facts, size)
+        split = self.split_key(plan)
+        measured = (size, self._busy(plan)) if self.profiles else None
+        key = (facts.samples, measured, split, plan.parts)
+        if key not in self._bases:
+            self._bases[key] = Basis.of(
+                plan,
+                facts,
+                self.profile(plan),
+                self.cluster,
+                precision=self.precision,
+                split=self.splits.get(split),
+                seating=self.seating,
+            )
+        return self._bases[key]
+
+    def take_over(self, other: "Question") -> None:
+        """Take from another question about the same model, without measured times, what its prices found out of it."""
+        for key, basis in other._bases.items():
+            self._bases[key] = basis.elsewhere(self.cluster, self.seating)
+
+    @property
+    def seating(self) -> Seating:
+        """Who sits where on the cluster."""
+        if not self._seatings:
+            self._seatings.append(Seating(self.cluster, self.precision))
+        return self._seatings[0]
+
+    def split_key(self, plan: Plan) -> tuple[int, int]:
+        """Where in ``splits`` stands how a plan splits layers."""
+        return plan.split_kind
+
+    def profile(self, plan: Plan) -> Profile | None:
+        """Measured times under as much company as the plan's workers have."""
+        return profile_for(self.profiles, self.size(plan), self._busy(plan))
+
+    def _busy(self, plan: Plan) -> int:
+        return max(seat.busy for seat in self.seating.kinds(plan.workers))

@@ -1,0 +1,87 @@
+"""Replicas that step alone and are several workers each: split layers, stages, and what of both is shared."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from plain import assert_same, norm_resnet, plain, planned, ragged_gpt
+from torch.distributed import all_gather_object
+
+from sheaf.parallel import build
+from sheaf.plans import Plan
+
+SGD = {"optimizer": partial(torch.optim.SGD, lr=0.05), "clip": None, "scheduler": None}
+
+
+@pytest.mark.parametrize(
+    ("make", "plan"),
+    [
+        (ragged_gpt, "dp=2,tp=2"),
+        (ragged_gpt, "dp=2,pp=2,shares=2:1"),  # its embedding is of two stages
+        (norm_resnet, "dp=2,tp=2"),
+        (norm_resnet, "dp=2,pp=2:interleaved"),
+    ],
+)
+def test_with_one_step_between_meetings_and_plain_sgd_it_is_the_serial_answer(ranks, make, plan):
+    task = make(**SGD, precision="fp64")
+    assert_same(ranks(planned, 4, task, plan + ",local=1", 3)[0], plain(task, 3), 1e-10)
+
+
+def trained(task, text, steps, resume_after=None):
+    """Losses, norms and whole weights under a plan; and whether copies of what several workers hold are the same."""
+    step = build(task, Plan.parse(text))
+    reports = []
+    for index in range(steps):
+        reports.append(step())
+        if index + 1 == resume_after:
+            tensors, values = step.state()
+            tensors = {name: value.clone() for name, value in tensors.items()}
+            step.close()
+            step = build(task, Plan.parse(text))
+            step.load(tensors, values)
+    whole = step.full_state()
+    held = {
+        name: value.detach().clone()
+        for name, value in step.model.named_parameters()
+        if name not in step._portion.slices and step._portion.holds(name)
+    }
+    everyone = [None] * step.workers
+    all_gather_object(everyone, (step._spread.place.dp, held))
+    mine = [other for replica, other in everyone if replica == step._spread.place.dp]
+    alike = all(torch.equal(value, other[name]) for other in mine for name, value in held.items() if name in other)
+    step.close()
+    return [(report.loss, report.gradient_norm) for report in reports], whole, alike
+
+
+@pytest.mark.parametrize(
+    "local", ["2:diloco:fragments=2:overlap=1", "3:after=1", "2:adasum", "2:ring"], ids=lambda text: text.split(":")[1]
+)
+def test_a_replica_of_several_workers_is_a_replica(ranks, local):
+    task = ragged_gpt(**SGD | {"clip": 0.3}, precision="fp64")
+    wanted = ranks(trained, 2, task, f"dp=2,local={local}", 5)[0]
+    for mesh in ("tp=2", "pp=2"):
+        found = ranks(trained, 4, task, f"dp=2,{mesh},local={local}", 5)
+        for (loss, norm), (other, other_norm) in zip(found[0][0], wanted[0], strict=True):
+            assert loss == pytest.approx(other, rel=1e-9), mesh
+            assert norm == pytest.approx(other_norm, rel=1e-9), mesh
+        for name, value in wanted[1].items():
+            torch.testing.assert_close(found[0][1][name], value, rtol=1e-8, atol=1e-10)
+        assert all(row[2] for row in found), "copies within a replica came apart"
+
+
+def test_it_goes_on_from_a_checkpoint_to_the_bit(ranks):
+    task = ragged_gpt()
+    for plan in ("dp=2,tp=2,local=3:diloco", "dp=2,pp=2,local=2:slowmo,compress=int8"):
+        whole, resumed = (ranks(trained, 4, task, plan, 4, after)[0] for after in (None, 3))
+        assert whole[0] == resumed[0]
+        assert all(torch.equal(value, resumed[1][name]) for name, value in whole[1].items())
+
+
+@pytest.mark.parametrize("plan", ["tp=2,compress=topk:0.1", "pp=2,compress=int8", "tp=2,local=2:diloco,compress=int8"])
+def test_what_coding_loses_is_the_same_on_all_copies(ranks, plan):
+    task = replace(ragged_gpt(), clip=None)
+    found = ranks(trained, 4, task, f"dp=2,{plan}", 4)
+    assert all(row[2] for row in found), "copies within a replica came apart"
+    exact = ranks(trained, 2, task, "dp=2", 4)[0]
+    assert 0 < abs(found[0][0][-1][0] / exact[0][-1][0] - 1) < 0.05

@@ -1,0 +1,109 @@
+"""A process ends or stands still at every named place of the protocol: every update counts once, nobody waits long."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from server_cases import same, wanted
+
+from sheaf.parallel.server import points
+from sheaf.parallel.server.log import Terms
+from sheaf.parallel.server.seats import BACKUP, PRIMARY
+
+CLOCKS, LENT = 14, 4
+LEASE_S, WORK_S, BOUND_S = 3.0, 0.5, 3.0  # of a busy machine: others bound how long a failover takes
+STOLEN = "stolen"
+WORKER = [name for name in points.NAMES if name.startswith("worker.")]
+SEATS = [name for name in points.NAMES if not name.startswith("worker.")]
+CLAIMS = ("worker.before_claim", "worker.after_claim")
+
+
+def cases():
+    """Every place under every way to meet that comes to it, and who is told to end there."""
+    for mode in (STOLEN, 2, 0):
+        for name in WORKER:
+            comes = name != "worker.between_commits" if mode == STOLEN else name not in CLAIMS
+            if comes and mode != 0:  # in lock-step with shares of one's own no step can do without a worker
+                yield mode, name, ("worker", 1)
+        for name in SEATS:
+            if name == "primary.during_norms" and mode == 2:
+                continue  # outside lock-step each gradient is clipped by its own worker
+            seat = BACKUP if name.startswith("backup.") else PRIMARY
+            for number in (0, 1) if mode == STOLEN and seat == PRIMARY else (0,):
+                yield mode, name, (seat, number)
+
+
+@pytest.fixture(autouse=True)
+def path_of_processes(monkeypatch):
+    """Where new processes find the modules of these tests."""
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent), str(here.parent.parent / "src"), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+
+
+@pytest.mark.thinned(6)
+@pytest.mark.parametrize(("mode", "name", "who"), list(cases()))
+def test_wherever_it_ends_every_update_counts_once(mode, name, who):
+    from server_processes import Processes
+
+    terms = Terms(
+        workers=2,
+        shards=2,
+        staleness=0 if mode == STOLEN else mode,
+        clip=1e9 if mode != 2 else None,  # never reached: norms are exchanged, and numbers stay whole
+        lease_seconds=LEASE_S,
+        lent=LENT if mode == STOLEN else 0,
+    )
+    what = f"{name}:kill:{1 if name == 'backup.at_promotion' else 3 if who[0] == 'worker' else 9}"
+    with Processes(terms, CLOCKS, pause=0.002, fails={who: what}) as run:
+        if name == "backup.at_promotion":
+            run.until(0, 3)
+            run.signal((PRIMARY, who[1]), signal.SIGKILL)
+            found = run.rest(0)[-1]  # both seats of a shard are gone: that is told, and nothing is made up
+            assert found[0] in ("gone", "failed")
+            return
+        told = {worker: run.rest(worker) for worker in range(2) if ("worker", worker) != who}
+        run.all[who].join(20)
+        assert run.all[who].exitcode == -signal.SIGKILL  # it did come to that place
+        assert all(messages[-1][0] == "done" for messages in told.values()), told
+        longest = max(message[2] for messages in told.values() for message in messages[:-1])
+        assert longest < (WORK_S if mode == STOLEN else 1.1 * LEASE_S) + BOUND_S
+        found = run.values()
+        if mode == STOLEN:
+            assert same(found, wanted((index, clock) for index in range(LENT) for clock in range(CLOCKS)))
+        elif who[0] != "worker":
+            assert same(found, wanted((worker, clock) for worker in range(2) for clock in range(CLOCKS)))
+            if mode:
+                assert max(message[3] for messages in told.values() for message in messages[:-1]) <= mode
+        else:  # its last push counts everywhere or nowhere
+            mine = [(0, message[1]) for message in told[0][:-1]]
+            done = [message[1] for message in run.rest(1) if message[0] == "clock"]
+            pushed = [[*mine, *((1, clock) for clock in done)]]
+            pushed += [[*pushed[0], (1, clock)] for clock in range(CLOCKS) if clock not in done]
+            assert any(same(found, wanted(each)) for each in pushed)
+
+
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("name", ["worker.after_claim", "worker.before_claim", "worker.before_push"])
+def test_one_that_stands_still_in_the_middle_comes_back_and_nothing_counts_twice(name):
+    from server_processes import Processes
+
+    terms = Terms(workers=2, shards=2, lease_seconds=LEASE_S, lent=LENT)
+    with Processes(terms, CLOCKS, pause=0.002, fails={("worker", 1): f"{name}:stop:3"}) as run:
+        told = run.rest(0)
+        assert told[-1][0] == "done"
+        assert max(message[2] for message in told[:-1]) < WORK_S + BOUND_S
+        run.signal(("worker", 1), signal.SIGCONT)
+        assert run.rest(1)[-1][0] == "done"
+        assert same(run.values(), wanted((index, clock) for index in range(LENT) for clock in range(CLOCKS)))
+
+
+def test_points_cost_nothing_when_absent_and_know_their_names():
+    points.arm("")
+    for name in points.NAMES:
+        points.reached(name)
+    with pytest.raises(ValueError, match=r"worker\.before_push"):
+        points.arm("worker.somewhere:kill")
+    with pytest.raises(ValueError, match="kill"):
+        points.arm("worker.before_push:sleep")
