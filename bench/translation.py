@@ -37,7 +37,7 @@ HOSTS, RATES = 4, ("1gbit", "100mbit")
 SAMPLES = 2  # pairs a step and host
 VOCABULARY, WIDTH = 30_000, 256
 PEER = "DDP"
-PLANS = tuple(f"dp=4,source_words={answer},target_words={answer},head=tp" for answer in ("tp", "sparse", "rows"))
+PLANS = tuple(f"dp=4,*_words={answer},head=tp" for answer in ("tp", "sparse", "rows"))
 TIMEOUT_S = 1800.0
 
 

@@ -64,7 +64,7 @@ def test_only_the_plans_own_workers_are_measured_and_only_its_microbatch(monkeyp
         ("tp=2", {"optimizer": lambda parameters: torch.optim.Adafactor(parameters, lr=0.1)}, "not elementwise"),
         ("dp=2,head=tp", {}, "head=tp matches no module"),
         (
-            "dp=2",
+            "dp=2,zero=1",
             {"model": lambda: nn.Sequential(nn.Embedding(4, 2, sparse=True)), "microbatch": 2},
             "sparse gradients",
         ),

@@ -104,7 +104,7 @@ def sent(text, steps):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's count is Linux's")
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("text", PLANS)
 def test_what_is_sent_is_what_is_told_and_was_predicted(ranks, text):
     plan, given = Plan.parse(text), task(text)

@@ -14,6 +14,7 @@ from sheaf.plans import Plan
 SGD = {"optimizer": partial(torch.optim.SGD, lr=0.05), "clip": None, "scheduler": None}
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("make", "plan"),
     [

@@ -135,6 +135,7 @@ def compare(ranks: Any, name: str, plan: str) -> None:
     assert_same(found[0], reference(name), 1e-9)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("name", "plan"),
     [
@@ -149,6 +150,7 @@ def test_sparse(ranks: Any, name: str, plan: str) -> None:
     compare(ranks, name, plan)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("name", "plan"),
     [
@@ -317,6 +319,7 @@ def on_ranks(ranks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sheaf.launch.run", run)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.usefixtures("on_ranks")
 @pytest.mark.parametrize(
     ("name", "plan"),

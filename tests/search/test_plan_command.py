@@ -126,6 +126,7 @@ print(time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_m
 """
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("cluster", "hosts", "batch", "most_seconds"), [("a100-dgx", 128, 1536, 6.0), ("h100-dgx", 12500, 12288, 30.0)]
 )

@@ -19,7 +19,7 @@ NEEDS = {
 
 
 def test_every_example_is_tried_here():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*NEEDS, "gpt_text", "demo"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*NEEDS, "gpt_text", "demo", "gpt_175b"}
 
 
 @pytest.mark.parametrize("name", [*NEEDS, "gpt_text"])

@@ -8,6 +8,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from sheaf.units import pretty_seconds
 
 _STRATEGIES = 7  # lines: the others are never near the best
 
@@ -75,10 +78,19 @@ def _draw(ax: Axes, sweep: Mapping[str, Any], key: str, kept: Sequence[str]) -> 
         for where, height, _, after in crossings(x, lines):
             color = f"C{kept.index(after)}" if after in kept else "black"
             ax.plot([where], [height], marker="o", markersize=9, markerfacecolor="none", color=color)
-            ax.annotate(f"{where:.3g}", (where, height), textcoords="offset points", xytext=(6, 6), fontsize=8)
+            named = f"{where:.3g}" if "GB/s" in sweep["figure"] else f"{math.ceil(where)}"
+            ax.annotate(named, (where, height), textcoords="offset points", xytext=(6, 6), fontsize=8)
     ax.axvline(at, color="0.8", zorder=0)
     ax.set_xscale("log")
     ax.set_yscale("log")
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    if "GB/s" not in sweep["figure"]:
+        ax.set_xticks(x)
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    if key == "seconds":
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: pretty_seconds(value)))
+        ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel(sweep["figure"])
     ax.grid(visible=True, alpha=0.2)
 
