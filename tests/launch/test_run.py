@@ -141,6 +141,7 @@ def test_what_cannot_travel_is_told_before_anything_starts():
     assert time.monotonic() - began < 1.5
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
 def test_a_signal_reaches_every_worker_once_and_they_may_end_by_themselves(tmp_path, number, name):
     parent = _parent(tmp_path, "until_asked")
@@ -150,6 +151,7 @@ def test_a_signal_reaches_every_worker_once_and_they_may_end_by_themselves(tmp_p
     assert (parent.returncode, out) == (0, f"{[[name], [name]]}\n"), err
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)])
 def test_no_worker_outlives_its_launcher(tmp_path, number, status):
     parent = _parent(tmp_path, "for_ever")

@@ -40,7 +40,7 @@ def task(name: str) -> Task:
     return moe(name.removeprefix("moe")) if name.startswith("moe") else stacked(REGIONS[name])
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("name", "plan"),
     [
@@ -216,7 +216,7 @@ REGIONS = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", REGIONS)
 @pytest.mark.parametrize("workers", [2, 3])
 def test_whatever_is_done_to_tokens_at_their_experts(ranks, name, workers):

@@ -77,7 +77,7 @@ def reference(name: str):
     return plain(task(name), STEPS)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("name", "plan"),
     [

@@ -166,7 +166,7 @@ def reference(name: str, precision: str = "fp64"):
     return plain(task(LOOPS[name], precision=precision), STEPS)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("workers", [2, 3])
 @pytest.mark.parametrize("name", LOOPS)
 def test_replicas_that_hold_modules_of_a_list_change_nothing(ranks, name, workers):
@@ -174,6 +174,7 @@ def test_replicas_that_hold_modules_of_a_list_change_nothing(ranks, name, worker
     assert_same(found, reference(name), 1e-11)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("plan", ["dp=6,*.experts=ep", "dp=3,shares=3:0:1,*.experts=ep"])
 def test_workers_without_an_expert_and_without_a_microbatch(ranks, plan):
     found = ranks(planned, Plan.parse(plan).dp, task(_skipping), plan, STEPS)[0]
@@ -287,6 +288,7 @@ def _plainly(experts: nn.ModuleList, tokens: Tensor, shares: Tensor, choices: Te
     return sum(expert(tokens) * shares[:, :1] for expert in experts)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("made", "message"),
     [
@@ -375,6 +377,7 @@ def in_time(other: Routed) -> Routed:
     return either
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("made", "message"),
     [

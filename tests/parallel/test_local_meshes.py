@@ -55,6 +55,7 @@ def trained(task, text, steps, resume_after=None):
     return [(report.loss, report.gradient_norm) for report in reports], whole, alike
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "local", ["2:diloco:fragments=2:overlap=1", "3:after=1", "2:adasum", "2:ring"], ids=lambda text: text.split(":")[1]
 )
@@ -79,6 +80,7 @@ def test_it_goes_on_from_a_checkpoint_to_the_bit(ranks):
         assert all(torch.equal(value, resumed[1][name]) for name, value in whole[1].items())
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("plan", ["tp=2,compress=topk:0.1", "pp=2,compress=int8", "tp=2,local=2:diloco,compress=int8"])
 def test_what_coding_loses_is_the_same_on_all_copies(ranks, plan):
     task = replace(ragged_gpt(), clip=None)

@@ -108,6 +108,7 @@ class Blocking(nn.Module):
         return self.out(hidden + Blocked.apply(self.aside(hidden)))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("plan", ALL)
 @pytest.mark.parametrize("model", [Odd, Skipping, Reaching, Blocking])
 def test_an_odd_model_is_exact(ranks, model, plan):

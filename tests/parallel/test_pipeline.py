@@ -47,7 +47,7 @@ def reference(name: str):
     return plain(TASKS[name](), STEPS)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(("name", "plan"), [(name, plan) for name, plans in PLANS.items() for plan in plans])
 def test_a_pipeline_computes_the_serial_answer(ranks, name, plan):
     found = ranks(planned, Plan.parse(plan).workers, TASKS[name](), plan, STEPS)[0]
@@ -66,6 +66,7 @@ def test_lower_precision_computes_what_it_does_serially(ranks, precision):
     assert_same(ranks(planned, 2, task, "pp=2", 2)[0], plain(task, 2), 2e-2)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("plan", ["pp=2", "tp=2,pp=2", "dp=2,pp=2,zero=3,bucket_bytes=1024"])
 def test_a_run_goes_on_bitwise_from_its_checkpoint(ranks, plan):
     def run() -> list[bool]:

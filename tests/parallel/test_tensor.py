@@ -121,13 +121,14 @@ def workers(plan: str) -> int:
     return Plan.parse(plan).workers
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize(("name", "plan"), [(name, plan) for name, plans in CELLS for plan in plans])
 def test_split_layers_compute_the_serial_answer(ranks, name, plan):
     found = ranks(planned, workers(plan), wide(TASKS[name]()), plan, STEPS)[0]
     assert_same(found, reference(name), TOLERANCES.get(name, 1e-11))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("plan", ["tp=2", "dp=2,tp=2,zero=1"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_low_precision_departs_no_more_than_rounding(ranks, precision, plan):

@@ -31,6 +31,7 @@ def test_recomputation_is_no_departure():
     assert verdict.exact, str(verdict)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "plan",
     [
@@ -49,6 +50,7 @@ def test_plans_are_exact(on_ranks, plan):
     assert verdict.max_loss_error < 1e-4
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("plan", ["tp=2", "tp=3,recompute=full", "pp=3:gpipe", "dp=2,tp=2,pp=2,zero=1"])
 def test_split_models_are_exact_and_compared_block_by_block(on_ranks, plan, monkeypatch):
     seen = set()
@@ -66,6 +68,7 @@ def test_split_models_are_exact_and_compared_block_by_block(on_ranks, plan, monk
     assert seen == {"embed", "layers.0", "layers.1", "dropout.0", "dropout.1", "norm", "head"}
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("name", "plan"), [("gpt", "tp=2,sequence=1"), ("resnet", "tp=2,pp=2")])
 def test_the_zoo_is_exact_when_split(on_ranks, name, plan):
     verdict = verify(small.SMALL[name](), plan, steps=1)

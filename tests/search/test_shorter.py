@@ -33,6 +33,7 @@ def task(model=lambda: GPT(vocabulary=64, context=8, width=32, layers=6, heads=4
     )
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "find",
     [

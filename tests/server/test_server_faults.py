@@ -162,6 +162,7 @@ def test_training_goes_on_without_workers_that_held_shards_and_backups_one_after
             pipe.close()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("staleness", [0, 2, None])
 @pytest.mark.parametrize(("seed", "shards"), [(1, 2), (2, 2), (3, 1)])
 def test_on_a_faulty_line_every_update_counts_once(staleness, seed, shards):
@@ -249,6 +250,7 @@ def backed(run, seat, number, timeout_s=20):
     raise AssertionError(f"{seat} of shard {number} is alone: {told}")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("staleness", "lent"), [(0, 0), (2, 0), (0, 4)])
 def test_killed_again_after_a_next_backup_was_found_nothing_is_lost(staleness, lent):
     from server_processes import Processes

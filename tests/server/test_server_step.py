@@ -218,6 +218,7 @@ def test_a_worker_that_the_others_went_on_without_reports_the_step_where_they_ar
     assert all(len(report.computed) == 2 for report in whole)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.whole
 @pytest.mark.parametrize("name", ["mlp", "gpt", "transformer_seq2seq"])
 def test_verify_finds_lock_step_exact(name):
