@@ -7,12 +7,8 @@ are spread to the 7 by 7 that the classifier wants), and few. What more of them 
 dropout, since DDP draws other masks.
 """
 
-import json
-import statistics
 import sys
-import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from bench.hosts import Hosts, sent_bytes, unavailable
-from bench.interleaved import ratio, rounds
-from bench.tensor import agreed
-from sheaf import Loss, Plan, Task, build, launch
-from sheaf.cluster.machine import available_cores
+from bench.hosts import unavailable
+from bench.on_hosts import beside, found_by, joined, noted, tell
+from sheaf import Loss, Plan, Task, build
 from sheaf.task import Blueprint, Order, fetch
 from sheaf.zoo.models.vgg import VGG
 
@@ -97,51 +91,16 @@ def by_plan(given: Task) -> Callable[[], float]:
 
 
 def work(folder: Path, samples: int, count: int, steps: int) -> None:
-    """What a host does: both contenders in turn; seconds, losses and bytes sent go to a file in ``folder``."""
-    world = launch.join()
-    if world is None:
-        raise SystemExit("no host: start this by `python -m bench parts`")
-    losses: dict[str, list[float]] = {PEER: [], PLAN: []}
-    sent: dict[str, list[int]] = {PEER: [], PLAN: []}
-
-    def noted(name: str, step: Callable[[], float]) -> Callable[[], None]:
-        def call() -> None:
-            before = sent_bytes()
-            losses[name].append(step())
-            sent[name].append(sent_bytes() - before)
-
-        return call
-
-    given = task(samples)
-    contenders: dict[str, Callable[[], object]] = {
-        PEER: noted(PEER, by_hand(given, world.rank)),
-        PLAN: noted(PLAN, by_plan(given)),
-    }
-    seconds = rounds(contenders, count=count, steps=steps)
-    told = {"seconds": seconds, "losses": losses, "sent_bytes": sent}
-    (folder / f"{world.rank}.json").write_text(json.dumps(told), encoding="utf-8")
+    """What a host does: both contenders in turn."""
+    rank, given = joined("parts").rank, task(samples)
+    contenders = {PEER: by_hand(given, rank), PLAN: by_plan(given)}
+    tell(folder, rank, noted(contenders, count=count, steps=steps))
 
 
 def compare(samples: int, count: int, steps: int) -> dict[str, Any]:
-    """The ratio of throughputs, what a host sends in a step (the mean over hosts), and how far losses are apart."""
-    with tempfile.TemporaryDirectory() as folder, Hosts(HOSTS, RATE) as hosts:
-        given = (folder, samples, count, steps)
-        hosts.run([sys.executable, "-m", "bench.parts", *map(str, given)], timeout_s=TIMEOUT_S)
-        told = [json.loads((Path(folder) / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(HOSTS)]
-    sent = {
-        name: statistics.mean(statistics.median(one["sent_bytes"][name][steps:]) for one in told)
-        for name in (PLAN, PEER)
-    }
-    return asdict(ratio(told[0]["seconds"], PLAN, PEER)) | {
-        "hosts": HOSTS,
-        "rate": RATE,
-        "cores": available_cores(),
-        "image_side": SIDE,
-        "samples": samples,
-        "sheaf_sent_bytes": sent[PLAN],
-        "peer_sent_bytes": sent[PEER],
-        "losses_apart": agreed({name: [one["losses"][name] for one in told] for name in (PEER, PLAN)}),
-    }
+    """The ratio of throughputs, what a host sends in a step, and how far losses are apart."""
+    told = found_by("parts", HOSTS, RATE, samples, count, steps, timeout_s=TIMEOUT_S)
+    return beside(told, RATE, PEER, steps)[PLAN] | {"image_side": SIDE, "samples": samples}
 
 
 def run(count: int = 5, steps: int = 1) -> list[dict[str, Any]]:

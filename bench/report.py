@@ -284,8 +284,9 @@ def section(name: str, folder: Path = RESULTS) -> str:
             f"Not measured yet: `python -m bench {name}` writes `bench/results/{name}.json`, `make docs` this section."
         )
     table, goals = SHOWN[name]
-    lines = [f"- {goal}." for goal in goals(found["results"])]
-    return "\n\n".join([table(found["results"]).markdown(), "\n".join(lines), measured_on(found["environment"])])
+    lines = "\n".join(f"- {goal}." for goal in goals(found["results"]))
+    told = (table(found["results"]).markdown(), lines, measured_on(found["environment"]))
+    return "\n\n".join(part for part in told if part)
 
 
 # name: (results -> table, results -> goals)

@@ -13,10 +13,8 @@ elsewhere. A mode ends at the target, or when it has trained ``BUDGET_SECONDS``.
 so that computing takes longer than on four machines, and sending counts for less.
 """
 
-import json
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -32,11 +30,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from bench.hosts import Hosts, cluster, sent_bytes, unavailable
-from sheaf import Plan, Task, build, launch
+from bench.hosts import sent_bytes, unavailable
+from bench.on_hosts import found_by, joined, predicted_bytes, tell
+from sheaf import Plan, Task, build
 from sheaf.cluster.machine import available_cores
-from sheaf.cost import microbatch_sizes, price
-from sheaf.graph import trace
 from sheaf.task import Blueprint, Order, fetch
 from sheaf.zoo.models.gpt import GPT
 from sheaf.zoo.tasks.text import VOCABULARY, Windows, next_byte_loss, reference_text
@@ -196,9 +193,7 @@ def trained(
 
 def work(folder: Path, plans: tuple[str, ...], budget_seconds: float) -> None:
     """What a host does: the peer, then each plan; what was found goes to a file in ``folder``."""
-    world = launch.join()
-    if world is None:
-        raise SystemExit("no host: start this by `python -m bench slow`")
+    world = joined("slow")
     given, validate = task(), Validation(world.rank, world.workers)
     peer_seconds = max(budget_seconds, PEER_SECONDS) if budget_seconds >= BUDGET_SECONDS else budget_seconds
     found = {PEER: trained(*by_hand(given, world.rank), validate, peer_seconds, 1)}
@@ -212,14 +207,7 @@ def work(folder: Path, plans: tuple[str, ...], budget_seconds: float) -> None:
             judge = lambda module, mean=mean: validate(mean(module))  # noqa: E731
         found[text] = trained(step, step.model, judge, budget_seconds, max(1, local))
         step.close()
-    (folder / f"{world.rank}.json").write_text(json.dumps(found), encoding="utf-8")
-
-
-def predicted_bytes(text: str) -> float:
-    """What the busiest worker sends in a step, by the cost model."""
-    given = task()
-    sizes = microbatch_sizes(given.batch, SAMPLES)
-    return price(Plan.parse(text), trace(given, SAMPLES), cluster(HOSTS, RATE), None, microbatches=sizes).traffic_bytes
+    tell(folder, world.rank, found)
 
 
 def told(name: str, found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -237,7 +225,7 @@ def told(name: str, found: list[dict[str, Any]]) -> dict[str, Any]:
         "best_loss": min(loss for _, _, loss in curve),
         "curve": curve,
         "sent_bytes": max(one["bytes_per_step"] for one in found),
-        "predicted_bytes": None if name == PEER else predicted_bytes(name),
+        "predicted_bytes": None if name == PEER else predicted_bytes(task(), name, HOSTS, RATE),
     }
 
 
@@ -251,10 +239,7 @@ def run(count: int = 1, plans: tuple[str, ...] = PLANS, budget_seconds: float = 
         return [{"skipped": reason}]
     rows: dict[str, list[dict[str, Any]]] = {}
     for _ in range(count):
-        with tempfile.TemporaryDirectory() as folder, Hosts(HOSTS, RATE) as hosts:
-            given = [folder, str(budget_seconds), *plans]
-            hosts.run([sys.executable, "-m", "bench.slow", *given], timeout_s=TIMEOUT_S)
-            each = [json.loads((Path(folder) / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(HOSTS)]
+        each = found_by("slow", HOSTS, RATE, budget_seconds, *plans, timeout_s=TIMEOUT_S)
         for name in each[0]:
             rows.setdefault(name, []).append(told(name, [one[name] for one in each]))
     where = {

@@ -7,12 +7,8 @@ tables differs by plan: split over the hosts too (``tp``), whole with gradients 
 dealt out by rows (``rows``). The peer is a DDP loop written by hand, on the same microbatches, with the same AdamW.
 """
 
-import json
-import statistics
 import sys
-import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +16,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from bench.hosts import Hosts, cluster, sent_bytes, unavailable
-from bench.interleaved import ratio, rounds
-from bench.tensor import agreed
-from sheaf import Plan, Task, build, launch
-from sheaf.cluster.machine import available_cores
-from sheaf.cost import microbatch_sizes, price
+from bench.hosts import unavailable
+from bench.on_hosts import beside, found_by, joined, noted, predicted_bytes, tell
+from sheaf import Plan, Task, build
 from sheaf.errors import TaskError
-from sheaf.graph import trace
-from sheaf.parallel import refuse
 from sheaf.task import Blueprint, Order, fetch
 from sheaf.zoo.tasks.manpages import manpages
 from sheaf.zoo.tasks.number_words import next_word_loss, read
@@ -75,64 +66,20 @@ def by_plan(given: Task, text: str) -> Callable[[], float]:
 
 
 def work(folder: Path, count: int, steps: int, *plans: str) -> None:
-    """What a host does: all contenders in turn; seconds, losses and bytes sent go to a file in ``folder``."""
-    world = launch.join()
-    if world is None:
-        raise SystemExit("no host: start this by `python -m bench translation`")
-    losses: dict[str, list[float]] = {name: [] for name in (PEER, *plans)}
-    sent: dict[str, list[int]] = {name: [] for name in losses}
-
-    def noted(name: str, step: Callable[[], float]) -> Callable[[], None]:
-        def call() -> None:
-            before = sent_bytes()
-            losses[name].append(step())
-            sent[name].append(sent_bytes() - before)
-
-        return call
-
-    given = task()
-    contenders: dict[str, Callable[[], object]] = {PEER: noted(PEER, by_hand(given, world.rank))}
-    contenders |= {text: noted(text, by_plan(given, text)) for text in plans}
-    seconds = rounds(contenders, count=count, steps=steps)
-    told = {"seconds": seconds, "losses": losses, "sent_bytes": sent}
-    (folder / f"{world.rank}.json").write_text(json.dumps(told), encoding="utf-8")
-
-
-def predicted_bytes(text: str, rate: str) -> float:
-    """What the busiest host sends in a step, by the cost model."""
-    given, plan = task(), Plan.parse(text)
-    sizes = microbatch_sizes(given.batch, SAMPLES)
-    found = price(
-        plan, trace(given, SAMPLES), cluster(HOSTS, rate), None, microbatches=sizes, split=refuse(given, plan)
-    )
-    return found.traffic_bytes
+    """What a host does: all contenders in turn."""
+    rank, given = joined("translation").rank, task()
+    contenders = {PEER: by_hand(given, rank)} | {text: by_plan(given, text) for text in plans}
+    tell(folder, rank, noted(contenders, count=count, steps=steps))
 
 
 def compare(rate: str, plans: tuple[str, ...], count: int, steps: int) -> list[dict[str, Any]]:
     """For each plan the ratio of throughputs, what hosts send in a step, and how far losses are apart."""
-    with tempfile.TemporaryDirectory() as folder, Hosts(HOSTS, rate) as hosts:
-        given = (folder, count, steps, *plans)
-        hosts.run([sys.executable, "-m", "bench.translation", *map(str, given)], timeout_s=TIMEOUT_S)
-        told = [json.loads((Path(folder) / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(HOSTS)]
-    sent = {
-        name: statistics.mean(statistics.median(one["sent_bytes"][name][steps:]) for one in told)
-        for name in (PEER, *plans)
-    }
-    apart = agreed({name: [one["losses"][name] for one in told] for name in (PEER, *plans)})
+    told = found_by("translation", HOSTS, rate, count, steps, *plans, timeout_s=TIMEOUT_S)
+    given = task()
+    words = list(given.data.sizes)  # pyright: ignore[reportAttributeAccessIssue]
     return [
-        asdict(ratio(told[0]["seconds"], text, PEER))
-        | {
-            "hosts": HOSTS,
-            "rate": rate,
-            "cores": available_cores(),
-            "samples": SAMPLES,
-            "words": list(task().data.sizes),  # pyright: ignore[reportAttributeAccessIssue]
-            "sheaf_sent_bytes": sent[text],
-            "predicted_bytes": predicted_bytes(text, rate),
-            "peer_sent_bytes": sent[PEER],
-            "losses_apart": apart,
-        }
-        for text in plans
+        row | {"samples": SAMPLES, "words": words, "predicted_bytes": predicted_bytes(given, text, HOSTS, rate)}
+        for text, row in beside(told, rate, PEER, steps).items()
     ]
 
 

@@ -1,5 +1,6 @@
 """What the benchmarks of split models make of their measurements."""
 
+import json
 import runpy
 from itertools import pairwise
 from pathlib import Path
@@ -119,3 +120,20 @@ def test_tables_as_rows_are_judged_on_the_slowest_links():
     assert "6.00 (`rows`), losses 4e-08 apart" in goal.found
     assert not goals([rows[1] | {"median": 4.9}])[0].met
     assert goals([{"skipped": "no apt-get"}]) == []
+
+
+def test_what_hosts_note_becomes_a_row_beside_the_peer(tmp_path, monkeypatch):
+    from bench import on_hosts
+
+    sent = iter(range(0, 10**6, 100))
+    monkeypatch.setattr(on_hosts, "sent_bytes", lambda: next(sent))
+    for rank, loss in enumerate((2.0, 4.0)):
+        found = on_hosts.noted({"DDP": lambda: 3.0, "tp": lambda loss=loss: loss}, count=2, steps=2)
+        on_hosts.tell(tmp_path, rank, found)
+    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert told[0]["losses"] == {"DDP": [3.0] * 6, "tp": [2.0] * 6}, "a round to warm up, and two"
+    assert told[1]["sent_bytes"]["tp"] == [100] * 6
+    told[1]["sent_bytes"]["tp"] = [9, 9, 300, 300, 300, 300]
+    ((name, row),) = on_hosts.beside(told, "1gbit", "DDP", steps=2).items()
+    assert (name, row["sheaf"], row["peer"], row["hosts"], row["rate"]) == ("tp", "tp", "DDP", 2, "1gbit")
+    assert (row["sheaf_sent_bytes"], row["peer_sent_bytes"], row["losses_apart"]) == (200, 100, 0.0)

@@ -236,3 +236,17 @@ def _transformers(model: Any, vocabulary: int, changes: dict[str, Any]) -> Task:
         microbatch=2,
     )
     return replace(task, **changes)
+
+
+class Cube(torch.autograd.Function):
+    """An activation that nobody can see into."""
+
+    @staticmethod
+    def forward(ctx: Any, given: Tensor) -> Tensor:
+        ctx.save_for_backward(given)
+        return given**3 / 10
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (given,) = ctx.saved_tensors
+        return gradients[0] * given**2 * 0.3

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain import assert_same, plain, planned
+from plain import Cube, assert_same, plain, planned
 from small import SMALL
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -120,20 +120,6 @@ def stacked(fed: Callable[[Region, Tensor], Tensor], **changes: Any) -> Task:
         clip=0.5,
     )
     return replace(given, **changes)
-
-
-class Cube(torch.autograd.Function):
-    """An activation that nobody can see into."""
-
-    @staticmethod
-    def forward(ctx: Any, given: Tensor) -> Tensor:
-        ctx.save_for_backward(given)
-        return given**3 / 10
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        (given,) = ctx.saved_tensors
-        return gradients[0] * given**2 * 0.3
 
 
 def _relu(own: Region, given: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain import assert_same, plain, planned
+from plain import Cube, assert_same, plain, planned
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -113,20 +113,6 @@ def _spoiling(experts: nn.ModuleList, tokens: Tensor, shares: Tensor, choices: T
             weights.mul_(0.5)
             given.mul_(0.5)
     return result + extra
-
-
-class Cube(torch.autograd.Function):
-    """Nobody sees into it."""
-
-    @staticmethod
-    def forward(ctx: Any, given: Tensor) -> Tensor:
-        ctx.save_for_backward(given)
-        return given**3 / 10
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        (given,) = ctx.saved_tensors
-        return gradients[0] * given**2 * 0.3
 
 
 def _unseen(experts: nn.ModuleList, tokens: Tensor, shares: Tensor, choices: Tensor) -> Tensor:

@@ -127,9 +127,9 @@ def test_frequent_words_have_codes_and_others_share_one():
 
 def test_a_task_of_pairs_trains(tmp_path):
     given = [(f"word{one} light", f"mot{one} lumière") for one in range(12)]
-    (tmp_path / "manpages").mkdir()
-    (tmp_path / "manpages" / "pairs.json").write_text(json.dumps(given), encoding="utf-8")
+    (tmp_path / "pairs.json").write_text(json.dumps(given), encoding="utf-8")
     task = manpages(cache_folder=tmp_path, vocabulary_size=50, width=8, batch=4, microbatch=2, learning_rate=0.02)
+    assert task.num_samples == len(given)
     step = build(task, Plan())
     losses = [step().loss for _ in range(12)]
     step.close()
@@ -150,4 +150,4 @@ def test_packages_that_cannot_be_fetched_are_told(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     with pytest.raises(TaskError, match=r"no such package.*apt-get update"):
         pairs(tmp_path)
-    assert not (tmp_path / "manpages" / "packages").exists()
+    assert not (tmp_path / "packages").exists()

@@ -15,22 +15,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_iter, tree_map
 
 from sheaf.errors import PlanError
 from sheaf.parallel.asked import DTYPES, Asked, Call, Flat, Gate
-from sheaf.parallel.due import SHAPES, Due, PutOff, is_due, valued
+from sheaf.parallel.due import SHAPES, Due, PutOff, valued
 from sheaf.parallel.stand_ins import StandIns
 from sheaf.parallel.trees import line_of_model
-from sheaf.split import unseen
 from sheaf.split.listed import MOST_DIMS
 from sheaf.split.mode import leaves
 from sheaf.split.sent import Swapping, Travel, reached
+from sheaf.split.unseen import AbstractSeeing
 from sheaf.task import Streams
 
 
-class Calling(TorchFunctionMode):
+class Calling(AbstractSeeing):
     """Runs a replica's forward and loss where ``dealt`` says which replica computes which modules.
 
     ``stand_ins`` know these modules as they were built.
@@ -58,7 +57,7 @@ class Calling(TorchFunctionMode):
         self._calls: list[list[Call]] = [[] for _ in range(team.workers)]  # of the microbatch, by caller
         self._trips: list[Flat] = []
         self._token: Tensor | None = None
-        self._depth, self._inside = 0, 0
+        self._inside = 0
         self.is_idle = self.is_observed = False
         for number, module in enumerate(modules):
             module.forward = self._called(number)
@@ -70,23 +69,6 @@ class Calling(TorchFunctionMode):
             if own is not None:
                 module.__dict__["forward"] = own
         self._wrapped.clear()
-
-    def __enter__(self) -> "Calling":  # noqa: PYI034 - Self is no runtime type
-        """A forward begins."""
-        if not self._depth:
-            unseen.enter(self)
-        self._depth += 1
-        super().__enter__()
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        """It ends: what is due comes."""
-        if self._depth == 1 and raised[0] is None:
-            self.settle()
-        self._depth -= 1
-        if not self._depth:
-            unseen.leave(self)
-        super().__exit__(*raised)
 
     # A microbatch ---------------------------------------------------------------------------------------------------
 
@@ -172,11 +154,9 @@ class Calling(TorchFunctionMode):
 
     def whole(self, value: Any, why: str) -> Any:  # noqa: ARG002 - as a Splitting's
         """The same value with everything that was due come, in containers too."""
-        found: list[bool] = []
-        tree_map(lambda leaf: found.append(type(leaf) is Due and leaf.value is None), value)
-        if any(found):
+        if any(type(leaf) is Due and leaf.value is None for leaf in tree_iter(value)):
             self.settle()
-        return tree_map(lambda leaf: valued(leaf) if is_due(leaf) else leaf, value)
+        return tree_map(valued, value)
 
     def _called(self, number: int) -> Callable[..., Any]:
         name, forward = self._names[number], self._forwards[number]

@@ -132,8 +132,7 @@ class PutOff:
         tensors = [leaf for leaf in given if isinstance(leaf, Tensor)]
         if any(_storage(tensor) in self._written for tensor in tensors):
             return True
-        changes = is_inplace(function)
-        return changes and bool(tensors) and any(_storage(tensor) in self._read for tensor in tensors)
+        return is_inplace(function) and any(_storage(tensor) in self._read for tensor in tensors)
 
     def catch_up(self) -> None:
         """Do it: everything that was due has its value."""
@@ -162,11 +161,6 @@ def valued(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(valued(one) for one in value)
     return value
-
-
-def is_due(value: Any) -> bool:
-    """Whether a value is due, or holds in lists and tuples something that is."""
-    return type(value) is Due or (type(value) in (list, tuple) and any(is_due(one) for one in value))
 
 
 def _tensors(args: Any, kwargs: dict[str, Any]) -> Iterable[Tensor]:

@@ -11,23 +11,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import resolve_name
 from torch.utils._pytree import tree_map
 
 from sheaf.errors import PlanError
 from sheaf.plans.split import Cut, Slice
-from sheaf.split import unseen
 from sheaf.split.late import Late
 from sheaf.split.layouts import as_shadow, follow
 from sheaf.split.moves import Enter, Gather, GatherEnter, Part, Share, Team, Total, TotalPart, sliced
 from sheaf.split.registry import FALLBACK, RULES, is_inplace
 from sheaf.split.sent import Sent
 from sheaf.split.tensor import Split
+from sheaf.split.unseen import AbstractSeeing
 
 LENGTH_DIM = 1  # of batch x length x features, along which sequence=1 splits
 
 
-class Splitting(TorchFunctionMode):
+class Splitting(AbstractSeeing):
     """Runs a forward whose parameters are slices. ``parameters`` maps the id of a local parameter to (name, slice).
 
     With ``sequence`` partial sums of batch x length x features are left split along the length. ``partial`` are whole
@@ -47,32 +47,20 @@ class Splitting(TorchFunctionMode):
         self._partial = {id(parameter) for parameter in partial if parameter.requires_grad}
         self._parameter_of: dict[int, tuple[Tensor, Tensor]] = {}
         self.lends = True  # keys and values of attention are let go between forward and backward
-        self._depth = 0
         self._late = Late(team)
         self._parameters = dict(parameters)
         self._held: dict[int, tuple[Tensor, Split]] = {}
         self._entered: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
 
-    def __enter__(self) -> "Splitting":  # noqa: PYI034 - Self is no runtime type
-        """A forward begins, or goes on inside a rule."""
-        if not self._depth:
-            unseen.enter(self)
-            self._late.forget()
-        self._depth += 1
-        super().__enter__()
-        return self
+    def begin(self) -> None:
+        """A forward begins."""
+        self._late.forget()
 
-    def __exit__(self, *raised: object) -> None:
-        """Forward ends: forget what it moved."""
-        if self._depth == 1 and raised[0] is None:
-            self.settle()
-        self._depth -= 1
-        if not self._depth:
-            unseen.leave(self)
-            self._entered.clear()
-            self._held.clear()
-            self._parameter_of.clear()
-        super().__exit__(*raised)
+    def end(self) -> None:
+        """Forget what forward moved."""
+        self._entered.clear()
+        self._held.clear()
+        self._parameter_of.clear()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -5,7 +5,8 @@ backward, where the mode is left; it is brought back for that.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,11 +16,60 @@ from torch.utils import checkpoint as checkpoints
 from torch.utils._pytree import tree_iter
 
 
+class AbstractSeeing(TorchFunctionMode, ABC):
+    """A mode that a forward runs in, and that must see this too. It may be entered again inside itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._depth = 0
+
+    def __enter__(self) -> "AbstractSeeing":  # noqa: PYI034 - Self is no runtime type
+        """A forward begins, or goes on inside itself."""
+        if not self._depth:
+            _enter(self)
+            self.begin()
+        self._depth += 1
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Forward ends: what is under way comes, unless it failed."""
+        if self._depth == 1 and raised[0] is None:
+            self.settle()
+        self._depth -= 1
+        if not self._depth:
+            _leave(self)
+            self.end()
+        super().__exit__(*raised)
+
+    def begin(self) -> None:
+        """A forward begins."""
+
+    def end(self) -> None:
+        """It has ended, or failed."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Let everything come that is under way (collective)."""
+
+    @abstractmethod
+    def look(self, given: Sequence[Any]) -> None:
+        """A function that the mode does not see is about to be given these."""
+
+    @abstractmethod
+    def is_away(self, value: Any) -> bool:
+        """Whether a tensor is not here as it looks."""
+
+    @abstractmethod
+    def whole(self, value: Any, why: str) -> Any:
+        """The same value with every tensor as it looks, in containers too (collective)."""
+
+
 class _Running(threading.local):
     """The modes that a thread is in."""
 
     def __init__(self) -> None:
-        self.modes: list[Any] = []
+        self.modes: list[AbstractSeeing] = []
 
 
 _running = _Running()
@@ -31,8 +81,8 @@ _lock = threading.Lock()
 _count = 0  # of modes that run, on any thread
 
 
-def enter(mode: TorchFunctionMode) -> None:
-    """A mode that must see it begins on this thread; torch's own functions are exchanged while any runs."""
+def _enter(mode: AbstractSeeing) -> None:
+    """A mode begins on this thread; torch's own functions are exchanged while any runs."""
     global _count  # noqa: PLW0603 - torch is one for the whole process, too
     _running.modes.append(mode)
     with _lock:
@@ -42,7 +92,7 @@ def enter(mode: TorchFunctionMode) -> None:
             checkpoints._checkpoint_without_reentrant_generator = frames
 
 
-def leave(mode: TorchFunctionMode) -> None:
+def _leave(mode: AbstractSeeing) -> None:
     """It ends."""
     global _count  # noqa: PLW0603
     _running.modes.remove(mode)
@@ -60,9 +110,9 @@ def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
     if cls is checkpoints.CheckpointFunction:  # would leave the mode, and the graph of slices, in backward
         function, keeps_random_state, *given = args
         return checkpoints.checkpoint(function, *given, use_reentrant=False, preserve_rng_state=keeps_random_state)
-    leaves, mode = list(tree_iter((args, kwargs))), _running.modes[-1]
     if cls.__module__ == checkpoints.__name__:
         return _apply(cls, *args, **kwargs)
+    leaves, mode = list(tree_iter((args, kwargs))), _running.modes[-1]
     mode.look(leaves)
     if any(mode.is_away(leaf) for leaf in leaves):
         args, kwargs = mode.whole(args, cls.__name__), mode.whole(kwargs, cls.__name__)
