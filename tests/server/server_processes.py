@@ -21,6 +21,18 @@ from sheaf.parallel.server.seats import BACKUP, PRIMARY, Throne
 from sheaf.parallel.server.spare import Spare
 
 START_S = 90.0
+HELD_S = 0.4  # a worker that is held does one clock in so many seconds
+
+
+class Gate:
+    """Shut until ``set``. An end of a pipe, and no lock: a process that is killed at it keeps nobody else."""
+
+    def __init__(self, context):
+        self.theirs, self._ours = context.Pipe(duplex=False)
+
+    def set(self):
+        """Let all pass, now and later."""
+        self._ours.close()
 
 
 def hold(pipe, number, seat, terms, port, momentum, fail=""):
@@ -63,14 +75,24 @@ def hold(pipe, number, seat, terms, port, momentum, fail=""):
         pipe.send({"seat": host.seat, **told})
 
 
-def work(pipe, worker, addresses, terms, clocks, pause, fail=""):
+def linger(gates, clock, clocks):
+    """Stay at the last gate one has come to until it is open or HELD_S are over; the last two clocks wait for it."""
+    reached = [gate for start, gate in gates if start <= clock]
+    if reached:
+        reached[-1].poll(None if clock >= clocks - 2 else HELD_S)
+
+
+def work(pipe, worker, addresses, terms, clocks, pause, gates, fail=""):
     """Be a worker: push whole numbers, and tell how long each exchange took."""
     torch.set_num_threads(1)
     client = Client(worker, addresses, forms(terms.shards), KEYS, terms)
     client.join(0)
+    pipe.send("joined")
+    gates[0][1].poll(None)
     points.arm(fail)
     clock = 0
     while clock < clocks:
+        linger(gates, clock, clocks)
         time.sleep(pause)
         whole = {name: value / (terms.workers if terms.exact else 1) for name, value in gradient(worker, clock).items()}
         told = {"losses": [[worker, 1.0, 1.0]], "expected": float(terms.workers) ** 2}
@@ -90,15 +112,18 @@ def work(pipe, worker, addresses, terms, clocks, pause, fail=""):
     os._exit(0)
 
 
-def borrow(pipe, worker, addresses, terms, clocks, pause, fail=""):
+def borrow(pipe, worker, addresses, terms, clocks, pause, gates, fail=""):
     """Be a worker that borrows microbatches: push whole numbers, one gradient for each, and tell of every step."""
     torch.set_num_threads(1)
     made = forms(terms.shards)
     client = Borrower(worker, addresses, made, KEYS, terms)
     client.join(0)
+    pipe.send("joined")
+    gates[0][1].poll(None)
     points.arm(fail)
     clock = 0
     while clock < clocks:
+        linger(gates, clock, clocks)
         start, computed, refused, again = time.monotonic(), [], 0, False
         while True:
             held = []
@@ -131,8 +156,11 @@ def borrow(pipe, worker, addresses, terms, clocks, pause, fail=""):
     os._exit(0)
 
 
-def train(pipe, rank, workers, port, text, steps, lease_seconds, lost=()):
-    """Be a worker of a plan with a server, in a process group that nobody mends, and tell of every step."""
+def train(pipe, rank, workers, port, text, steps, lease_seconds, lost=(), holds=()):
+    """Be a worker of a plan with a server, in a process group that nobody mends, and tell of every step.
+
+    ``holds``: pairs of a step and a gate; that step is not done before the gate is open. Meanwhile it tells its seats.
+    """
     import sys
     from pathlib import Path
 
@@ -150,7 +178,10 @@ def train(pipe, rank, workers, port, text, steps, lease_seconds, lost=()):
     step = build(mlp_float64(batch=15), Plan.parse(text))
     pipe.send("ready")
     pipe.recv()
-    for _ in range(steps):
+    gates = dict(holds)
+    for index in range(steps):
+        while index in gates and not gates[index].poll(HELD_S):
+            pipe.send(("held", {host.shard.number: (host.seat, host.backed) for host in step.hosts}))
         start = time.monotonic()
         report = step()
         pipe.send(("clock", report.step, time.monotonic() - start, report.loss))
@@ -175,15 +206,23 @@ def started(context, function, *args):
 
 
 class Processes:
-    """K shards with both seats and N workers, each a process; killed when the ``with`` block ends."""
+    """K shards with both seats and N workers, each a process; killed when the ``with`` block ends.
 
-    def __init__(self, terms, clocks, pause=0.005, momentum=False, fails=None, spares=0):
+    Workers are ``held`` at these clocks, and cannot be done before both gates are open, however long the machine takes
+    to kill what is to be killed: ``go`` opens the first, ``again`` the second.
+    """
+
+    def __init__(self, terms, clocks, pause=0.005, momentum=False, fails=None, spares=0, held=()):
         self.terms, fails = terms, fails or {}
         self.seats = (PRIMARY, BACKUP, *(f"spare {number}" for number in range(spares)))
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["server_processes"])
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.all, self.pipes, self.context = {}, {}, context
+        start, self.go, self.again = Gate(context), Gate(context), Gate(context)
+        gates = [
+            (clock, gate.theirs) for clock, gate in zip((0, *held), (start, self.go, self.again), strict=False)
+        ]
         for number in range(terms.shards):
             for seat in self.seats:
                 fail = fails.get((seat, number), "")
@@ -199,9 +238,11 @@ class Processes:
             self._heard((PRIMARY, number))
         for worker in range(terms.workers):
             be = borrow if terms.lent else work
-            self._start(
-                ("worker", worker), be, worker, self.addresses, terms, clocks, pause, fails.get(("worker", worker), "")
-            )
+            who = ("worker", worker)
+            self._start(who, be, worker, self.addresses, terms, clocks, pause, gates, fails.get(who, ""))
+        for worker in range(terms.workers):  # one that begins late may find the work done
+            self._heard(("worker", worker))
+        start.set()
 
     def _start(self, name, function, *args):
         self.all[name], self.pipes[name] = started(self.context, function, *args)
@@ -214,15 +255,18 @@ class Processes:
         """Send a signal to one of them."""
         os.kill(self.all[name].pid, number)
 
-    def until(self, worker, clock, timeout_s=60):
+    def until(self, worker, clock):
         """Wait until a worker has come so far."""
-        until = time.monotonic() + timeout_s
-        while time.monotonic() < until:
-            assert self.pipes["worker", worker].poll(timeout_s)
-            message = self.pipes["worker", worker].recv()
-            if message[0] == "clock" and message[1] >= clock:
-                return
-            assert message[0] == "clock", message
+        self.heard(worker, lambda message: message[1] >= clock)
+
+    def heard(self, worker, enough, timeout_s=60):
+        """What a worker tells of its clocks until one is enough."""
+        found = []
+        while not found or not enough(found[-1]):
+            assert self.pipes["worker", worker].poll(timeout_s), f"worker {worker} stands still after {found[-3:]}"
+            found.append(self.pipes["worker", worker].recv())
+            assert found[-1][0] == "clock", found[-1]
+        return found
 
     def rest(self, worker, timeout_s=60):
         """All that a worker still tells, until it is done."""
@@ -264,7 +308,7 @@ class Processes:
                     os.kill(process.pid, signal.SIGCONT)
                 process.kill()
         for process in self.all.values():
-            process.join(10)
+            process.join(30)
             process.close()
         for pipe in self.pipes.values():
             pipe.close()

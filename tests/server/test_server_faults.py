@@ -16,8 +16,10 @@ from sheaf.parallel.server.log import Entry, Terms
 from sheaf.parallel.server.moving import packed_shard, unpacked_shard
 from sheaf.parallel.server.seats import BACKUP, PRIMARY
 
-CLOCKS = 40
-BOUND_S = 1.0  # within which a backup takes over
+CLOCKS, HELD = 40, (20,)
+BOUND_S = 10.0  # of a busy machine; `python -m bench server` measures how long a failover takes
+LONG_S = 30.0  # a lease that nobody may wait for
+SHORT_S = 1.5  # one that runs out, yet not because the machine is busy
 
 
 @pytest.fixture(autouse=True)
@@ -42,10 +44,11 @@ def longest(told):
 def test_a_killed_seat_is_replaced_and_no_update_is_lost_or_doubled(staleness, seat):
     from server_processes import Processes
 
-    with Processes(Terms(workers=2, shards=2, staleness=staleness, lease_seconds=5.0), CLOCKS) as run:
+    with Processes(Terms(workers=2, shards=2, staleness=staleness, lease_seconds=LONG_S), CLOCKS, held=HELD) as run:
         run.until(0, 8)
         killed_at = time.monotonic()
         run.signal((seat, 0), signal.SIGKILL)
+        run.go.set()
         told = [run.rest(worker) for worker in range(2)]
         assert [one[-1][0] for one in told] == ["done", "done"]
         assert same(run.values(), everything())
@@ -62,11 +65,12 @@ def test_a_killed_seat_is_replaced_and_no_update_is_lost_or_doubled(staleness, s
 def test_a_killed_worker_counts_for_what_every_shard_was_told():
     from server_processes import Processes
 
-    lease_seconds = 0.8
+    lease_seconds = SHORT_S
     terms = Terms(workers=2, shards=2, staleness=2, lease_seconds=lease_seconds)
-    with Processes(terms, CLOCKS) as run:
+    with Processes(terms, CLOCKS, held=HELD) as run:
         run.until(1, 8)
         run.signal(("worker", 1), signal.SIGKILL)
+        run.go.set()
         told, last = run.rest(0), run.rest(1)
         assert told[-1] == ("done", 0)
         assert longest(told) < lease_seconds * 1.1 + BOUND_S  # the stated bound: the lease, and a tick
@@ -82,9 +86,10 @@ def test_a_killed_worker_counts_for_what_every_shard_was_told():
 def test_in_lock_step_a_killed_worker_is_named():
     from server_processes import Processes
 
-    with Processes(Terms(workers=2, shards=2, lease_seconds=0.8), CLOCKS) as run:
+    with Processes(Terms(workers=2, shards=2, lease_seconds=SHORT_S), CLOCKS, held=HELD) as run:
         run.until(1, 5)
         run.signal(("worker", 1), signal.SIGKILL)
+        run.go.set()
         last = run.rest(0)[-1]
         assert last[0] == "failed"
         assert (last[1]["why"], last[1]["worker"]) == ("worker", 1)
@@ -93,10 +98,11 @@ def test_in_lock_step_a_killed_worker_is_named():
 def test_a_stopped_primary_is_replaced_and_answers_nobody_when_it_wakes():
     from server_processes import Processes
 
-    lease_seconds = 0.8
-    with Processes(Terms(workers=2, shards=2, staleness=3, lease_seconds=lease_seconds), CLOCKS) as run:
+    lease_seconds = SHORT_S
+    with Processes(Terms(workers=2, shards=2, staleness=3, lease_seconds=lease_seconds), CLOCKS, held=HELD) as run:
         run.until(0, 8)
         run.signal((PRIMARY, 1), signal.SIGSTOP)
+        run.go.set()
         told = [run.rest(worker) for worker in range(2)]
         run.signal((PRIMARY, 1), signal.SIGCONT)
         assert [one[-1][0] for one in told] == ["done", "done"]
@@ -109,10 +115,11 @@ def test_a_stopped_primary_is_replaced_and_answers_nobody_when_it_wakes():
 def test_a_stopped_worker_is_left_behind_and_comes_back():
     from server_processes import Processes
 
-    terms = Terms(workers=2, shards=2, staleness=2, lease_seconds=0.8)
-    with Processes(terms, CLOCKS) as run:
+    terms = Terms(workers=2, shards=2, staleness=2, lease_seconds=SHORT_S)
+    with Processes(terms, CLOCKS, held=HELD) as run:
         run.until(1, 8)
         run.signal(("worker", 1), signal.SIGSTOP)
+        run.go.set()
         told = run.rest(0)
         assert told[-1] == ("done", 0)
         run.signal(("worker", 1), signal.SIGCONT)
@@ -127,38 +134,54 @@ def test_training_goes_on_without_workers_that_held_shards_and_backups_one_after
     import multiprocessing
 
     import torch.distributed as dist
-    from server_processes import started, train
+    from server_processes import Gate, started, train
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["server_processes"])
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    plan, steps, lease_seconds = "dp=3,server=2:staleness=2", 60, 1.5
-    team = [started(context, train, rank, 3, store.port, plan, steps, lease_seconds, (0, 1)) for rank in range(3)]
+    plan, steps, first, second = "dp=3,server=2:staleness=2", 60, Gate(context), Gate(context)
+    holds = [(15, first.theirs), (40, second.theirs)]
+    team = [started(context, train, rank, 3, store.port, plan, steps, SHORT_S, (0, 1), holds) for rank in range(3)]
+    told = [[], [], []]
+
+    def heard(rank):
+        assert team[rank][1].poll(60), f"worker {rank} stands still"
+        told[rank].append(team[rank][1].recv())
+        return told[rank][-1]
+
+    def answers_for(rank):
+        """Once it is at the second gate: the shards it answers for, and whether they have a backup."""
+        if heard(rank)[0] != "held" or not any(message[:2] == ("clock", 39) for message in told[rank]):
+            return {}
+        return {shard: backed for shard, (seat, backed) in told[rank][-1][1].items() if seat == PRIMARY}
+
     try:
         for _, pipe in team:
             assert pipe.poll(120)
             assert pipe.recv() == "ready"
         for _, pipe in team:
             pipe.send("go")
-        while team[1][1].recv()[1] < 8:
+        while heard(1)[:2] != ("clock", 8):
             continue
         team[1][0].kill()
-        while team[0][1].recv()[1] < 35:  # by then both shards that lost a seat have another
+        first.set()
+        while answers_for(0) | answers_for(2) != {0: True, 1: True}:  # both shards that lost a seat have another
             continue
         team[0][0].kill()
-        messages = []
-        while not messages or messages[-1][0] == "clock":
-            assert team[2][1].poll(60)
-            messages.append(team[2][1].recv())
-        assert [message[1] for message in messages[:-1]] == list(range(steps))
-        assert longest(messages) < 1.1 * lease_seconds + BOUND_S
-        assert messages[-2][3] < 0.8 * messages[0][3]  # it learns all the while
-        assert messages[-1][2] == {0: PRIMARY, 1: PRIMARY}  # all that is left answers for all
-        assert messages[-1][1].keys() == {f"{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")}
+        second.set()
+        while heard(2)[0] != "done":
+            continue
+        messages = [message for message in told[2] if message[0] == "clock"]
+        assert [message[1] for message in messages] == list(range(steps))
+        assert longest(messages) < 1.1 * SHORT_S + BOUND_S
+        assert messages[-1][3] < 0.8 * messages[0][3]  # it learns all the while
+        _, values, seats = told[2][-1]
+        assert seats == {0: PRIMARY, 1: PRIMARY}  # all that is left answers for all
+        assert values.keys() == {f"{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")}
     finally:
         for process, pipe in team:
             process.kill()
-            process.join(10)
+            process.join(30)
             pipe.close()
 
 
@@ -172,7 +195,7 @@ def test_on_a_faulty_line_every_update_counts_once(staleness, seed, shards):
         proxies.append(Proxy(address, seed + len(proxies)))
         return proxies[-1].address
 
-    terms = Terms(workers=2, shards=shards, staleness=staleness, lease_seconds=4.0)
+    terms = Terms(workers=2, shards=shards, staleness=staleness, lease_seconds=LONG_S)
     clocks = 15 if shards == 2 else 30
     try:
         with Servers(terms, backups=True, between=between) as servers:
@@ -186,7 +209,7 @@ def test_on_a_faulty_line_every_update_counts_once(staleness, seed, shards):
                     seen.append(step(servers.clients[worker], clock, whole, expected=2.0).staleness)
                 return max(seen)
 
-            gaps = all_at_once([lambda worker=worker: one(worker) for worker in range(2)], 60)
+            gaps = all_at_once([lambda worker=worker: one(worker) for worker in range(2)])
             assert same(servers.read(clock=clocks), everything(clocks))
             assert staleness is None or max(gaps) <= staleness
             assert sum(client.reconnected for client in servers.clients) > 0
@@ -205,7 +228,7 @@ def test_on_a_faulty_line_every_stolen_microbatch_counts_once(seed, shards):
         return proxies[-1].address
 
     lent, clocks = 4, 12
-    terms = Terms(workers=2, shards=shards, lease_seconds=4.0, lent=lent)
+    terms = Terms(workers=2, shards=shards, lease_seconds=LONG_S, lent=lent)
     try:
         with Servers(terms, backups=True, between=between) as servers:
             for client in servers.clients:
@@ -231,7 +254,7 @@ def test_on_a_faulty_line_every_stolen_microbatch_counts_once(seed, shards):
                         continue
                     clock = client.catch_up(clock + 1).finished
 
-            all_at_once([lambda worker=worker: one(worker) for worker in range(2)], 60)
+            all_at_once([lambda worker=worker: one(worker) for worker in range(2)])
             assert same(servers.read(clock=clocks), everything(clocks, lent))
             assert sum(client.reconnected for client in servers.clients) > 0
     finally:
@@ -239,7 +262,7 @@ def test_on_a_faulty_line_every_stolen_microbatch_counts_once(seed, shards):
             proxy.close()
 
 
-def backed(run, seat, number, timeout_s=20):
+def backed(run, seat, number, timeout_s=60):
     """Wait until a seat answers for its shard and has a backup again."""
     until = time.monotonic() + timeout_s
     while time.monotonic() < until:
@@ -257,9 +280,9 @@ def test_killed_again_after_a_next_backup_was_found_nothing_is_lost(staleness, l
 
     clocks = 150
     terms = Terms(
-        workers=2, shards=2, staleness=staleness, clip=None if staleness else 1e9, lease_seconds=5.0, lent=lent
+        workers=2, shards=2, staleness=staleness, clip=None if staleness else 1e9, lease_seconds=LONG_S, lent=lent
     )
-    with Processes(terms, clocks, pause=0.004, spares=2) as run:
+    with Processes(terms, clocks, pause=0.004, spares=2, held=HELD) as run:
         run.until(0, 5)
         run.signal((PRIMARY, 0), signal.SIGKILL)
         backed(run, BACKUP, 0)
@@ -267,6 +290,7 @@ def test_killed_again_after_a_next_backup_was_found_nothing_is_lost(staleness, l
         backed(run, "spare 0", 0)
         run.signal(("spare 0", 0), signal.SIGKILL)
         run.signal((BACKUP, 1), signal.SIGKILL)
+        run.go.set()
         told = [run.rest(worker) for worker in range(2)]
         assert [one[-1][0] for one in told] == ["done", "done"]
         assert same(run.values(), everything(clocks, lent or 2))

@@ -6,14 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sheaf.errors import PlanError
 from sheaf.graph.facts import GLUE
-from sheaf.graph.trace import SMALL_BYTES
 from sheaf.plans.split import Cut, Move, Slice, SplitFacts
 from sheaf.split.alone import Alone
 from sheaf.split.mode import leaves
 from sheaf.split.moves import sliced
-from sheaf.split.rehearsal import Rehearses, Stage, Try, Units
+from sheaf.split.rehearsal import Rehearses, Stage, Try, Units, first_line
 from sheaf.split.sending import Sending
 from sheaf.split.sent import Unsendable
 from sheaf.split.tensor import Split
@@ -126,18 +124,10 @@ class _Experts(Stage):
 
     def _after(self, error: Exception, module: str, alone: bool) -> None:
         """Leave the parameter out that was no expert; else go on with real values, or give up."""
-        first = (str(error).strip().splitlines() or [""])[0]
         if isinstance(error, Unsendable) and error.name and error.name not in self.left:
-            self.left[error.name] = first
+            self.left[error.name] = first_line(error)
             return
-        if not self.real and self.weight_bytes <= SMALL_BYTES:
-            self.known.clear()
-            self._set(real=True)
-            return
-        raise PlanError(
-            f"{module or 'the model'} cannot be rehearsed with tokens sent to experts"
-            f"{' (not even alone)' if alone else ''}: {type(error).__name__}: {first}"
-        ) from error
+        self._with_values(error, module, f" with tokens sent to experts{' (not even alone)' if alone else ''}")
 
 
 def experts(

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sheaf.errors import PlanError
 from sheaf.graph.facts import GLUE
 from sheaf.graph.trace import SMALL_BYTES
 from sheaf.plans.split import Cut, Move, Slice, SplitFacts
@@ -213,16 +212,9 @@ class _Lists(Stage):
         stack.callback(mode.unwrap)
 
     def _after(self, error: Exception, module: str, alone: bool) -> None:  # noqa: ARG002 - nothing is split
-        """Go on with real values, or give up."""
-        first = (str(error).strip().splitlines() or [""])[0]
-        if not self.real and self.weight_bytes <= SMALL_BYTES:
-            self.known.clear()
-            self._set(real=True)
-            return
-        raise PlanError(
-            f"{module or 'the model'} cannot be rehearsed: {type(error).__name__}: {first}; experts that are modules "
-            f"of a list are found by values in models of at most {SMALL_BYTES // 2**30} GiB: use tp in place of ep"
-        ) from error
+        limit = f"of at most {SMALL_BYTES // 2**30} GiB"
+        found = f"experts that are modules of a list are found by values in models {limit}"
+        self._with_values(error, module, remedy=f"; {found}: use tp in place of ep")
 
 
 def _moves(called: dict[str, dict[str, float]], experts: int) -> Iterator[Move]:

@@ -305,19 +305,29 @@ class Stage:
 
     def _after(self, error: Exception, module: str, alone: bool) -> None:
         """Close the module that failed; where splitting is not to blame, go on with real values, or give up."""
-        first = (str(error).strip().splitlines() or [""])[0]
         plain = alone or any(_inside(module, closed) for closed in self.closed)
         if not plain:
-            self.closed[module] = f"{type(error).__name__}: {first}"
+            self.closed[module] = f"{type(error).__name__}: {first_line(error)}"
             for name in [name for name in self.closed if name != module and _inside(name, module)]:
                 del self.closed[name]
             return
+        self._with_values(error, module)
+
+    def _with_values(self, error: Exception, module: str, how: str = "", remedy: str = "") -> None:
+        """Go on with real values, or give up."""
         if not self.real and self.weight_bytes <= SMALL_BYTES:
             self.closed.clear()
             self.known.clear()
             self._set(real=True)
             return
-        raise PlanError(f"{module or 'the model'} cannot be rehearsed: {type(error).__name__}: {first}") from error
+        raise PlanError(
+            f"{module or 'the model'} cannot be rehearsed{how}: {type(error).__name__}: {first_line(error)}{remedy}"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first; empty where it says nothing."""
+    return (str(error).strip().splitlines() or [""])[0]
 
 
 def small(names: Iterable[str], elements: Iterable[int]) -> frozenset[str]:

@@ -2,9 +2,7 @@
 
 from typing import Any
 
-from sheaf.errors import PlanError
 from sheaf.graph.facts import GLUE
-from sheaf.graph.trace import SMALL_BYTES
 from sheaf.plans.split import SplitFacts
 from sheaf.split.alone import Alone
 from sheaf.split.lengthwise import Lengthwise
@@ -47,16 +45,8 @@ class _Sequences(Stage):
         return mode.inputs(given) if isinstance(mode, _Trying) else given
 
     def _after(self, error: Exception, module: str, alone: bool) -> None:
-        """Go on with real values, or give up."""
-        first = (str(error).strip().splitlines() or [""])[0]
-        if not self.real and self.weight_bytes <= SMALL_BYTES:
-            self.known.clear()
-            self._set(real=True)
-            return
-        raise PlanError(
-            f"{module or 'the model'} cannot be rehearsed with its sequences split"
-            f"{' (not even alone)' if alone else ''}: {type(error).__name__}: {first}; use dp or tp in place of cp"
-        ) from error
+        how = f" with its sequences split{' (not even alone)' if alone else ''}"
+        self._with_values(error, module, how, "; use dp or tp in place of cp")
 
 
 def sequences(task: Task, workers: int, *, samples: int) -> SplitFacts:
