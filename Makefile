@@ -3,7 +3,7 @@
 bin := .venv/bin
 ready := .venv/.ready
 
-.PHONY: help setup check format test nightly demo bench bench-planner docs lock clean
+.PHONY: help setup check quick types format test pytest nightly demo bench bench-planner docs lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -14,20 +14,27 @@ $(ready): requirements.lock pyproject.toml tools/setup.sh
 	PYTHON="$(PYTHON)" PIP_FLAGS="$(PIP_FLAGS)" tools/setup.sh
 	@touch $@
 
-check: setup ## format, lint, types, walls, map, numbers
+check: quick types ## format, lint, types, walls, map, numbers
+
+quick: setup
 	$(bin)/ruff format --check
 	$(bin)/ruff check
-	$(bin)/basedpyright
 	$(bin)/lint-imports
 	$(bin)/python tools/map.py --check
 	$(bin)/python tools/readme.py --check
+
+types: setup
+	$(bin)/basedpyright
 
 format: setup ## put the code into its form, and fix what can be fixed
 	$(bin)/ruff format
 	$(bin)/ruff check --fix
 
-test: check ## check, and every test (TESTS='tests/test_pool.py -x' for a part)
-	$(bin)/python -m pytest -n 2 $(TESTS)
+test: quick ## check, and every test (TESTS='tests/test_pool.py -x' for a part); types beside the tests
+	@$(MAKE) --no-print-directory -j 2 types pytest
+
+pytest: setup
+	$(bin)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 nightly: setup ## every test, thinned ones too, types and shapes checked at each call, 500 random models (SHEAF_EXAMPLES)
 	SHEAF_NIGHTLY=1 SHEAF_EXAMPLES=$${SHEAF_EXAMPLES:-500} $(bin)/python -m pytest --jaxtyping-packages=sheaf,typechecker.check

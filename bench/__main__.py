@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table as Drawn
 
-from bench import report
+from bench import planner_report, report
 from sheaf.cluster.machine import available_cores, processor_name
 
 QUIET = 0.5  # load average at the start above which a warning is given
@@ -53,6 +53,8 @@ def main(names: tuple[str, ...], rounds: int | None, out: Path) -> None:
         path = out / f"{name}.json"
         path.write_text(json.dumps({"environment": where, "results": results}, indent=1) + "\n", encoding="utf-8")
         show(name, results, console)
+        if name == "planner" and out == report.RESULTS and any("rows" in one for one in results):
+            planner_report.draw(results)
         console.print(f"kept in {path}\n", soft_wrap=True)
 
 
@@ -73,7 +75,7 @@ def show(name: str, results: list[dict[str, Any]], console: Console) -> None:
     """Tables, then goals."""
     if name == "planner":
         for result in (one for one in results if "rows" in one):
-            console.print(drawn(report.plan_table(result)))
+            console.print(drawn(planner_report.plan_table(result)))
     table, goals = report.SHOWN[name]
     console.print(drawn(table(results)))
     for goal in goals(results):

@@ -69,12 +69,13 @@ def cluster(count: int, rate: str, flops_per_second: float = 3e10) -> Cluster:
 class Hosts:
     """``count`` hosts with addresses 10.77.0.1 and up, gone when the ``with`` block ends.
 
-    Raises HostsError when they cannot be made.
+    ``burst`` is what a link that was idle sends at once, faster than its rate, in the words of `tc`. Raises HostsError
+    when they cannot be made.
     """
 
-    def __init__(self, count: int, rate: str) -> None:
+    def __init__(self, count: int, rate: str, *, burst: str = BURST) -> None:
         self.names = [f"sheaf-{os.getpid()}-{index}" for index in range(count)]
-        self._switch, self._rate = f"sheaf-{os.getpid()}-switch", rate
+        self._switch, self._rate, self._burst = f"sheaf-{os.getpid()}-switch", rate, burst
         self._made: list[str] = []
 
     def __enter__(self) -> Self:
@@ -90,7 +91,7 @@ class Hosts:
                 _do(f"ip -n {name} addr add {NETWORK}.{index + 1}/24 dev eth0")
                 _do(f"ip -n {name} link set eth0 up")
                 for namespace, device in ((name, "eth0"), (self._switch, f"port{index}")):
-                    shape = f"tbf rate {self._rate} burst {BURST} latency {LATENCY}"
+                    shape = f"tbf rate {self._rate} burst {self._burst} latency {LATENCY}"
                     _do(f"ip netns exec {namespace} tc qdisc replace dev {device} root {shape}")
         except BaseException:
             self._remove()

@@ -77,24 +77,27 @@ def translation_table(results: Sequence[dict[str, Any]]) -> Table:
             *ratio_cells(one, 2),
             pretty_bytes(one["sheaf_sent_bytes"]),
             pretty_bytes(one["peer_sent_bytes"]),
+            str(one["samples"]),
             f"{one['losses_apart']:.0e}",
         )
         for one in results
     ]
-    return Table(("links", "Sheaf", "beside", *RATIO, "Sheaf sends", "peer sends", "losses differ by"), rows, words=3)
+    told = ("Sheaf sends", "peer sends", "samples a host", "losses differ by")
+    return Table(("links", "Sheaf", "beside", *RATIO, *told), rows, words=3)
 
 
 def translation_goals(results: Sequence[dict[str, Any]]) -> list[Goal]:
     """The goal of large tables on the slowest links, and what is sent against what was predicted."""
     slow = [one for one in results if one.get("rate") == SLOWEST]
-    if not slow:
-        return []
-    best = max(slow, key=lambda one: one["median"])
-    return [
-        Goal(
-            f"tables as rows at least {TRANSLATION:g} times the throughput of {best['peer']} on {best['hosts']} hosts "
-            f"with {SLOWEST} links, losses equal",
-            f"{best['median']:.2f} (`{best['sheaf']}`), losses {best['losses_apart']:.0e} apart",
-            best["median"] >= TRANSLATION,
-        ),
-    ]
+    goals: list[Goal] = []
+    for samples in dict.fromkeys(one["samples"] for one in slow):
+        best = max((one for one in slow if one["samples"] == samples), key=lambda one: one["median"])
+        goals.append(
+            Goal(
+                f"tables as rows at least {TRANSLATION:g} times the throughput of {best['peer']} on {best['hosts']} "
+                f"hosts with {SLOWEST} links and {samples} samples each, losses equal",
+                f"{best['median']:.2f} (`{best['sheaf']}`), losses {best['losses_apart']:.0e} apart",
+                best["median"] >= TRANSLATION,
+            )
+        )
+    return goals

@@ -75,8 +75,8 @@ def beside(told: list[dict[str, Any]], rate: str, peer: str, steps: int) -> dict
 
 
 def predicted_bytes(given: Task, text: str, hosts: int, rate: str) -> float:
-    """What the busiest host sends in a step, by the cost model."""
+    """What the busiest host's link carries in a step, by the cost model."""
     plan, samples = Plan.parse(text), given.microbatch or given.batch
     sizes, split = microbatch_sizes(given.batch, samples), refuse(given, plan)
     found = price(plan, trace(given, samples), cluster(hosts, rate), None, microbatches=sizes, split=split)
-    return found.traffic_bytes
+    return found.wire_bytes

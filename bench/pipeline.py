@@ -2,15 +2,19 @@
 
 The first model is the GPT of `bench.tensor`, whose head over 8192 words costs as much as several layers, so that an
 equal count of layers is no equal share of the work; then VGG-16, whose layers differ in cost, and a translation
-transformer, whose decoder's layers cost more than its encoder's and whose head costs most. Everyone runs the same
-microbatches in one process group, one thread per worker. Four stages on fewer than four cores get a quota each, such as
+transformer, whose decoder's layers cost more than its encoder's and whose head costs most. Sheaf's stages are those
+that `sheaf train` would take: balanced by what blocks take here, measured before. Everyone runs the same microbatches
+in one process group, one thread per worker. Four stages on fewer than four cores get a quota each, such as
 half a core (see ``bench.quota``). Where that cannot be set they share the cores, and hide each other's waiting: neither
 balance nor bubbles show then.
 """
 
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -25,7 +29,8 @@ from bench.interleaved import ratio, rounds
 from bench.pipeline_models import CASES, Case
 from bench.quota import quota
 from bench.tensor import LAYERS, Planned, adamw, agreed
-from sheaf import Task, launch
+from sheaf import Plan, Task, launch
+from sheaf.api.choice import checked, promised
 from sheaf.cluster.machine import available_cores
 from sheaf.parallel.pipeline import Pipeline
 from sheaf.plans.schedule import Action, actions
@@ -79,8 +84,7 @@ class Watched(Planned):
     """A step of Sheaf's pipeline that notes what each action took without waiting, and when it began and ended."""
 
     def __init__(self, case: Case, text: str) -> None:
-        given = case.task()
-        super().__init__(replace(given, microbatch=given.batch // MICROBATCHES), text)
+        super().__init__(in_microbatches(case), text)
         self.steps: list[list[tuple[str, int, float, float, float]]] = []  # kind, stage, start, stop, without waiting
         runner: Any = self.step._runner  # a bench may look inside
         assert isinstance(runner, Pipeline)
@@ -103,8 +107,14 @@ class Watched(Planned):
         return noted
 
 
+def in_microbatches(case: Case) -> Task:
+    """The task as Sheaf gets it."""
+    given = case.task()
+    return replace(given, microbatch=given.batch // MICROBATCHES)
+
+
 def plans(case: Case, stages: int) -> dict[str, str]:
-    """Sheaf's plans by name: schedules with stages it balances, and for the GPT 1F1B with as many layers in each."""
+    """Schedules by plan: those whose stages Sheaf balances, and for the GPT 1F1B with as many layers in each."""
     balanced = {f"pp={stages}:gpipe": "gpipe", f"pp={stages}": "1f1b"}
     if case.name != "gpt":
         return balanced
@@ -113,15 +123,41 @@ def plans(case: Case, stages: int) -> dict[str, str]:
     return balanced | {f"pp={stages},stages={equal}": "1f1b"}
 
 
-def together(name: str, count: int, steps: int) -> dict[str, Any]:
-    """Every contender on this many workers, in turn."""
+def as_trained(case: Case, text: str) -> str:
+    """The plan with the stages that `sheaf train` would take.
+
+    Raises RuntimeError where nothing could be measured.
+    """
+    given = in_microbatches(case)
+    price, reason = promised(given, checked(given, Plan.parse(text)), world=None, source=None, note=lambda _line: None)
+    if price is None:
+        raise RuntimeError(reason)
+    return str(price.plan)
+
+
+@contextmanager
+def measured_now() -> Iterator[None]:
+    """What was measured before does not count here."""
+    before = os.environ.get("SHEAF_CACHE")
+    with tempfile.TemporaryDirectory(prefix="sheaf_bench_") as folder:
+        os.environ["SHEAF_CACHE"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["SHEAF_CACHE"]
+            if before is not None:
+                os.environ["SHEAF_CACHE"] = before
+
+
+def together(name: str, cuts: dict[str, str], count: int, steps: int) -> dict[str, Any]:
+    """Every contender on this many workers, in turn; ``cuts`` are Sheaf's plans with their stages, by name."""
     with quota(available_cores() / dist.get_world_size()) as limited:
-        return _together(CASES[name], count, steps) | {"limited": limited}
+        return _together(CASES[name], cuts, count, steps) | {"limited": limited}
 
 
-def _together(case: Case, count: int, steps: int) -> dict[str, Any]:
+def _together(case: Case, cuts: dict[str, str], count: int, steps: int) -> dict[str, Any]:
     contenders: dict[str, Handmade | Watched] = {kind.__name__: Handmade(case, kind) for kind in SCHEDULES.values()}
-    contenders |= {text: Watched(case, text) for text in plans(case, dist.get_world_size())}
+    contenders |= {name: Watched(case, text) for name, text in cuts.items()}
     seconds = rounds(dict(contenders), count=count, steps=steps)
     return {
         "seconds": seconds,
@@ -157,7 +193,9 @@ def bubble(by_worker: Sequence[list[list[tuple[str, int, float, float, float]]]]
 def compare(name: str, stages: int, count: int, steps: int) -> list[dict[str, Any]]:
     """Ratios and bubbles of one model in one number of stages."""
     case = CASES[name]
-    told = launch.run(together, stages, name, count, steps, threads=1)
+    with measured_now():
+        cuts = {text: as_trained(case, text) for text in plans(case, stages)}
+    told = launch.run(together, stages, name, cuts, count, steps, threads=1)
     losses = {name: [one["losses"][name] for one in told if len(one["losses"][name])] for name in told[0]["losses"]}
     apart = agreed(losses, next(iter(SCHEDULES.values())).__name__)
     rows: list[dict[str, Any]] = []
@@ -169,6 +207,7 @@ def compare(name: str, stages: int, count: int, steps: int) -> list[dict[str, An
             | {
                 "model": name,
                 "stages": stages,
+                "plan": cuts[text],
                 "cores": available_cores(),
                 "limited": all(one["limited"] for one in told),
                 "microbatches": MICROBATCHES,

@@ -3,6 +3,8 @@
 Every contender has one process that holds the values, and workers that push a gradient, have it subtracted, and pull
 the values, over TCP on this machine. Sheaf's counts each update once, checks clocks and leases, and with ``backup`` has
 a second process that gets every update before it is acknowledged; the others do nothing of that kind.
+
+Then seats of Sheaf's shards are killed, to see how long workers stand still (``bench.failover``).
 """
 
 import hashlib
@@ -22,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bench import failover
 from sheaf.parallel.server.client import Client
 from sheaf.parallel.server.host import Host
 from sheaf.parallel.server.link import Keys
@@ -33,6 +36,7 @@ from sheaf.parallel.server.shard import Shard
 from sheaf.plans.layout import Piece
 
 WORKERS, SIZES = (2, 4), (16 * 1024, 4 * 2**20)
+KILLS = 10
 OPERATIONS = {16 * 1024: 400, 4 * 2**20: 12}  # of each worker in a round
 SHEAF, MIRRORED, ZEROMQ, RPC = "Sheaf", "Sheaf with a backup", "ZeroMQ", "torch rpc"
 START_S = 180.0
@@ -41,13 +45,16 @@ Push = Callable[[], None]
 
 
 def run(count: int = 7) -> list[dict[str, Any]]:
-    """Push and pull per second of all workers together: by size and workers, medians over ``count`` rounds."""
+    """Push and pull per second of all workers together: by size and workers, medians over ``count`` rounds.
+
+    After them what became of at least ten kills of each seat.
+    """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # rpc tells of every process that is ended
     results: list[dict[str, Any]] = []
     for workers in WORKERS:
         for size_bytes in SIZES:
             results += _contest(workers, size_bytes, count)
-    return results
+    return results + failover.run(max(KILLS, count))
 
 
 def _contest(workers: int, size_bytes: int, count: int) -> list[dict[str, Any]]:

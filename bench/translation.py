@@ -24,17 +24,18 @@ from sheaf.task import Blueprint, Order, fetch
 from sheaf.zoo.tasks.manpages import manpages
 from sheaf.zoo.tasks.number_words import next_word_loss, read
 
-HOSTS, RATES = 4, ("1gbit", "100mbit")
-SAMPLES = 2  # pairs a step and host
+HOSTS = 4
+MEASURED = (("1gbit", 2), ("100mbit", 2), ("100mbit", 8))  # links, and pairs a step and host
+MANY_ROUNDS = 2  # at most, where hosts that share cores compute for long
 VOCABULARY, WIDTH = 30_000, 256
 PEER = "DDP"
 PLANS = tuple(f"dp=4,*_words={answer},head=tp" for answer in ("tp", "sparse", "rows"))
 TIMEOUT_S = 1800.0
 
 
-def task() -> Task:
+def task(samples: int = MEASURED[0][1]) -> Task:
     """One microbatch per host and step."""
-    return manpages(vocabulary_size=VOCABULARY, width=WIDTH, batch=SAMPLES * HOSTS, microbatch=SAMPLES)
+    return manpages(vocabulary_size=VOCABULARY, width=WIDTH, batch=samples * HOSTS, microbatch=samples)
 
 
 def by_hand(given: Task, rank: int) -> Callable[[], float]:
@@ -42,7 +43,7 @@ def by_hand(given: Task, rank: int) -> Callable[[], float]:
     count = 0
     module = DistributedDataParallel(Blueprint(given).fill(torch.device("cpu")), gradient_as_bucket_view=True)
     optimizer = given.optimizer(list(module.parameters()))
-    order = Order(given.num_samples, given.batch, SAMPLES, given.seed, shuffle=given.shuffle)
+    order = Order(given.num_samples, given.batch, given.microbatch or 1, given.seed, shuffle=given.shuffle)
 
     def step() -> float:
         nonlocal count
@@ -65,28 +66,32 @@ def by_plan(given: Task, text: str) -> Callable[[], float]:
     return lambda: step().loss
 
 
-def work(folder: Path, count: int, steps: int, *plans: str) -> None:
+def work(folder: Path, samples: int, count: int, steps: int, *plans: str) -> None:
     """What a host does: all contenders in turn."""
-    rank, given = joined("translation").rank, task()
+    rank, given = joined("translation").rank, task(samples)
     contenders = {PEER: by_hand(given, rank)} | {text: by_plan(given, text) for text in plans}
     tell(folder, rank, noted(contenders, count=count, steps=steps))
 
 
-def compare(rate: str, plans: tuple[str, ...], count: int, steps: int) -> list[dict[str, Any]]:
+def compare(rate: str, samples: int, plans: tuple[str, ...], count: int, steps: int) -> list[dict[str, Any]]:
     """For each plan the ratio of throughputs, what hosts send in a step, and how far losses are apart."""
-    told = found_by("translation", HOSTS, rate, count, steps, *plans, timeout_s=TIMEOUT_S)
-    given = task()
+    told = found_by("translation", HOSTS, rate, samples, count, steps, *plans, timeout_s=TIMEOUT_S)
+    given = task(samples)
     words = list(given.data.sizes)  # pyright: ignore[reportAttributeAccessIssue]
     return [
-        row | {"samples": SAMPLES, "words": words, "predicted_bytes": predicted_bytes(given, text, HOSTS, rate)}
+        row | {"samples": samples, "words": words, "predicted_bytes": predicted_bytes(given, text, HOSTS, rate)}
         for text, row in beside(told, rate, PEER, steps).items()
     ]
 
 
 def run(
-    count: int = 4, steps: int = 1, plans: tuple[str, ...] = PLANS, rates: tuple[str, ...] = RATES
+    count: int = 4,
+    steps: int = 1,
+    plans: tuple[str, ...] = PLANS,
+    measured: tuple[tuple[str, int], ...] = MEASURED,
 ) -> list[dict[str, Any]]:
-    """A row for each rate and plan; one that says why, under ``skipped``, where there are no hosts or no pages.
+    """A row for each plan at each rate and number of samples; one that says why, under ``skipped``, where there are no
+    hosts or no pages.
 
     Raises ValueError when losses differ by more than rounding.
     """
@@ -98,8 +103,13 @@ def run(
             reason = str(error)
     if reason:
         return [{"skipped": reason}]
-    return [row for rate in rates for row in compare(rate, plans, count, steps)]
+    fewest = min(samples for _, samples in measured)
+    return [
+        row
+        for rate, samples in measured
+        for row in compare(rate, samples, plans, count if samples == fewest else min(count, MANY_ROUNDS), steps)
+    ]
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
+    work(Path(sys.argv[1]), *(int(one) for one in sys.argv[2:5]), *sys.argv[5:])  # pyright: ignore[reportArgumentType]

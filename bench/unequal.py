@@ -3,11 +3,17 @@
 A worker at half speed is one whose control group gives it half a core (bench.quota), where its neighbour has a whole
 one. Stalls are real: another process stops the second worker for a second (SIGSTOP, SIGCONT) at random moments,
 drawn from a fixed seed. A step takes about as long as a stall, so that there is something left to steal.
+
+Each contender makes ``ROUNDS`` times 20 steps, 200, beside a worker at half speed: about 15 minutes, and 4 for stalls.
+The limit of 1.5 is that of computing: what each worker does in every step whoever computed what (laying out and summing
+gradients, the update) takes the slow one as long under every plan. ``terms`` of a row are what a step's seconds went to
+on each worker.
 """
 
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -26,8 +32,10 @@ from bench.executors import adamw, plain_model, task, tokens
 from bench.interleaved import ratio, rounds
 from bench.quota import quota
 from sheaf import Plan, Task, build, launch
+from sheaf.record import StepReport
 from sheaf.task import Order, fetch
 
+ROUNDS = 10
 PER_WORKER = 6  # microbatches of a step for each worker under equal shares
 HALF = ("dp=2", "dp=2,shares=2:1", "dp=2,shares=stolen", "dp=2,shares=balanced")
 STALLED = ("dp=2", "dp=2,shares=stolen")
@@ -69,7 +77,7 @@ def ddp_loop(given: Task, losses: list[float]) -> Callable[[], None]:
 def compared(
     plans: tuple[str, ...], samples: int, share: float, count: int, steps: int, *, stalls: bool
 ) -> dict[str, Any]:
-    """Seconds per step of every contender, and how far their losses are apart, on this worker."""
+    """Seconds per step of every contender, how far their losses are apart, and what steps went to, on this worker."""
     with ExitStack() as held:
         limited = held.enter_context(quota(share)) if dist.get_rank() == 1 and share < 1 else True
         told = torch.tensor(float(limited))
@@ -77,36 +85,47 @@ def compared(
         if told < 2:
             return {"skipped": "making a control group needs root and the cpu controller"}
         losses: dict[str, list[float]] = {"DDP": []}
+        reports: dict[str, list[StepReport]] = {text: [] for text in plans}
         contenders: dict[str, Callable[[], object]] = {"DDP": ddp_loop(small_task(samples), losses["DDP"])}
         for text in plans:
-            contenders[text] = _noted(build(small_task(samples), Plan.parse(text)), losses.setdefault(text, []))
+            contenders[text] = _noted(build(small_task(samples), Plan.parse(text)), reports[text])
         with _stalling() if stalls else nullcontext():
             seconds = rounds(contenders, count=count, steps=steps)
+        losses |= {text: [report.loss for report in each] for text, each in reports.items()}
         pairs = ((text, pair) for text in plans for pair in zip(losses[text], losses["DDP"], strict=True))
         apart = max(abs(one - other) / abs(other) for _, (one, other) in pairs)
-    return {"seconds": seconds, "apart": apart}
+    terms = {text: _terms(each[steps:]) for text, each in reports.items()}
+    return {"seconds": seconds, "apart": apart, "terms": terms}
 
 
-def run(count: int = 10) -> list[dict[str, Any]]:
+def _terms(reports: list[StepReport]) -> dict[str, float]:
+    """The median seconds of each term of a step."""
+    return {term: statistics.median(report.terms[term] for report in reports) for term in reports[0].terms}
+
+
+def run(count: int = ROUNDS) -> list[dict[str, Any]]:
     """All ratios, over ``count`` rounds: of 20 steps with a worker at half speed, of 4 with one that stalls."""
     results: list[dict[str, Any]] = []
     for what, plans, samples, share, steps, stalls in (
         ("one worker at half speed", HALF, 1, 0.5, 20, False),
         ("a worker stalls for a second", STALLED, 3, 1.0, 4, True),
     ):
-        found = launch.run(compared, 2, plans, samples, share, count, steps, threads=1, stalls=stalls)[0]
+        both = launch.run(compared, 2, plans, samples, share, count, steps, threads=1, stalls=stalls)
+        found = both[0]
         if "skipped" in found:
             results.append({"what": what, **found})
             continue
         for text in plans:
             beside = asdict(ratio(found["seconds"], text, "DDP"))
-            results.append({"what": what, **beside, "steps": count * steps, "losses_apart": found["apart"]})
+            told = {"steps": count * steps, "losses_apart": found["apart"]}
+            told["terms"] = [one["terms"][text] for one in both]
+            results.append({"what": what, **beside, **told})
     return results
 
 
-def _noted(step: Any, losses: list[float]) -> Callable[[], None]:
+def _noted(step: Any, reports: list[StepReport]) -> Callable[[], None]:
     def noted() -> None:
-        losses.append(step().loss)
+        reports.append(step())
 
     return noted
 

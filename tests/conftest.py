@@ -2,26 +2,47 @@
 
 import atexit
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import hypothesis
 import pytest
+import torch
 
 from pool import Pool
+
+collect_ignore_glob = ["*conftest.py"]  # two of one name cannot both be searched for doctests
+torch.set_num_threads(1)  # models are tiny here, and threads of several processes wait for each other's cores
+
+# No deadline, no limit on how long examples take to make: both tell how busy the machine is. The same examples at each
+# run, so that a change is judged by what it changed; `make nightly` looks for new ones.
+hypothesis.settings.register_profile(
+    "sheaf",
+    deadline=None,
+    derandomize=not os.environ.get("SHEAF_NIGHTLY"),
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("sheaf")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "thinned(n): of its cases, every n-th runs; with SHEAF_NIGHTLY=1 all do")
+    config.addinivalue_line("markers", "nightly: another test has its path for less; runs with SHEAF_NIGHTLY=1 only")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep `make test` short: `make nightly` runs what is left out here."""
-    if os.environ.get("SHEAF_NIGHTLY") or any("[" in argument for argument in config.args):
+    if os.environ.get("SHEAF_NIGHTLY") or any("[" in argument or "::" in argument for argument in config.args):
         return
     seen: dict[str, int] = {}
     left_out: list[pytest.Item] = []
     for item in items:
         marker = item.get_closest_marker("thinned")
-        if marker is not None:
+        if item.get_closest_marker("nightly"):
+            left_out.append(item)
+        elif marker is not None:
             name = item.nodeid.partition("[")[0]
             seen[name] = seen.get(name, -1) + 1
             if seen[name] % marker.args[0]:
@@ -41,7 +62,27 @@ def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
     atexit.unregister(session_pool.close)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def started_cold(pool: Pool) -> Iterator[Callable[..., Any]]:
+    """`sheaf.launch` forks its workers from the pool's process; what it starts otherwise, a program, is the value."""
+    from sheaf.launch import local
+
+    start = local._start
+    with pytest.MonkeyPatch.context() as patched:
+        if sys.platform == "linux":
+            patched.setattr(local, "_start", pool.nursery)
+        yield start
+
+
+@pytest.fixture
+def cold_launch(started_cold: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sheaf.launch` as users have it: seconds slower."""
+    from sheaf.launch import local
+
+    monkeypatch.setattr(local, "_start", started_cold)
+
+
 @pytest.fixture
 def ranks(pool: Pool) -> Pool:
-    """Real gloo ranks: `ranks(function, world=4, *args, timeout_s=60, **kwargs)` gives what each rank returned."""
+    """Real gloo ranks: `ranks(function, world=4, *args, timeout_s=100, **kwargs)` gives what each rank returned."""
     return pool

@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 import pickle
-import re
 import selectors
 import shutil
 import signal
@@ -32,12 +31,15 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import psutil
 import torch.distributed as dist
 
+from nurseries import Nursery
+from stacks import TESTS, Stack, read_stack
 from zygote import HEADER, STACK_SIGNAL
 
-TESTS = Path(__file__).parent
 GRACE_S = 0.3  # after a first failure, how long the other ranks may take to tell theirs
+STACKS_S = 10.0  # how long ranks may take to write their stacks
 GROUP_SLACK_S = 30.0  # gloo's own time-out comes this much later than ours, which says more
 
 
@@ -111,9 +113,10 @@ class World:
 class Pool:
     """Calls functions on sets of ranks; makes the sets when they are first needed and again when they broke."""
 
-    def __init__(self, instrumented: str | None = None):
-        self.instrumented = instrumented
+    def __init__(self, instrumented: str | None = None, *, bare: bool = False):
+        self.instrumented, self.bare = instrumented, bare  # a bare one imports torch alone: it starts sooner
         self.worlds: dict[int, World] = {}
+        self.nurseries: list[int] = []  # the numbers of all these processes
         self._zygote: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._store: dist.TCPStore | None = None
@@ -122,7 +125,7 @@ class Pool:
         self._modules_seen: set[str] = set()
 
     def __call__(
-        self, function: Callable[..., Any], world: int = 4, *args: Any, timeout_s: float = 60.0, **kwargs: Any
+        self, function: Callable[..., Any], world: int = 4, *args: Any, timeout_s: float = 100.0, **kwargs: Any
     ):
         """Each rank's `function(*args, **kwargs)`, in rank order."""
         __tracebackhide__ = True
@@ -136,6 +139,20 @@ class Pool:
     def pids(self, world: int) -> list[int]:
         """The processes of a set, in rank order; empty while there is none."""
         return [rank.pid for rank in self.worlds[world].ranks] if world in self.worlds else []
+
+    def nursery(self, threads: int, control: socket.socket, descriptors: list[int]) -> Nursery:
+        """In the place of `sheaf.launch.local._start`, which takes three seconds of a core to import what it needs."""
+        numbers = [1, 2, control.fileno(), *descriptors]
+        environment = dict(os.environ) | {"OMP_NUM_THREADS": str(threads)}
+        request = {
+            "do": "nursery",
+            "numbers": numbers,
+            "control": control.fileno(),
+            "environment": environment,
+            "directory": os.getcwd(),
+        }
+        self.nurseries.append(self._ask(request, numbers))
+        return Nursery(self, self.nurseries[-1])
 
     def threads_of_zygote(self) -> int:
         """How many threads the process has that ranks are forked from: it must be one."""
@@ -264,7 +281,7 @@ class Pool:
         # The store lives here: in a rank it would end with that rank, and the zygote must not have its threads.
         self._store = self._store or dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._control, other_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        settings = {"parent": os.getpid(), "instrumented": self.instrumented, "path": sys.path}
+        settings = {"parent": os.getpid(), "instrumented": self.instrumented, "bare": self.bare, "path": sys.path}
         environment = os.environ | {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
         if sys.platform == "linux":
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -313,7 +330,7 @@ def _raised(rank: Rank) -> bool:
     return rank.answer is not None and "raised" in rank.answer
 
 
-def _outcome(rank: Rank, started: float, stacks: dict[int, "Stack"], statuses: dict[Rank, int | None]) -> str:
+def _outcome(rank: Rank, started: float, stacks: dict[int, Stack], statuses: dict[Rank, int | None]) -> str:
     if rank.gone:
         status = statuses[rank]
         if status is None:
@@ -326,55 +343,23 @@ def _outcome(rank: Rank, started: float, stacks: dict[int, "Stack"], statuses: d
     return f"{did}, after {seconds:.2f} s"
 
 
-@dataclass(frozen=True)
-class Stack:
-    """Where a rank is that has not come back."""
-
-    text: str
-    summary: str
-    waits: bool = False  # inside torch.distributed, that is: for another rank
-
-
-FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.*)')
-
-
 def _stacks(ranks: list[Rank]) -> dict[int, Stack]:
-    """Ask ranks for their stacks, and read them; a stopped process cannot answer."""
+    """Ask ranks for their stacks, and read them; a stopped process cannot answer, and is not waited for."""
     for rank in ranks:
         rank.stacks.write_text("")
         with contextlib.suppress(ProcessLookupError):
             os.kill(rank.pid, STACK_SIGNAL)
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + STACKS_S
     sizes, before = [], [0]
     while time.monotonic() < deadline and (0 in before or sizes != before):
         sizes = before
         time.sleep(0.03)
-        before = [rank.stacks.stat().st_size for rank in ranks]
+        before = [rank.stacks.stat().st_size for rank in ranks if not _is_stopped(rank.pid)]
     return {rank.number: read_stack(rank.stacks.read_text()) for rank in ranks}
 
 
-def read_stack(dump: str) -> Stack:
-    """Make sense of what faulthandler wrote: the thread that runs the function, and where in it."""
-    dump = dump.replace("\0", "")  # the rank goes on writing where it was before the file was emptied
-    mine = next((thread for thread in dump.split("\n\n") if " in _run\n" in thread), None)
-    if mine is None:
-        return Stack(dump, "is still running and gives no stack (stopped, or not yet in the function)")
-    frames = [frame for line in mine.splitlines() if (frame := FRAME.match(line))]
-    frames = frames[: next(i for i, frame in enumerate(frames) if frame["name"] == "_run")]
-    if not frames:
-        return Stack(mine, "is still running, and was just starting or ending the function")
-    own = next((frame for frame in frames if not _of_library(frame["file"])), frames[0])
-    place = f"{_short(own['file'])}:{own['line']} in {own['name']}"
-    waits = "/torch/distributed/" in frames[0]["file"]
-    summary = f"waits in {frames[0]['name']}, called at {place}" if waits else f"is still running, at {place}"
-    return Stack("\n".join(frame[0] for frame in frames), summary, waits)
-
-
-def _of_library(file: str) -> bool:
-    return "site-packages" in file or file.startswith(("<", str(Path(os.__file__).parent)))
-
-
-def _short(file: str) -> str:
-    with contextlib.suppress(ValueError):
-        return str(Path(file).relative_to(TESTS.parent))
-    return file
+def _is_stopped(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True

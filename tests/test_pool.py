@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import pool
 from pool import TESTS, Pool, RankDied, RankHung, RankRaised
+from zygote import STACK_SIGNAL
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,19 @@ def test_a_function_may_end_the_process_group(ranks):
 
 
 def test_a_rank_that_raises_is_named_with_its_traceback(ranks):
-    def body():
+    ranks(summed, 3)
+    first = ranks.worlds[3].ranks[0]
+
+    def body(pid, stacks):
         if dist.get_rank() == 1:
+            while " in barrier\n" not in stacks.read_text():
+                os.kill(pid, STACK_SIGNAL)
+                time.sleep(0.02)
             raise KeyError("no such parameter")
         dist.barrier()
 
     with pytest.raises(RankRaised, match="rank 1 of 3 raised KeyError: 'no such parameter'") as failure:
-        ranks(body, 3)
+        ranks(body, 3, first.pid, first.stacks)
     assert failure.value.rank == 1
     assert isinstance(failure.value.exception, KeyError)
     message = str(failure.value)
@@ -119,9 +127,11 @@ def test_a_rank_that_raises_is_named_with_its_traceback(ranks):
     assert ranks(summed, 3) == [3.0] * 3
 
 
-def test_the_first_of_several_failures_is_the_one_told(ranks):
+def test_the_first_of_several_failures_is_the_one_told(ranks, monkeypatch):
+    monkeypatch.setattr(pool, "GRACE_S", 30.0)
+
     def body():
-        time.sleep(0.1 * (dist.get_rank() != 2))
+        time.sleep(0.5 * (dist.get_rank() != 2))
         raise ValueError(f"from {dist.get_rank()}")
 
     with pytest.raises(RankRaised, match="rank 2 of 4 raised ValueError: from 2") as failure:
@@ -138,21 +148,23 @@ def test_a_rank_that_hangs_is_named_with_its_place(ranks):
 
     before = ranks(os.getpid, 3)
     with pytest.raises(RankHung, match=r"rank 2 of 3 is still running, at tests/test_pool.py:\d+ in body") as failure:
-        ranks(body, 3, timeout_s=1)
-    assert "the time-out of 1 s is over" in str(failure.value)
+        ranks(body, 3, timeout_s=2)
+    assert "the time-out of 2 s is over" in str(failure.value)
     assert "stack of rank 0" in str(failure.value)
     assert not any(psutil.pid_exists(pid) for pid in before)
     assert ranks(summed, 3) == [3.0] * 3
 
 
 def test_a_stopped_rank_is_named_though_it_gives_no_stack(ranks):
+    ranks(summed, 2)
+
     def body():
         if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
         dist.barrier()
 
     with pytest.raises(RankHung, match="rank 1 of 2 is still running and gives no stack") as failure:
-        ranks(body, 2, timeout_s=1)
+        ranks(body, 2, timeout_s=2)
     assert "rank 1" in str(failure.value)
     assert ranks(summed, 2) == [2.0] * 2
 
@@ -185,12 +197,18 @@ def test_a_set_whose_rank_died_between_calls_is_told_and_replaced(ranks):
     assert ranks(summed, 2) == [2.0] * 2
 
 
-def test_a_lost_zygote_is_replaced(ranks):
-    ranks(summed, 2)
-    ranks._zygote.kill()
-    ranks._zygote.wait()
-    ranks.kill(2)
-    assert ranks(summed, 2) == [2.0] * 2
+def test_a_lost_zygote_is_replaced_and_a_closed_pool_starts_again():
+    own = Pool(bare=True)
+    try:
+        assert own(summed, 2) == [2.0] * 2
+        own._zygote.kill()
+        own._zygote.wait()
+        own.kill(2)
+        assert own(summed, 2) == [2.0] * 2
+        own.close()
+        assert own(summed, 1) == [1.0]
+    finally:
+        own.close()
 
 
 def test_warnings_are_errors_in_ranks_as_they_are_here(ranks):
@@ -229,7 +247,7 @@ def test_nothing_outlives_a_session_that_is_killed(tmp_path):
             import os, sys
             sys.path.insert(0, {str(TESTS)!r})
             from pool import Pool
-            pool = Pool()
+            pool = Pool(bare=True)
             print(*pool(os.getpid, 2), flush=True)
             sys.stdin.read()
             """
@@ -241,7 +259,7 @@ def test_nothing_outlives_a_session_that_is_killed(tmp_path):
         environment = os.environ | {"TMPDIR": str(tmp_path)}
         session = subprocess.Popen([sys.executable, program], stdin=subprocess.PIPE, stdout=out, env=environment)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not output.read_text().endswith("\n") and time.monotonic() < deadline:
             time.sleep(0.05)
         pids = [int(pid) for pid in output.read_text().split()]
@@ -251,15 +269,5 @@ def test_nothing_outlives_a_session_that_is_killed(tmp_path):
         session.wait()
         session.stdin.close()
     gone = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
-    _, alive = psutil.wait_procs(gone, timeout=10)
+    _, alive = psutil.wait_procs(gone, timeout=60)
     assert not alive
-
-
-def test_a_pool_that_was_closed_starts_again():
-    pool = Pool()
-    try:
-        assert pool(summed, 1) == [1.0]
-        pool.close()
-        assert pool(summed, 1) == [1.0]
-    finally:
-        pool.close()

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import datetime as dt
 import faulthandler
+import fcntl
 import functools
 import gc
 import importlib
@@ -26,6 +27,7 @@ import warnings
 
 HEADER = struct.Struct("!Q")
 STACK_SIGNAL = signal.SIGUSR1  # a rank answers it by writing its Python stacks to its stack file
+BARE = ("cloudpickle", "numpy", "torch", "torch.distributed")
 PRELOADED = (
     "cloudpickle",
     "numpy",
@@ -38,7 +40,11 @@ PRELOADED = (
     "torch.distributed.tensor.parallel",
     "_pytest.assertion.rewrite",  # asserts in the test modules refer to it
 )
-NOT_PRELOADED = {"__main__", "cli", "watch", "launch"}  # rooms that no rank function needs at once
+PRELOADED_IF_THERE = tuple(
+    f"transformers.models.{name}.modeling_{name}" for name in ("bert", "gpt2", "llama", "mixtral", "t5")
+)  # each rank would take a second and a half
+NOT_PRELOADED = {"__main__", "cli", "watch"}  # rooms that no rank function needs at once
+ABOVE_ALL = 512  # descriptors that came are put out of the way here before each gets the number it is to have
 
 
 def send(connection: socket.socket, payload: bytes) -> None:
@@ -78,8 +84,13 @@ def die_with_parent(parent: int) -> None:
 
 def preload(package: str) -> None:
     """Import what ranks will need, so that no rank imports it again. A module that fails is left to the tests."""
-    for name in PRELOADED:
+    for name in PRELOADED if package else BARE:
         importlib.import_module(name)
+    if not package:
+        return
+    for name in PRELOADED_IF_THERE:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     with contextlib.suppress(Exception):
         root = importlib.import_module(package)
         for found in pkgutil.walk_packages(root.__path__, f"{package}.", onerror=lambda _: None):
@@ -101,17 +112,21 @@ def main() -> None:
         install_import_hook(packages, checker)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a module warns of on import is for the tests that import it to say
-        preload("sheaf")
+        preload("" if settings["bare"] else "sheaf")
     gc.collect()
     gc.freeze()  # the ranks share these pages as long as nobody writes to them
     while True:
-        message, descriptors, _, _ = socket.recv_fds(control, 1 << 16, 64)
+        message, descriptors, _, _ = socket.recv_fds(control, 1 << 18, 128)
         if not message:
             os._exit(0)
         request = json.loads(message)
         match request["do"]:
             case "fork":
                 answer = [_fork(control, rank, descriptors, request) for rank in range(len(descriptors))]
+                for descriptor in descriptors:
+                    os.close(descriptor)
+            case "nursery":
+                answer = _nursery(control, descriptors, request)
                 for descriptor in descriptors:
                     os.close(descriptor)
             case "kill":
@@ -143,12 +158,42 @@ def _fork(control: socket.socket, rank: int, descriptors: list[int], request: di
         os._exit(70)
 
 
+def _nursery(control: socket.socket, descriptors: list[int], request: dict) -> int:
+    """Fork what `sheaf.launch` starts as a program: nothing is left to import there."""
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        _children[pid] = None
+        return pid
+    try:
+        from sheaf.launch import nursery
+
+        os.setsid()
+        control.close()
+        out_of_the_way = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, ABOVE_ALL) for descriptor in descriptors]
+        for descriptor in descriptors:
+            os.close(descriptor)
+        for descriptor, number in zip(out_of_the_way, request["numbers"], strict=True):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        os.chdir(request["directory"])
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        sys.argv[:] = ["nursery", str(request["control"]), str(parent)]
+        nursery.main()
+    except BaseException:  # nothing may climb back into the zygote's loop
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(70)
+
+
 _children: dict[int, int | None] = {}  # how each ended, None while it runs
 
 
 def _ended(pid: int, *, kill: bool) -> int | None:
     """How a rank ended: its exit code, or minus the signal; None while it runs, or where it is no child of ours."""
-    deadline = time.monotonic() + (10 if kill else 2)
+    deadline = time.monotonic() + 10
     running = pid in _children and _children[pid] is None
     if kill and running:
         os.kill(pid, signal.SIGKILL)

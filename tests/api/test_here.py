@@ -7,6 +7,7 @@ import pytest
 import small
 
 from sheaf.api.here import combined, paced
+from sheaf.api.rehearsals import alone
 from sheaf.graph.facts import BlockTime
 from sheaf.plans import Plan
 
@@ -52,14 +53,19 @@ def test_workers_that_differ_by_noise_are_equal():
 def asked(plans):
     import torch
 
-    from sheaf.api.here import question_here
+    from sheaf.api.here import measured_again, question_here
     from sheaf.graph import trace
 
     torch.set_num_threads(1)
     task = small.SMALL["mlp"]()
-    question = question_here(
+    before = question_here(
         task, trace(task, task.microbatch), plans=[Plan.parse(text) for text in plans], budget_seconds=0.3
     )
+    question = measured_again(before, task, budget_seconds=0.1)
+    (first,), (second,) = before.profiles.values(), question.profiles.values()
+    assert first.overheads == second.overheads
+    assert first.blocks != second.blocks
+    assert first.overheads.keys() == {"dp=2", "dp=2,zero=3", "pp=2", "dp=2,local=2"}
     return {text: question.price(Plan.parse(text)).seconds for text in plans}, question.cluster
 
 
@@ -73,6 +79,20 @@ def test_two_workers_price_plans_alike_from_what_they_measured_and_rehearsed(ran
     assert {timing.workers for timing in cluster.intra.timings} == {2}
     assert all(seconds["compute"] > 0 for seconds in first.values())
     assert first["dp=2"]["dispatch"] == 0
+
+
+def test_one_worker_rehearses_recomputation_and_knows_it_as_that_of_two():
+    from sheaf.api.here import question_here
+    from sheaf.graph import trace
+
+    task = small.SMALL["gpt"]()
+    plans = [Plan.parse("serial"), Plan.parse("recompute=full")]
+    question = question_here(task, trace(task, task.microbatch), plans=plans, budget_seconds=0.1)
+    (profile,) = question.profiles.values()
+    again = profile.overheads["dp=2,recompute=full"]
+    told = question.price(plans[1]).seconds
+    assert told["dispatch"] == pytest.approx(max(0.0, again) * -(-task.batch // task.microbatch))
+    assert alone([Plan(), Plan(dp=2)]) == []
 
 
 def some_work_alone():

@@ -46,6 +46,7 @@ def steps(plan: str) -> list[float]:
     return [step().loss for _ in range(2)]
 
 
+@pytest.mark.timeout(600)  # it starts workers twice, and the machine may be busy
 def test_the_planner_finds_a_plan_for_it_and_it_trains_where_one_worker_cannot():
     cluster = made.cluster(workers=1, hosts=4, memory_bytes=WORKER_BYTES)
     ranking = sheaf.plan(large(), cluster=cluster)
@@ -53,8 +54,8 @@ def test_the_planner_finds_a_plan_for_it_and_it_trains_where_one_worker_cannot()
     assert "MiB" in refused["serial"]
     assert any(entry.plan.tp > 1 or entry.plan.pp > 1 for entry in ranking.ranked)
     with pytest.raises(WorkerFailed, match="allocate"):
-        launch.run(steps, 1, "serial", timeout_s=60)
+        launch.run(steps, 1, "serial", timeout_s=200)
     chosen = next(entry.plan for entry in ranking.ranked if entry.plan.tp > 1 or entry.plan.pp > 1)
-    found = launch.run(steps, chosen.workers, str(chosen), timeout_s=120)
+    found = launch.run(steps, chosen.workers, str(chosen), timeout_s=200)
     assert all(losses == pytest.approx(found[0]) for losses in found)
     assert found[0][0] == pytest.approx(8.7, abs=0.2)

@@ -1,16 +1,21 @@
-"""One plan's predicted step, from what its own number of workers measured."""
+"""One plan's predicted step, and its stages, from what its own number of workers measured."""
 
+import time
 from dataclasses import replace
 
+import made
 import pytest
 import small
 import torch
 from torch import nn
 
 from sheaf.api import plan as module
+from sheaf.api import profiles
 from sheaf.api.choice import _heard, _told, checked, choose, foretold, promised
+from sheaf.api.train import train
 from sheaf.cluster import read
 from sheaf.errors import PlanError
+from sheaf.graph import BlockTime
 from sheaf.plans import Plan
 from sheaf.task import Task
 
@@ -120,3 +125,119 @@ def test_split_sequences_are_priced(monkeypatch, plan):
     assert reason == ""
     assert price.seconds["tensor"] > 0
     assert price.seconds["all_reduce"] > 0
+
+
+def six_layers():
+    """Alike by operations."""
+    return nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)), nn.Linear(4, 1))
+
+
+def slow(*names):
+    """What measuring gives where these blocks take a second, and others a millisecond."""
+
+    def measured_profiles(given, facts, workers, *, source):
+        found = made.profile(facts[0], concurrency=workers)
+        seconds = {block.name: 1.0 if block.name in names else 1e-3 for block in facts[0].blocks}
+        return [replace(found, blocks={name: BlockTime(one / 3, one) for name, one in seconds.items()})]
+
+    return measured_profiles
+
+
+@pytest.fixture
+def _no_machine(monkeypatch):
+    monkeypatch.setattr(module, "measure", lambda workers, *, quick: read("cpu-1gbit:4"))
+    monkeypatch.setattr(module, "kept_rehearsals", lambda *_, **__: None)
+
+
+@pytest.mark.usefixtures("_no_machine")
+@pytest.mark.parametrize(
+    ("plan", "stages", "said"),
+    [
+        ("pp=2", "1:5", "stages=1:5, balanced by measured times: the slowest takes 1.34 s a microbatch, where 3:3"),
+        ("dp=2,pp=2", "1:5", "stages=1:5"),
+        ("tp=2,pp=2", "1:5", "stages=1:5"),
+        ("pp=2:interleaved,virtual=2", "1:1:2:2", "stages=1:1:2:2"),
+        ("pp=2,stages=4:2", "4:2", None),
+    ],
+)
+def test_stages_that_nobody_named_are_cut_by_what_blocks_took(monkeypatch, plan, stages, said):
+    monkeypatch.setattr(module, "measured_profiles", slow("0", "1"))
+    given = task(model=six_layers, microbatch=2)
+    found = checked(given, Plan.parse(plan))
+    lines = []
+    price, reason = promised(given, found, world=None, source=None, note=lines.append)
+    assert reason == ""
+    assert price.plan == replace(found.plan, stages=stages)
+    assert ":".join(str(count) for count in price.stages) == stages
+    told = [line for line in lines if line.startswith("stages=")]
+    assert (told == []) if said is None else told[0].startswith(said)
+
+
+@pytest.mark.usefixtures("_no_machine")
+def test_stages_that_are_as_good_stay(monkeypatch):
+    monkeypatch.setattr(module, "measured_profiles", slow("0"))
+    given = task(model=six_layers, microbatch=2)
+    found, lines = checked(given, Plan.parse("pp=2")), []
+    price, _ = promised(given, found, world=None, source=None, note=lines.append)
+    assert price.plan == found.plan, "the first block alone takes nearly all there is in either"
+    assert any("as good by measured times" in line for line in lines)
+
+
+class Keeping(nn.Linear):
+    """Keeps what it computed, or adds what another kept."""
+
+    def __init__(self, of=()):
+        super().__init__(4, 4)
+        self.kept, self.of = [], list(of)
+
+    def forward(self, inputs):
+        output = super().forward(inputs)
+        self.kept[:] = [output.tanh()]
+        return output + self.of[0][0] if self.of else output
+
+
+def leaking():
+    """The third layer uses what the second keeps to itself."""
+    second = Keeping()
+    return nn.Sequential(nn.Linear(4, 4), second, Keeping([second.kept]), *list(six_layers())[3:])
+
+
+@pytest.mark.usefixtures("_no_machine")
+def test_stages_that_the_model_cannot_be_cut_into_are_not_taken(monkeypatch):
+    monkeypatch.setattr(module, "measured_profiles", slow("0", "1", "2", "3"))
+    given = task(model=leaking, microbatch=2)
+    found, lines = checked(given, Plan.parse("pp=2")), []
+    price, _ = promised(given, found, world=None, source=None, note=lines.append)
+    assert price.plan == found.plan
+    assert any("measured times ask for 2:4, but" in line for line in lines)
+
+
+@pytest.mark.usefixtures("_no_machine")
+def test_blocks_that_wait_are_measured_too(monkeypatch, tmp_path):
+    class Slow(nn.Linear):
+        def forward(self, inputs):
+            time.sleep(0.05)
+            return super().forward(inputs)
+
+    monkeypatch.setenv("SHEAF_CACHE", str(tmp_path))
+    monkeypatch.setattr(profiles, "BUDGET_SECONDS", 0.01)
+    monkeypatch.setattr(profiles, "LEAST_SECONDS", 0.01)
+    monkeypatch.setattr(profiles.launch, "run", lambda work, workers, *given, **_: [work(*given)])  # in this process
+    given = task(model=lambda: nn.Sequential(Slow(4, 4), Slow(4, 4), *list(six_layers())[2:]), microbatch=2)
+    price, _ = promised(given, checked(given, Plan.parse("pp=2")), world=None, source=None, note=lambda line: None)
+    assert price.plan.stages == "1:5"
+
+
+def test_a_resumed_run_keeps_the_stages_that_were_measured(ranks, tmp_path):
+    def trained(out):
+        given, runs = task(model=six_layers, microbatch=2), []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "measure", lambda workers, *, quick: read("cpu-1gbit:4"))
+            patch.setattr(module, "kept_rehearsals", lambda *_, **__: None)
+            for steps, names in ((1, ("0", "1")), (2, ("4", "5"))):
+                patch.setattr(module, "measured_profiles", slow(*names))
+                runs.append(train(given, "pp=2", steps=steps, out=out, quiet=True, resume=steps > 1))
+        return [(str(run.plan), len(run.losses), run.predicted_seconds_per_step > 0) for run in runs]
+
+    told = ranks(trained, 2, str(tmp_path / "run"))
+    assert told == [[("pp=2,stages=1:5", steps, True) for steps in (1, 2)]] * 2

@@ -84,6 +84,11 @@ def _no_worker_starts(monkeypatch):
     [
         ("x = 3", EVERY, ["mine.py has no 'task'", "write mine.py:NAME"]),
         (GOOD, [("train", "--plan", "dp=3", "--workers", "2")], ["dp=3 needs 3 workers, there are 2", "lower dp"]),
+        (
+            GOOD,
+            [("train", "--plan", "dp=2,server=2:apart", "--workers", "3")],
+            ["needs 4 workers (2 that compute, 2 that only serve), there are 3"],
+        ),
         (GOOD, [("train", "--plan", "dp=4"), ("verify", "--plan", "dp=4")], ["3 microbatches of 2", "dp=3"]),
         (
             GOOD,

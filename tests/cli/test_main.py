@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -202,8 +203,39 @@ def test_verify_answers_and_its_exit_code_is_the_verdict(capsys):
     assert {"max_loss_error", "max_gradient_error", "max_weight_error", "noise", "first_departure"} <= set(values)
 
 
+def answered(arguments, stdout):
+    """Exit code and standard output of the command on this worker, with the variables that torchrun sets."""
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    sys.stdout.flush()
+    kept, file = os.dup(1), os.open(stdout, os.O_CREAT | os.O_WRONLY)
+    os.dup2(file, 1)
+    try:
+        code = run(*arguments)
+        sys.stdout.flush()
+    finally:
+        del os.environ["MASTER_ADDR"]
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(file)
+    return code, Path(stdout).read_text()
+
+
+def test_of_workers_that_are_there_already_only_the_first_answers(ranks, tmp_path):
+    pytest.importorskip("sklearn")
+    arguments = ["train", EXAMPLE, "--plan", "dp=2", "--steps", "2", "--out", str(tmp_path / "run")]
+    arguments += ["--no-predict", "--json"]
+
+    def mine():
+        return answered(arguments, f"{tmp_path}/{os.environ['RANK']}")
+
+    (code, out), other = ranks(mine, 2)
+    assert other == (0, "")
+    assert code == 0
+    assert len(json.loads(out)["losses"]) == 2
+
+
+@pytest.mark.nightly
 @pytest.mark.whole
-@pytest.mark.timeout(300)
 def test_under_torchrun_only_worker_0_answers(tmp_path):
     pytest.importorskip("sklearn")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -55,7 +55,9 @@ def sound(cluster):
     return dataclasses.replace(cluster, hosts=hosts)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(description=clusters)
 def test_a_written_cluster_reads_back_equal(tmp_path, description):
     cluster = sound(built(description))

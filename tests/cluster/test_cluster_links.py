@@ -114,3 +114,10 @@ def test_published_figures_of_the_a100_are_met():
     assert collective_seconds(link, "all_reduce", 8, 2**30) == pytest.approx(8.193e-3)
     assert model_seconds(link, "all_reduce", 8, 2**30) == pytest.approx(8.193e-3, rel=0.03)
     assert collective_seconds(link, "all_reduce", 8, 2**33) == pytest.approx(8 * 8.193e-3, rel=0.02)
+
+
+def test_a_group_has_only_the_direct_links_among_its_own():
+    direct = Link(name="four, each to each", latency_seconds=0.0, bytes_per_second=3e9, direct=4)
+    assert [direct.among(workers) for workers in (1, 2, 3, 4, 8)] == [3e9, 1e9, 2e9, 3e9, 3e9]
+    assert collective_seconds(direct, "all_reduce", 2, 1e9) == pytest.approx(1.0)
+    assert PLAIN.among(2) == PLAIN.bytes_per_second

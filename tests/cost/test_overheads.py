@@ -105,3 +105,33 @@ def test_every_executor_is_rehearsed_on_two_workers_and_replicas_are_counted_onc
     assert added["dp=2"] == pytest.approx(EXTRA_SECONDS)
     assert added["dp=2,shares=stolen"] == pytest.approx(0.0, abs=1e-9)
     assert [str(plan) for plan in in_steps(Plan.parse("dp=2,shares=stolen"))] == ["dp=2"]
+
+
+@pytest.mark.parametrize(("text", "stages"), [("pp=2", 2), ("dp=2,shares=stolen", 1), ("dp=2,recompute=full", 1)])
+def test_what_goes_on_while_messages_travel_adds_the_processor_time_that_it_takes(text, stages):
+    plain = sum(time.forward_seconds + time.backward_seconds for time in scaled(PROFILE, SMALL).blocks.values())
+    replicas = MICROBATCHES * plain
+    known = 0.0
+    if "recompute" in text:
+        known = small(scaled(PROFILE, SMALL)).price(Plan(recompute="full")).seconds["recompute"]
+    if "pp" in text:
+        stepped = PROFILE.optimizer_seconds_per_byte * FACTS.trainable_bytes
+        known = MICROBATCHES * scaled(PROFILE, SMALL).fetch_seconds - stepped
+    found = replace(
+        rehearsed("dp=2", text, extra=7.0),  # waiting, of which nothing follows
+        processor_seconds={"dp=2": replicas, text: replicas + known + EXTRA_SECONDS},
+    )
+    added = overheads(question(), found, 2)
+    assert added[text] == pytest.approx(EXTRA_SECONDS / MICROBATCHES / stages)
+    halves = {one: seconds / 2 for one, seconds in found.processor_seconds.items()}
+    shared = overheads(question(), replace(found, processor_seconds=halves), 2)
+    assert shared[text] == pytest.approx(added[text]), "threads that run half of the time take twice as long"
+
+
+def test_a_slower_worker_takes_longer_for_what_its_processor_does_but_not_for_waiting():
+    from sheaf.cost.overheads import microbatch_seconds
+
+    profile = replace(PROFILE, overheads={"pp=2": 0.5, "tp=2": 0.25})
+    plan = Plan.parse("tp=2,pp=2")
+    assert microbatch_seconds(profile, plan, stages=True, speed=0.5) == 1.0
+    assert microbatch_seconds(profile, plan, stages=False, speed=0.5) == 0.25

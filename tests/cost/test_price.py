@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sheaf.cost import BYTES_TERMS, SECONDS_TERMS, microbatch_sizes, price
-from sheaf.cost.communication import buckets, exposed, fabric, units
+from sheaf.cost.communication import COUNTER_SECONDS, buckets, exposed, fabric, units
 from sheaf.cost.placement import contention, seats
 from sheaf.errors import PlanError
 from sheaf.graph.facts import BlockTime
+from sheaf.parallel.shares import Stolen
 from sheaf.plans import Plan
 
 PLANS = (
@@ -98,6 +99,49 @@ def test_the_slowest_worker_sets_the_pace_and_the_first_one_waits():
     stolen = priced("dp=2,shares=stolen", facts, cluster, made.profile(facts), sizes=(4,) * 8)
     assert fair.step_seconds < found.step_seconds
     assert stolen.step_seconds == pytest.approx(fair.step_seconds, rel=0.01), "stealing finds the fair shares by itself"
+
+
+@pytest.mark.parametrize(("speeds", "count"), [((1.0, 0.45), 4), ((1.0, 0.45), 9), ((1.0, 0.3, 0.7), 13)])
+def test_stolen_microbatches_go_to_whom_the_dealer_gives_them(speeds, count):
+    facts = made.facts()
+    cluster = made.cluster(1, speeds=speeds)
+    found = priced(f"dp={len(speeds)},shares=stolen", facts, cluster, made.profile(facts), sizes=(4,) * count)
+    profile = made.profile(facts)
+    forward = sum(time.forward_seconds for time in profile.blocks.values()) + profile.fetch_seconds
+    backward = sum(time.backward_seconds for time in profile.blocks.values())
+
+    class Counted:
+        def __init__(self):
+            self.number = 0
+
+        def add(self, _key, amount):
+            self.number += amount
+            return self.number
+
+    counter, clock, waiting = Counted(), [0.0] * len(speeds), []
+
+    def working(rank):
+        for _, last in Stolen(counter, "test").deal(0, range(count)):
+            clock[rank] += forward / speeds[rank]
+            yield
+            last()
+            clock[rank] += (backward + COUNTER_SECONDS * speeds[rank]) / speeds[rank]
+
+    for rank in range(len(speeds)):
+        worker = working(rank)
+        next(worker, None)
+        waiting.append((clock[rank], rank, worker))
+    while waiting:  # whoever is first asks first
+        waiting.sort(key=lambda one: one[:2])
+        _, rank, worker = waiting.pop(0)
+        try:
+            next(worker)
+            waiting.append((clock[rank], rank, worker))
+        except StopIteration:
+            pass
+    bookkeeping = profile.host_seconds / min(speeds)
+    own = found.seconds["compute"] + found.seconds["wait"] + found.seconds["host"] - bookkeeping
+    assert max(clock) == pytest.approx(own)
 
 
 def test_rounds_of_zero_2_wait_for_the_longest_share():

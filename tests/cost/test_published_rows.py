@@ -104,6 +104,29 @@ def test_any_number_of_experts_is_priced_at_once(experts):
     assert sum(seconds(job(workload(many), book()), book().expected()).values()) > 0
 
 
+def test_no_more_experts_are_chosen_or_spread_than_there_are():
+    few = {"model__family": "moe", "model__experts": 8, "model__moe_ffn": 64}
+    for more in ({"model__experts_topk": 9}, {"model__experts_topk": 1, "parallel__ep": 16}):
+        assert refused(row(**few, **more))[0].startswith("model.experts: 8; ")
+
+
+def test_a_split_that_is_not_known_is_said_to_be_left_out():
+    assert workload(row()).assumed == ()
+    said = workload(row(parallel__ulysses=4, parallel__pp=4, parallel__dp=1, parallel__schedule="zero-bubble")).assumed
+    assert any("parallel.ulysses left out" in each for each in said)
+    assert any("'zero-bubble' is not known" in each for each in said)
+
+
+def test_hosts_of_four_have_their_own_links():
+    four = row(hardware__gpu="V100-SXM2-32GB", hardware__gpus_per_node=4)
+    eight = row(hardware__gpu="V100-SXM2-32GB", hardware__gpus_per_node=8)
+    pair = {name: machine(workload(each)) for name, each in (("four", four), ("eight", eight))}
+    seconds_of = {
+        name: found.ring_seconds(found.group(2), 1e8, intra=1.0, inter=1.0, rounds=2.0) for name, found in pair.items()
+    }
+    assert seconds_of["eight"] / seconds_of["four"] == pytest.approx(2.0, rel=0.05)  # one link of a mesh, and two
+
+
 def test_recipes_say_what_tables_leave_out():
     experts = {"model__family": "moe", "model__experts": 128, "model__experts_topk": 8, "model__moe_ffn": 768}
     common = {**experts, "software": "NeMo 26.02", "precision": "MXFP8", "model__name": "Qwen3_235B_a22B"}

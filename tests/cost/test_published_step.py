@@ -135,3 +135,21 @@ def test_zero_and_recomputation_take_memory_away():
 
 def test_generations_of_devices():
     assert [kind_of(name) for name in ("B200", "GB300", "GH200-96GB")] == ["Blackwell", "Grace Blackwell", "GH200"]
+
+
+def test_fp32_convolutions_of_3_x_3_take_fewer_multiplications():
+    images = {"model": {"family": "cnn", "name": "VGG16"}, "batch": {"global": 64, "micro": 16}, "precision": "fp32"}
+    plain = {**images, "model": {"family": "cnn", "name": "EfficientNet-B0"}}
+    shares = [
+        priced(row(**each))["matmul"] * 16e12 / (3 * flops * 16) for each, flops in ((images, 31e9), (plain, 0.78e9))
+    ]
+    assert shares[0] < 0.6 * shares[1]
+
+
+def test_stages_of_split_layers_send_shards_and_gather_them():
+    split = {"parallel__tp": 8, "parallel__pp": 4, "parallel__dp": 1, "hardware__num_gpus": 32}
+    made = job(workload(row(**split)), book())
+    whole = dataclasses.replace(made, stack=dataclasses.replace(made.stack, scatter=False))
+    constants = made.book.constants(made.stack, made.kind)
+    assert made.stack.scatter
+    assert 0.05 < seconds(made, constants, {})["transfer"] / seconds(whole, constants, {})["transfer"] < 0.7

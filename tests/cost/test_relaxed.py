@@ -6,6 +6,7 @@ import made
 import pytest
 
 from sheaf.cost import price
+from sheaf.cost.communication import meetings
 from sheaf.plans import Plan
 from sheaf.plans.compression import Compression
 from sheaf.plans.local import Local
@@ -23,6 +24,21 @@ def test_local_steps_send_a_share_of_what_gradients_would():
     bytes_met = 2 * 3 / 4 * made.facts(8).trainable_bytes
     assert seldom.traffic_bytes == pytest.approx(bytes_met / 8)
     assert seldom.step_seconds < each.step_seconds
+
+
+def test_small_messages_cost_what_gloo_and_the_network_say_about_them():
+    plan, facts = Plan.parse("dp=4,compress=powersgd:2"), made.facts(8)
+    quiet, told = (
+        price(plan, facts, replace(made.cluster(4), backend=backend), None, microbatches=SIZES)
+        for backend in ("nccl", "gloo")
+    )
+    sums = sum(map(len, meetings(facts, plan, 4))) + 2  # losses and parameters used are summed too
+    small = 2 * 3 / 4 * (8 * (2 * len(SIZES) + 5) + 4 * (len(facts.parameters) + 4))
+    assert (quiet.messages, told.messages) == (0, sums * 12)
+    assert told.traffic_bytes == pytest.approx(quiet.traffic_bytes + small + sums * 12 * 144)
+    # as 44 packets were counted for 12 messages between network namespaces
+    headers = 66 * (44 / 12 * told.messages + told.traffic_bytes / 2**16)
+    assert told.wire_bytes == pytest.approx(told.traffic_bytes + headers, rel=0.01)
 
 
 def unequal(text):

@@ -3,6 +3,7 @@
 import pickle
 import signal
 import socket
+from datetime import timedelta
 
 import pytest
 import torch
@@ -82,14 +83,12 @@ def test_nobody_started_this_process(monkeypatch):
 
 
 def test_torchruns_environment_is_joined(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     for name, value in {
         "RANK": 0,
         "WORLD_SIZE": 1,
         "LOCAL_RANK": 0,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": 0,  # any that is free
     }.items():
         monkeypatch.setenv(name, str(value))
     try:
@@ -106,7 +105,8 @@ def test_torchruns_environment_is_joined(monkeypatch):
 
 def test_a_time_out_among_workers_says_who_waited_and_where(ranks):
     def wait():
-        group = dist.new_group(timeout=__import__("datetime").timedelta(seconds=0.5))
+        group = dist.new_group()  # with time enough to meet
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=0.5), group)
         if dist.get_rank() == 1:
             dist.barrier()
             return None

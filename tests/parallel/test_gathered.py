@@ -54,12 +54,12 @@ def stack() -> nn.Module:
 @pytest.mark.parametrize("model", [Embeddings, SkippingLast])
 def test_uneven_rounds_and_skipped_blocks_do_not_hang(ranks, model, plan):
     task = mlp_float64(model=model)  # 5 microbatches on 2 workers
-    assert_same(ranks(planned, 2, task, plan, 3, timeout_s=20)[0], plain(task, 3), 1e-11)
+    assert_same(ranks(planned, 2, task, plan, 3)[0], plain(task, 3), 1e-11)
 
 
 def test_low_precision_with_uneven_rounds_does_not_hang(ranks):
     task = mlp_float64(model=stack, precision="bf16")
-    assert_same(ranks(planned, 2, task, ZERO3, 2, timeout_s=20)[0], plain(task, 2), 5e-2)
+    assert_same(ranks(planned, 2, task, ZERO3, 2)[0], plain(task, 2), 5e-2)
 
 
 class OnContext(torch.autograd.Function):
@@ -133,7 +133,7 @@ def test_backward_finds_a_block_gathered_whatever_it_kept(ranks, block):
         return nn.Sequential(nn.Linear(12, 40), *blocks, nn.Linear(40, 5))
 
     task = mlp_float64(model=model)
-    assert_same(ranks(planned, 2, task, ZERO3, 2, timeout_s=20)[0], plain(task, 2), 1e-11)
+    assert_same(ranks(planned, 2, task, ZERO3, 2)[0], plain(task, 2), 1e-11)
 
 
 class Reaching(nn.Module):
@@ -168,7 +168,7 @@ def raised(task, plan: str, steps: int) -> str:
 def test_a_freed_parameter_read_on_later_data_is_refused(ranks):
     task = mlp_float64(model=Reaching)
     task = replace(task, batch=12, data=task.data[:36])  # two microbatches on each worker
-    found = ranks(raised, 2, task, ZERO3, 2, timeout_s=20)
+    found = ranks(raised, 2, task, ZERO3, 2)
     assert all("PlanError: a parameter of layers.3 is used while layers.3 is not running" in text for text in found)
 
 
@@ -188,7 +188,7 @@ def test_a_saved_activation_changed_in_place_is_noticed(ranks):
     def model() -> nn.Module:
         return nn.Sequential(nn.Linear(12, 30), ChangedInPlace(), ChangedInPlace(), nn.Linear(30, 5))
 
-    found = ranks(raised, 2, mlp_float64(model=model), ZERO3, 1, timeout_s=20)
+    found = ranks(raised, 2, mlp_float64(model=model), ZERO3, 1)
     assert all("modified by an inplace operation" in text for text in found), found
 
 

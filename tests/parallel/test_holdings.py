@@ -46,7 +46,7 @@ class Twice(nn.Module):
     "plan", ["dp=2,bucket_bytes=1024", "dp=2,zero=1,bucket_bytes=1024", "dp=2,zero=2,bucket_bytes=1024"]
 )
 def test_a_gradient_that_comes_after_its_bucket_went_is_refused_by_name(ranks, plan):
-    for text in ranks(raised, 2, mlp_float64(model=Twice), plan, timeout_s=20):
+    for text in ranks(raised, 2, mlp_float64(model=Twice), plan):
         assert "PlanError: parameter middle." in text
         assert "use_reentrant=False" in text
 
@@ -78,7 +78,7 @@ class Sparse(nn.Module):
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_sparse_gradient_is_refused_by_name(ranks, plan):
-    for text in ranks(raised, 2, mlp_float64(model=Sparse), plan, timeout_s=20):
+    for text in ranks(raised, 2, mlp_float64(model=Sparse), plan):
         assert "PlanError: parameter table got a sparse gradient" in text
         assert "sparse=False" in text
 

@@ -74,7 +74,6 @@ def test_a_time_out_names_who_waited_for_what_and_who_is_missing(ranks):
     """gloo's own message names no rank, no operation and no tensor."""
 
     def waiting() -> str:
-        import time
         from datetime import timedelta
 
         import torch.distributed as dist
@@ -82,17 +81,18 @@ def test_a_time_out_names_who_waited_for_what_and_who_is_missing(ranks):
         from sheaf.errors import WorkerFailed
         from sheaf.parallel.world import World
 
-        world = World(torch.device("cpu"))
+        world, store = World(torch.device("cpu")), dist.distributed_c10d._get_default_store()
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
         found = "nobody missing"
         if world.rank == 1:
-            time.sleep(2.5)
+            store.wait(["the other has given up"])
             found = "late"
         else:
             try:
                 world.wait(world.all_reduce(torch.ones(3), "gradients of head.weight"))
             except WorkerFailed as error:
                 found = str(error)
+            store.set("the other has given up", "")
         dist.destroy_process_group()  # its connections are gone; the pool makes another for the next test
         return found
 

@@ -380,7 +380,7 @@ def in_time(other: Routed) -> Routed:
 )
 def test_what_shows_only_while_training_stops_it_with_its_reason(ranks, made, message):
     with pytest.raises(RankRaised, match=message) as raised:
-        ranks(planned, 2, made, "dp=2,*.experts=ep", 5, timeout_s=40)
+        ranks(planned, 2, made, "dp=2,*.experts=ep", 5)
     assert isinstance(raised.value.exception, PlanError)
 
 

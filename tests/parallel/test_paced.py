@@ -1,5 +1,6 @@
 """Workers by their own pace: meetings that some miss, steps by speed, backup workers. Who is late is decided here."""
 
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -13,6 +14,7 @@ from torch import nn
 from sheaf.errors import PlanError, WorkerFailed
 from sheaf.parallel import build
 from sheaf.parallel.board import Board
+from sheaf.parallel.supply import Supply
 from sheaf.plans import Plan
 
 
@@ -117,12 +119,77 @@ def test_a_late_worker_may_be_dropped_and_misses_what_others_have_done(ranks):
     assert last["late"] == 1
     assert last["dropped"] == told[2][0].samples + told[2][1].samples > 0
     assert [report.samples for report in told[2][2:8]] == [0] * 6
-    order = Played(adam_mlp(), (1,)).order
-    dealt = sum(len(microbatch.samples) for step in range(10) for microbatch in order.step(step))
-    computed = sum(report.samples for row in told for report in row)
-    assert computed + last["missed"] == dealt, "each sample was dealt once"
+    assert last["returned"] == told[0][9].meeting["returned"] >= last["missed"] + last["dropped"] > 0
     for worker in range(3):
         assert torch.equal(found[worker][1][9], found[0][1][9])
+
+
+def used(text, meetings, misses, late):
+    """The samples that this worker's part of some meeting brought, with their step; how many wait at the end.
+
+    The last of three workers is late for the meetings ``late``, and begins those of ``misses`` when they are over.
+    """
+    step = build(adam_mlp(), Plan.parse(text))
+    every = step.plan.meets_locally.every
+    brought, carried = [], []
+    alone, meet = step._alone, step._meet
+
+    def noted(number, microbatches):
+        carried.extend((number, sample) for microbatch in microbatches for sample in microbatch.samples)
+        return alone(number, microbatches)
+
+    def come(meeting, *told):
+        if step.rank == 2 and meeting in late:
+            until_closed(step, meeting)
+        closed, norm = meet(meeting, *told)
+        if step.rank in closed.told:
+            brought.extend(carried)
+        if step.rank in closed.told or step.plan.meets_locally.late == "drop":
+            carried.clear()
+        return closed, norm
+
+    step._alone, step._meet = noted, come
+    for meeting in range(meetings):
+        if step.rank == 2 and meeting in misses:
+            until_closed(step, meeting)
+        step._board._quorum = 2 if meeting in (*misses, *late) else 3
+        report = [step() for _ in range(every)][-1]
+    step.close()
+    return brought, report.meeting["waiting"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "meetings", "misses", "late"),
+    [
+        ("dp=3,local=1:backup:quorum=2", 8, (4, 5), (1,)),
+        ("dp=3,local=4:quorum=2", 5, (1,), (3,)),
+        ("dp=3,local=2:diloco:quorum=2:late=drop", 5, (1,), (2,)),
+    ],
+)
+def test_what_a_late_worker_was_dealt_is_used_once_by_whoever_is_there(ranks, plan, meetings, misses, late):
+    found = ranks(used, 3, plan, meetings, misses, late)
+    counted = sorted(one for brought, _ in found for one in brought)
+    assert {waiting for _, waiting in found} == {0}, "three parts came back, one for each worker"
+    order = Played(adam_mlp(), (1,)).order
+    steps = 1 + max(step for step, _ in counted)
+    assert steps < meetings * Plan.parse(plan).meets_locally.every, "what came back took the place of new steps"
+    dealt = [(step, one) for step in range(steps) for microbatch in order.step(step) for one in microbatch.samples]
+    assert counted == sorted(dealt)
+
+
+def test_what_waits_is_kept_in_checkpoints_and_the_larger_parts_go_to_larger_shares():
+    order = Played(adam_mlp(), (1,)).order
+    first, second = Supply(order, (2, 1)), Supply(order, (2, 1))
+    for place in (0, 1):  # the second worker's part comes back, then the first's
+        dealt = first.dealt(1)
+        first.settle(dealt, [part.number for part, taker in dealt if taker != place], present=[place])
+    second.restore(json.loads(json.dumps(first.kept())))
+    assert second.waiting == first.waiting == [1, 2]
+    assert second.waiting_samples == second.returned == sum(second.part(number).samples for number in (1, 2))
+    again = second.dealt(2)
+    assert [(part.number, taker) for part, taker in again] == [(1, 1), (2, 0), (4, 0), (5, 1)]
+    second.settle(again, [], present=[0, 1])
+    assert (second.waiting, second.next_step) == ([], 3)
 
 
 def test_all_stop_at_the_same_step(ranks):

@@ -57,7 +57,7 @@ def test_fewer_blocks_than_stages_are_refused_without_workers():
 
 def test_a_block_that_raises_fails_the_run_and_nobody_hangs(ranks):
     with pytest.raises(RankRaised, match="the block broke"):
-        ranks(planned, 2, odd("failing"), "pp=2", 1, timeout_s=30)
+        ranks(planned, 2, odd("failing"), "pp=2", 1)
 
 
 def test_a_loss_that_is_no_number_raises_on_every_worker(ranks):

@@ -220,7 +220,7 @@ def test_a_pipeline_says_what_it_cannot_follow(ranks, name):
     model, steps, reason = REFUSED[name]
     task = replace(odd("skips"), model=model, name="refused")
     with pytest.raises(RankRaised, match=reason) as raised:
-        ranks(planned, 2, task, "pp=2,stages=3:2", steps, timeout_s=30)
+        ranks(planned, 2, task, "pp=2,stages=3:2", steps)
     assert isinstance(raised.value.exception, PlanError)
 
 
@@ -241,5 +241,5 @@ def test_a_path_that_changes_in_a_later_step_is_refused(ranks):
     task = replace(odd("skips"), model=Growing, name="growing")
     reason = r"comes to torch.Tensor.sin, and for batches of the same shapes it came to torch.Tensor.tanh before"
     with pytest.raises(RankRaised, match=reason) as raised:
-        ranks(grown, 2, timeout_s=30)
+        ranks(grown, 2)
     assert isinstance(raised.value.exception, PlanError)

@@ -20,7 +20,7 @@ TOLERANCE = 1e-9  # of float64: a few layers of norms over two samples make much
 REFUSED = ("runs again after blocks of stage", "stages need a block each")  # what a random pipeline may run into
 
 
-@pytest.mark.timeout(0 if EXAMPLES > 25 else 180)
+@pytest.mark.timeout(0 if EXAMPLES > 25 else 600)
 @settings(
     max_examples=EXAMPLES,
     derandomize=EXAMPLES <= 25,

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sheaf.api.shorter import Shorter
+from sheaf.api.splits import Rehearsals, rehearsed
 from sheaf.graph import trace
 from sheaf.split.rehearsal import rehearse
 from sheaf.split.sequences import sequences
@@ -71,3 +72,12 @@ def test_few_layers_and_unlike_ones_are_rehearsed_whole():
 
     unlike = task(growing)
     assert Shorter.of(unlike, trace(unlike, 2)) is None
+
+
+def test_rehearsals_of_one_model_find_what_each_finds_alone():
+    given = task()
+    facts = trace(given, 2)
+    together = Rehearsals(given, facts)
+    for number, sequence in ((2, 3), (4, 0), (2, 0), (2, 1)):
+        assert together.of(number, sequence) == rehearsed(given, facts, number, sequence)
+    assert trace(given, 2, drawn=together.drawn) == facts

@@ -11,16 +11,17 @@ from sheaf.parallel.server.frame import HEAD_BYTES
 
 
 class Proxy:
-    """Stands before ``address``. Faults follow from the seed: of every fifteen messages to the server about one each is
-    delayed, sent twice, cut in the middle, dropped with its connection, and held until one of another connection that
-    came later has passed it.
+    """Stands before ``address``. Faults are dealt from a pack that the seed shuffles: of every 17 messages to the
+    server one each is delayed, sent twice, cut in the middle, dropped with its connection, and held until one of
+    another connection that came later has passed it.
 
     Whole messages change places between connections only. Within one, TCP itself keeps the order, and both ends build
     on it; what comes twice there comes twice in a row.
     """
 
     def __init__(self, address, seed):
-        self.target, self.random = address, random.Random(seed)
+        self.target, self.shuffling, self.losing = address, random.Random(seed), random.Random(seed)
+        self.pack = []
         self.faults = {"delay": 0, "twice": 0, "cut": 0, "drop": 0, "hold": 0}
         self.passed = 0
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -61,9 +62,7 @@ class Proxy:
                 meta, data = struct.unpack_from("<IQ", head, HEAD_BYTES - 16)
                 message = head + self._exactly(caller, meta + data)
                 with self.lock:
-                    fault = self.random.choice(["delay", "twice", "cut", "drop", "hold", *[""] * 12])
-                if fault:
-                    self.faults[fault] += 1
+                    fault = self._dealt()
                 if fault == "delay":
                     time.sleep(0.03)
                 if fault == "hold":
@@ -84,11 +83,21 @@ class Proxy:
         self._end(caller)
         self._end(server)
 
+    def _dealt(self):
+        """What happens to the next message; "" for nothing. The lock is held."""
+        if not self.pack:
+            self.pack = [*self.faults, *[""] * 12]
+            self.shuffling.shuffle(self.pack)
+        fault = self.pack.pop()
+        if fault:
+            self.faults[fault] += 1
+        return fault
+
     def _back(self, caller, server):
         try:
             while part := server.recv(1 << 16):
                 with self.lock:
-                    lost = self.random.random() < 0.03
+                    lost = self.losing.random() < 0.03
                 if lost:  # the server did it, and the answer never comes
                     self.faults["drop"] += 1
                     break

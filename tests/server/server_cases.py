@@ -122,7 +122,7 @@ def step(client, clock, whole, weight=1.0, **more):
     return client.exchange(clock, metas)
 
 
-def all_at_once(functions, timeout_s=30):
+def all_at_once(functions, timeout_s=100):
     """Run them in threads; raise what the first raised."""
     raised, results = [], [None] * len(functions)
 

@@ -220,9 +220,7 @@ class Processes:
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.all, self.pipes, self.context = {}, {}, context
         start, self.go, self.again = Gate(context), Gate(context), Gate(context)
-        gates = [
-            (clock, gate.theirs) for clock, gate in zip((0, *held), (start, self.go, self.again), strict=False)
-        ]
+        gates = [(clock, gate.theirs) for clock, gate in zip((0, *held), (start, self.go, self.again), strict=False)]
         for number in range(terms.shards):
             for seat in self.seats:
                 fail = fails.get((seat, number), "")

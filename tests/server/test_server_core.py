@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import struct
+import threading
 import time
 import zlib
 
@@ -21,7 +22,8 @@ from sheaf.parallel.server.log import Terms
 from sheaf.parallel.server.places import spread
 from sheaf.plans.layout import Held
 
-QUICK = 5.0
+QUICK = 30.0  # a lease that nobody may wait for
+SHORT_S = 1.0  # one that runs out, yet not because the machine is busy
 
 
 def weighted(worker, clock, terms):
@@ -104,19 +106,16 @@ def test_nothing_older_than_allowed_is_read(staleness):
     with Servers(terms) as servers:
         for client in servers.clients:
             client.join(0)
-        counted = [0, 0, 0]
+        ahead = threading.Event()
 
         def one(worker):
             for clock in range(clocks):
-                time.sleep(0.012 if worker == 0 else 0.001)
-                before = min(counted) if staleness else 0
+                if worker == 0 and staleness != 0 and clock == 1:
+                    assert ahead.wait(60)
                 seen = step(servers.clients[worker], clock, gradient(worker, clock), expected=3.0)
-                counted[worker] = clock + 1
                 gaps.append(seen.staleness)
-                # each clock of each worker is in these values at once or not at all
-                done = -servers.whole(servers.clients[worker].values)["a"]
-                assert before <= clocks
-                assert done.shape == (7,)
+                if worker and clock == 1:  # it has read what the first, which waits, has no part in
+                    ahead.set()
 
         all_at_once([lambda worker=worker: one(worker) for worker in range(3)])
         found = servers.read(clock=clocks)
@@ -124,7 +123,7 @@ def test_nothing_older_than_allowed_is_read(staleness):
     if staleness is not None:
         assert max(gaps) <= staleness
     if staleness != 0:
-        assert max(gaps) >= 1  # somebody did run ahead
+        assert max(gaps) >= 1  # who went on without the first ran ahead
 
 
 def test_a_reader_waits_for_the_slowest_and_no_longer():
@@ -152,7 +151,7 @@ def test_a_reader_waits_for_the_slowest_and_no_longer():
 
 
 def test_a_dead_worker_does_not_freeze_the_clock():
-    terms = Terms(workers=3, shards=2, staleness=1, lease_seconds=0.4)
+    terms = Terms(workers=3, shards=2, staleness=1, lease_seconds=SHORT_S)
     with Servers(terms) as servers:
         for client in servers.clients:
             client.join(0)
@@ -164,12 +163,12 @@ def test_a_dead_worker_does_not_freeze_the_clock():
                 for worker in range(2)
             ]
         )
-        assert time.monotonic() - start < 0.4 + 1.5
+        assert time.monotonic() - start < SHORT_S + 10  # of a busy machine
         assert same(servers.read(clock=5), wanted((w, c) for w in range(2) for c in range(5)))
 
 
 def test_in_lock_step_a_dead_worker_ends_the_run_by_name():
-    terms = Terms(workers=2, shards=2, lease_seconds=0.3)
+    terms = Terms(workers=2, shards=2, lease_seconds=SHORT_S)
     with Servers(terms) as servers:
         for client in servers.clients:
             client.join(0)
@@ -250,25 +249,32 @@ def test_a_push_sent_twice_counts_once():
         assert same(servers.read(), wanted([(0, 0)]))
 
 
+def given_up(servers, worker):
+    """Wait until no shard counts on a worker."""
+    until = time.monotonic() + 60
+    while any(worker in host.shard.clocks.workers for host in servers.hosts):
+        assert time.monotonic() < until, "its lease does not run out"
+        time.sleep(0.01)
+
+
 def test_a_worker_given_up_comes_back_and_its_gradient_counts_once():
-    terms = Terms(workers=2, shards=2, staleness=None, lease_seconds=0.3)
+    terms = Terms(workers=2, shards=2, staleness=None, lease_seconds=SHORT_S)
     with Servers(terms) as servers:
         slow, other = servers.clients
         slow.join(0)
         other.join(0)
         step(slow, 0, gradient(0, 0))
         slow._ended.set()  # no beats: as if it had been stopped
+        given_up(servers, 0)
         for clock in range(3):
             step(other, clock, gradient(1, clock))
-            time.sleep(0.2)
-        assert 0 not in servers.hosts[0].shard.clocks.workers
         step(slow, 1, gradient(0, 1))
         assert slow.rejoined == 1
         assert same(servers.read(), wanted([(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]))
 
 
 def test_a_half_sent_gradient_counts_nowhere_and_a_half_told_one_everywhere():
-    terms = Terms(workers=2, shards=2, staleness=None, lease_seconds=0.3)
+    terms = Terms(workers=2, shards=2, staleness=None, lease_seconds=SHORT_S)
     for told in (0, 1):
         with Servers(terms) as servers:
             dying, other = servers.clients
@@ -283,7 +289,7 @@ def test_a_half_sent_gradient_counts_nowhere_and_a_half_told_one_everywhere():
             if told:
                 dying._links[0].ask(dying._head(Kind.PULL, clock=1), into=dying.values[0].raw)
             dying.close()
-            time.sleep(0.8)
+            given_up(servers, 0)
             step(other, 0, gradient(1, 0))
             assert same(servers.read(worker=1), wanted([(0, 0)] * told + [(1, 0)])), told
 
@@ -319,7 +325,9 @@ def fuzzed():
         yield servers
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     noise=st.binary(max_size=300),
     greeted=st.booleans(),
@@ -330,7 +338,7 @@ def fuzzed():
 def test_no_bytes_bring_the_server_down(fuzzed, noise, greeted, kind, numbers, sizes):
     host = fuzzed.hosts[0]
     version = host.shard.version
-    with socket.create_connection(host.address, timeout=5) as stranger:
+    with socket.create_connection(host.address, timeout=60) as stranger:
         if greeted:  # even one that knows the token
             greet(stranger, Guest(WORKER, 0, 1), KEYS.token, KEYS.digest)
             packed = struct.pack("<4sBBxxiQQQqqIQ", b"SHFS", 1, kind, 0, *numbers, *sizes)
@@ -349,8 +357,8 @@ def test_no_bytes_bring_the_server_down(fuzzed, noise, greeted, kind, numbers, s
 def test_sizes_are_checked_before_bytes_are_taken():
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        sending = Wire(ours, most_data_bytes=10**9, silence_seconds=2)
-        taking = Wire(theirs, most_data_bytes=100, silence_seconds=2)
+        sending = Wire(ours, most_data_bytes=10**9, silence_seconds=60)
+        taking = Wire(theirs, most_data_bytes=100, silence_seconds=60)
         sending.send(Head(Kind.PUSH), {"a": [1]}, memoryview(bytes(100)))
         head = taking.head()
         assert taking.meta(head) == {"a": [1]}
@@ -382,9 +390,8 @@ def test_a_server_that_takes_the_wrong_token_is_no_server_of_ours():
 
 
 def test_a_shard_nobody_answers_for_is_named():
-    listening = socket.create_server(("127.0.0.1", 0))
-    address = listening.getsockname()[:2]
-    listening.close()
-    link = Link(3, [address], Guest(WORKER, 0, 1), KEYS, 64, 0.1)
-    with pytest.raises(WorkerFailed, match=r"shard 3 .* no sign of life"):
-        link.ask(Head(Kind.BEAT, 0, 1))
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # and does not listen: nobody else gets this port meanwhile
+        link = Link(3, [silent.getsockname()[:2]], Guest(WORKER, 0, 1), KEYS, 64, 0.1)
+        with pytest.raises(WorkerFailed, match=r"shard 3 .* no sign of life"):
+            link.ask(Head(Kind.BEAT, 0, 1))

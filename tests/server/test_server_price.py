@@ -4,6 +4,7 @@ import made
 import pytest
 
 from sheaf.cost import SECONDS_TERMS, microbatch_sizes, price
+from sheaf.errors import PlanError
 from sheaf.plans import Plan
 
 
@@ -38,3 +39,37 @@ def test_nobody_waits_for_a_straggler_without_a_bound():
 
 def test_staleness_costs_no_more_than_lock_step():
     assert priced("dp=4,server=2:async").step_seconds <= priced("dp=4,server=2").step_seconds
+
+
+def test_replicas_of_several_workers_push_what_each_holds():
+    facts = made.facts()
+
+    def seconds(text):
+        plan, sizes = Plan.parse(text), microbatch_sizes(32, 4)
+        split = made.split(facts, plan.tp) if plan.tp > 1 else None
+        return price(plan, facts, made.cluster(8), None, microbatches=sizes, split=split)
+
+    for mesh in ("tp=2", "pp=2"):
+        whole, part = seconds("dp=4,server=4"), seconds(f"dp=4,{mesh},server=4")
+        assert 0.4 * whole.seconds["server"] < part.seconds["server"] < 0.7 * whole.seconds["server"], mesh
+        assert part.memory["optimizer_state"] < 0.6 * whole.memory["optimizer_state"], mesh
+        assert part.seconds["optimizer"] == 0, mesh
+        late = seconds(f"dp=4,{mesh},server=4:async")
+        assert 0 < late.seconds["server"] - part.seconds["server"] < 1e-2, "they tell each other what they saw"
+
+
+def test_apart_a_worker_sends_its_gradient_only_and_holds_no_optimizer_state():
+    whole = made.facts().trainable_bytes
+
+    def on_eight(text):
+        return price(Plan.parse(text), made.facts(), made.cluster(8), None, microbatches=microbatch_sizes(30, 4))
+
+    beside, apart, many = on_eight("dp=4,server=4"), on_eight("dp=4,server=4:apart"), on_eight("dp=3,server=5:apart")
+    assert apart.traffic_bytes == many.traffic_bytes == whole < beside.traffic_bytes
+    assert apart.memory["optimizer_state"] == 0 < beside.memory["optimizer_state"]
+    assert beside.seconds["server"] < apart.seconds["server"] < 2 * beside.seconds["server"], "nothing stays at home"
+    one = on_eight("dp=4,server=1:apart")  # which holds it all, and nothing of the rest
+    assert one.memory["optimizer_state"] == sum(one.memory.values()) > whole
+    assert one.seconds["server"] > 2 * apart.seconds["server"]
+    with pytest.raises(PlanError, match="needs 8 workers and made has 4"):
+        priced("dp=4,server=4:apart")

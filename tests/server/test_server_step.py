@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from plain import assert_same, mlp_float64, norm_resnet, plain, planned, ragged_gpt
 from torch import nn
 
@@ -42,8 +43,13 @@ def relaxed(task, plan, steps, stop_after=None):
     step = build(task, Plan.parse(plan))
     reports = []
     while step.index < steps and not (reports and reports[-1].stop):
-        if stop_after is not None and step.rank == 1 and step.index == stop_after:
-            step.request_stop()
+        if stop_after is not None and step.index == (stop_after, stop_after + 20)[step.rank == 0]:
+            asked = dist.distributed_c10d._get_default_store()
+            if step.rank == 1:
+                step.request_stop()
+                asked.set(f"asked for a stop in {plan}", "")
+            else:  # without a bound it could be done before the other has asked
+                asked.wait([f"asked for a stop in {plan}"])
         reports.append(step())
     whole = step.full_state()
     for host in step.hosts:
@@ -196,13 +202,22 @@ def far(task, plan, steps):
     """Steps of a worker that is far slower than the other in the middle of the run: what it reports."""
     import time
 
-    step = build(task, Plan.parse(plan))
-    found = []
-    while step.index < steps:
-        if step.rank == 1 and step.index == 2:
-            time.sleep(0.6)
-        found.append(step())
-    step.close()
+    from sheaf.parallel.server.work import Paces
+
+    bound = Paces.bound_seconds
+    Paces.bound_seconds = lambda self, worker: (
+        bound(self, worker) if worker else 1000.0
+    )  # nobody goes on without the first
+    try:
+        step = build(task, Plan.parse(plan))
+        found = []
+        while step.index < steps:
+            if step.rank == 1 and step.index == 2:
+                time.sleep(0.6)
+            found.append(step())
+        step.close()
+    finally:
+        Paces.bound_seconds = bound
     return found
 
 
@@ -225,7 +240,8 @@ def test_verify_finds_lock_step_exact(name):
     import sheaf
     from sheaf.zoo.tasks.small import SMALL
 
-    plan = "dp=2,server=2,shares=stolen" if name == "gpt" else "dp=2,server=2"
+    plans = {"gpt": "dp=2,server=2,shares=stolen", "transformer_seq2seq": "dp=2,server=2:apart"}
+    plan = plans.get(name, "dp=2,server=2")
     assert sheaf.verify(SMALL[name](), plan, steps=2).verdict in ("identical", "rounding")
 
 

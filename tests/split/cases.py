@@ -250,7 +250,7 @@ class Room:
 
     def __init__(self, workers: int) -> None:
         self.workers, self.laid = workers, [None] * workers
-        self.barrier = threading.Barrier(workers, timeout=20)
+        self.barrier = threading.Barrier(workers, timeout=100)
 
     def meet(self, rank: int, what: Any) -> list[Any]:
         self.laid[rank] = what

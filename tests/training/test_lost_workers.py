@@ -20,19 +20,26 @@ train = functools.partial(train_and_predict, predict=False, quiet=True, threads=
 
 
 class Deadly:
-    """Rows of which some kill the worker that fetches them: ``rank`` dies when it has fetched ``after`` of them."""
+    """Rows of which some kill the worker that fetches them: ``rank`` dies when it has fetched ``after`` of them.
 
-    def __init__(self, deaths):
-        self.deaths, self.fetched = dict(deaths), 0
+    Until then the others take their time, or they might leave it nothing to fetch.
+    """
+
+    def __init__(self, deaths, marker=None):
+        self.deaths, self.marker, self.fetched = dict(deaths), marker, 0
 
     def __len__(self):
         return 24
 
     def __getitem__(self, index):
         self.fetched += 1
-        if self.deaths.get(int(os.environ.get("RANK", "-1"))) == self.fetched:
+        after = self.deaths.get(int(os.environ.get("RANK", "-1")))
+        if after == self.fetched:
+            if self.marker is not None:
+                self.marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.001)
+        waits = after is None and self.marker is not None and not self.marker.exists()
+        time.sleep(0.05 if waits else 0.001)
         generator = torch.Generator().manual_seed(index)
         row = torch.rand(6, generator=generator, dtype=torch.float64)
         return row, row.sum()
@@ -46,10 +53,10 @@ def loss(output, batch):
     return Loss((output.squeeze(1) - batch[1]).square().sum(), len(batch[1]))
 
 
-def task(deaths=(), **changes):
+def task(deaths=(), marker=None, **changes):
     values = {
         "model": model,
-        "data": Deadly(deaths),
+        "data": Deadly(deaths, marker),
         "loss": loss,
         "optimizer": functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9),
         "batch": 12,
@@ -60,14 +67,15 @@ def task(deaths=(), **changes):
     return Task(**(values | changes))
 
 
-def serial(steps):
+def serial(steps, **changes):
     """The same by plain PyTorch."""
     from sheaf.task import Order
     from sheaf.task.blueprint import Blueprint
 
-    made = task()
+    made = task(**changes)
     net = Blueprint(made).fill(torch.device("cpu"))
     optimizer = made.optimizer(list(net.parameters()))
+    scheduler = made.scheduler(optimizer) if made.scheduler is not None else None
     order = Order(24, 12, 2, made.seed, shuffle=made.shuffle)
     for step in range(steps):
         samples = [index for microbatch in order.step(step) for index in microbatch.samples]
@@ -76,13 +84,17 @@ def serial(steps):
         optimizer.zero_grad()
         (loss(net(batch[0]), batch).sum / len(samples)).backward()
         optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
     return {name: value.detach() for name, value in net.named_parameters()}
 
 
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("dies", [0, 1])
 def test_stolen_shares_give_the_serial_answer_though_a_worker_dies(tmp_path, capfd, dies):
-    run = train(task({dies: 20}), "dp=3,server=2,shares=stolen", steps=12, out=tmp_path / "run", save_every=5)
+    run = train(
+        task({dies: 20}, tmp_path / "died"), "dp=3,server=2,shares=stolen", steps=12, out=tmp_path / "run", save_every=5
+    )
     found, wanted = load_file(tmp_path / "run" / "model.safetensors"), serial(12)
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-13)
@@ -108,3 +120,50 @@ def test_a_run_with_staleness_goes_on_too_and_ends_when_nobody_is_left(tmp_path,
     assert list(read_record(out / "record.jsonl"))[-1]["kind"] == "end"
     with pytest.raises(WorkerFailed, match="was killed by SIGKILL"):
         train(task({0: 20, 1: 30}), "dp=2,server=2:async", steps=12, out=tmp_path / "other")
+
+
+def falling(dies, step):
+    """A learning rate that falls; worker ``dies`` is killed when a shard of its own comes to step 6."""
+    if step == 6 and os.environ.get("RANK") == str(dies):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 0.9**step
+
+
+def scheduled(dies=None):
+    falls = functools.partial(falling, dies)
+    return {"scheduler": functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=falls)}
+
+
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize(("dies", "plan"), [(2, "dp=2,server=2:apart"), (3, "dp=2,server=3:apart,shares=stolen")])
+def test_a_worker_that_only_served_dies_and_lock_step_goes_on(tmp_path, capfd, dies, plan):
+    out = tmp_path / "run"
+    run = train(task(**scheduled(dies)), plan, steps=12, out=out, save_every=5)
+    assert [report.step for report in run.reports] == list(range(12))
+    found, wanted = load_file(out / "model.safetensors"), serial(12, **scheduled())
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-13)
+    assert f"worker {dies} was killed by SIGKILL" in capfd.readouterr().err
+    assert all(len(report.microbatches) == 2 for report in run.reports)
+    again = train(task(**scheduled()), plan, steps=15, out=out, resume=True)  # and with all of them again
+    assert again.reports[-1].step == 14
+    found, wanted = load_file(out / "model.safetensors"), serial(15, **scheduled())
+    assert all(torch.allclose(found[name], value, rtol=1e-12, atol=1e-13) for name, value in wanted.items())
+
+
+def test_the_only_one_that_served_is_named_when_it_dies(tmp_path):
+    with pytest.raises(WorkerFailed, match=r"worker 2, the only one that served, was killed by SIGKILL"):
+        train(task(**scheduled(2)), "dp=2,server=1:apart", steps=12, out=tmp_path / "run")
+
+
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("deaths", [{0: 20, 1: 30}, {1: 20}])
+def test_with_servers_apart_a_run_outlives_workers_but_not_all_that_compute(tmp_path, deaths):
+    out = tmp_path / "run"
+    if len(deaths) == 1:
+        assert train(task(deaths), "dp=2,server=2:apart:async", steps=12, out=out).reports[-1].step == 11
+        assert (out / "model.safetensors").exists()
+        return
+    with pytest.raises(WorkerFailed, match=r"every worker that computes is lost|was killed by SIGKILL"):
+        train(task(deaths), "dp=2,server=2:apart:async", steps=12, out=out)
+    assert not (out / "model.safetensors").exists()

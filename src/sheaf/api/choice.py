@@ -12,6 +12,7 @@ from sheaf.errors import PlanError
 from sheaf.graph import ModelFacts
 from sheaf.launch import FromFile, World
 from sheaf.plans import Plan
+from sheaf.plans.server import counted
 from sheaf.plans.split import SplitFacts
 from sheaf.plans.stages import default_microbatch, stages_of
 from sheaf.task import Task
@@ -67,11 +68,11 @@ def choose(
     if there_are is not None and chosen.workers > there_are:
         remedy = "start that many with torchrun" if world is not None else "raise --workers"
         raise PlanError(
-            f"{chosen} needs {chosen.workers} workers, there are {there_are}: {remedy}, or lower {_degree(chosen)}"
+            f"{chosen} needs {_counted(chosen)}, there are {there_are}: {remedy}, or lower {_degree(chosen)}"
         )
     if world is not None and chosen.workers < world.workers:
         raise PlanError(
-            f"{chosen} uses {chosen.workers} workers, torchrun started {world.workers}: "
+            f"{chosen} uses {_counted(chosen)}, torchrun started {world.workers}: "
             f"start {chosen.workers}, or raise {_degree(chosen)}"
         )
     return chosen, price
@@ -84,6 +85,7 @@ class Checked:
     plan: Plan
     facts: ModelFacts  # of that microbatch
     split: SplitFacts | None  # how its layers are split, where they are
+    recut: bool = False  # whether its stages are not the user's, and may be cut anew by what is measured
 
 
 def checked(task: Task, plan: Plan) -> Checked:
@@ -98,7 +100,7 @@ def checked(task: Task, plan: Plan) -> Checked:
 
     facts = trace(task, task.microbatch or plan.microbatch or default_microbatch(plan, task.batch))
     chosen = cut(check(task, plan, facts, workers=plan.workers), facts)
-    return Checked(chosen, facts, refuse(task, chosen))
+    return Checked(chosen, facts, refuse(task, chosen), recut=chosen.stages != plan.stages)
 
 
 def cut(plan: Plan, facts: ModelFacts) -> Plan:
@@ -118,18 +120,21 @@ def promised(
 ) -> tuple[Price | None, str]:
     """What the planner predicts for the plan, the same on every worker; where it cannot, None and the reason.
 
-    It measures on this machine, so torchrun's workers are predicted only when all of them are here. Whatever goes
-    wrong is told on standard error in one line: nothing that is only foretold may stop a run.
+    The price's plan is the one to run: stages that nobody named are cut by what was measured. It measures on this
+    machine, so torchrun's workers are predicted only when all of them are here. Whatever goes wrong is told on standard
+    error in one line: nothing that is only foretold may stop a run.
     """
     plan = found.plan
     if world is not None and world.hosts > 1:
-        return None, f"the step time of {plan} is not predicted: its workers are on several machines"
+        cut_by = ", and its stages are balanced by operations" if found.recut else ""
+        return None, f"the step time of {plan} is not predicted{cut_by}: its workers are on several machines"
 
     def foretell() -> dict[str, Any]:
         from sheaf.api.plan import predicted
 
         try:
-            return _told(predicted(task, plan, found.facts, split=found.split, source=source, note=note))
+            price = predicted(task, plan, found.facts, split=found.split, source=source, note=note, recut=found.recut)
+            return _told(price)
         except Exception as error:  # noqa: BLE001  whatever it is, the run goes on
             first = (str(error).splitlines() or [""])[0]
             reason = f"the step time of {plan} is not predicted: {type(error).__name__}: {first}"
@@ -157,8 +162,13 @@ def foretold(
         return promised(task, found, world=world, source=source, note=note)
     if price is None or price.plan.pp == 1 or price.timeline:
         return price, ""
-    again, reason = promised(task, checked(task, price.plan), world=world, source=source, note=note)
+    known = replace(checked(task, price.plan), recut=False)
+    again, reason = promised(task, known, world=world, source=source, note=note)
     return (price, reason) if again is None else (replace(price, timeline=again.timeline), "")
+
+
+def _counted(plan: Plan) -> str:
+    return counted(plan.computing, plan.serves.serving)
 
 
 def _degree(plan: Plan) -> str:

@@ -9,8 +9,8 @@ import torch
 
 from sheaf.api.measure import measure_here
 from sheaf.api.plan import with_collectives
-from sheaf.api.profiles import profiles_here
-from sheaf.api.rehearsals import WORKERS, agreed, overheads, profile_from, rehearsed, wanted
+from sheaf.api.profiles import median, profiles_here
+from sheaf.api.rehearsals import WORKERS, agreed, alone, overheads, profile_from, rehearsed, wanted
 from sheaf.cluster import Cluster, from_everyone
 from sheaf.graph import BlockTime, ModelFacts, Profile
 from sheaf.plans import Plan
@@ -36,7 +36,7 @@ def question_here(
 
     The task's blocks are measured while all workers measure; a host whose worker is slower at them than the first
     counts as slower. ``cluster`` is these workers', where it is known already; ``facts`` are of the task's microbatch.
-    Two workers also rehearse the executors that ``plans`` use.
+    One or two workers also rehearse the executors that ``plans`` use. ``budget_seconds`` are for measuring blocks.
     """
     found = measure_here(quick=quick) if cluster is None else cluster
     mine = profiles_here(task, [facts], torch.get_num_threads(), budget_seconds)[0]
@@ -50,13 +50,32 @@ def question_here(
         splits=splits or {},
     )
     company = max(host.workers for host in question.cluster.hosts) if len(speeds) > 1 else 1
-    if len(speeds) != WORKERS or not plans:
+    if len(speeds) > WORKERS or not plans:
         profile = with_collectives(question, profile, len(speeds))
     else:
-        found = agreed(rehearsed(task, facts, mine, wanted(plans)))
-        small, _ = combined([profile_from(one) for one in from_everyone(asdict(found.profile))])
-        profile = replace(profile, overheads=overheads(question, replace(found, profile=small), company))
+        rehearsing = wanted(plans) if len(speeds) == WORKERS else alone(plans)
+        told = agreed(rehearsed(task, facts, mine, rehearsing))
+        # Where a worker may compute for a part of the time only, it is not as slow in steps as short as these.
+        small, paces = combined([profile_from(one) for one in from_everyone(asdict(told.profile))])
+        there = replace(question, cluster=paced(question.cluster, paces))
+        profile = replace(profile, overheads=overheads(there, replace(told, profile=small), company))
     return replace(question, profiles={(facts.samples, company): profile})
+
+
+def measured_again(question: Question, task: Task, *, budget_seconds: float = BUDGET_SECONDS) -> Question:
+    """The question of ``question_here`` with blocks measured once more, as means of what was and is found (collective).
+
+    A machine that others use, too, is not always as fast; what is measured before and after something is nearer to what
+    it was meanwhile.
+    """
+    ((samples, company), before), *_ = question.profiles.items()
+    facts = question.facts[samples]
+    mine = profiles_here(task, [facts], torch.get_num_threads(), budget_seconds)[0]
+    found, speeds = combined([profile_from(one) for one in from_everyone(asdict(mine))])
+    both = replace(median([before, found]), overheads=before.overheads, collective_factor=before.collective_factor)
+    known = [host.speed for host in question.cluster.hosts for _ in range(host.count * host.workers)]
+    means = [(old + new) / 2 for old, new in zip(known, speeds, strict=True)]
+    return replace(question, cluster=paced(question.cluster, means), profiles={(samples, company): both})
 
 
 def combined(profiles: Sequence[Profile]) -> tuple[Profile, tuple[float, ...]]:
@@ -68,13 +87,13 @@ def combined(profiles: Sequence[Profile]) -> tuple[Profile, tuple[float, ...]]:
     speeds = tuple(_relative(whole[0], seconds) for seconds in whole)
     first = profiles[0]
 
-    def median(of: Callable[[Profile], float]) -> float:
+    def middle(of: Callable[[Profile], float]) -> float:
         return statistics.median(of(one) * speed for one, speed in zip(profiles, speeds, strict=True))
 
     blocks = {
         name: BlockTime(
-            median(lambda one, name=name: one.blocks[name].forward_seconds),
-            median(lambda one, name=name: one.blocks[name].backward_seconds),
+            middle(lambda one, name=name: one.blocks[name].forward_seconds),
+            middle(lambda one, name=name: one.blocks[name].backward_seconds),
         )
         for name in first.blocks
     }
@@ -88,9 +107,9 @@ def combined(profiles: Sequence[Profile]) -> tuple[Profile, tuple[float, ...]]:
     return replace(
         first,
         blocks=blocks,
-        optimizer_seconds_per_byte=median(lambda one: one.optimizer_seconds_per_byte),
-        fetch_seconds=median(lambda one: one.fetch_seconds),
-        host_seconds=median(lambda one: one.host_seconds),
+        optimizer_seconds_per_byte=middle(lambda one: one.optimizer_seconds_per_byte),
+        fetch_seconds=middle(lambda one: one.fetch_seconds),
+        host_seconds=middle(lambda one: one.host_seconds),
         exposed_seconds=exposed,
     ), speeds
 

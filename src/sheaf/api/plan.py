@@ -5,6 +5,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from sheaf.api.cuts import measured_cut
 from sheaf.api.measure import measure
 from sheaf.api.profiles import measured_profiles
 from sheaf.api.rehearsals import WORKERS as REHEARSING
@@ -18,6 +19,7 @@ from sheaf.cost.placement import seats
 from sheaf.cost.price import Price
 from sheaf.errors import PlanError, SheafError, TaskError
 from sheaf.graph import ModelFacts, Profile, trace
+from sheaf.graph.drawn import Drawn
 from sheaf.launch import FromFile
 from sheaf.plans import Plan
 from sheaf.plans.split import SplitFacts
@@ -69,9 +71,10 @@ def plan(
     ClusterError, DataError, and WorkerFailed when measuring fails.
     """
     say = note or _nothing
-    question = ask(task, workers=workers, cluster=cluster, quick=quick, fresh=fresh, note=note)
+    drawn = Drawn(task)
+    question = ask(task, workers=workers, cluster=cluster, quick=quick, fresh=fresh, note=note, drawn=drawn)
     question = replace(question, allow_relaxed=allow_relaxed)
-    question, unsplit = _with_splits(task, question, fresh=fresh, say=say)
+    question, unsplit = _with_splits(task, question, drawn, fresh=fresh, say=say)
 
     def whole(ranking: Ranking) -> Ranking:
         return finished(_told(question, ranking, unsplit), target_samples=target_samples, explain=explain)
@@ -119,7 +122,7 @@ def _with_overheads(
 
 
 def _with_splits(
-    task: Task, question: Question, *, fresh: bool, say: Callable[[str], None]
+    task: Task, question: Question, drawn: Drawn, *, fresh: bool, say: Callable[[str], None]
 ) -> tuple[Question, tuple[Refusal, ...]]:
     """The question with how layers would be split, and why not among other numbers of workers."""
     if question.available == 1:
@@ -138,6 +141,7 @@ def _with_splits(
         batch=question.batch,
         fresh=fresh,
         say=say,
+        drawn=drawn,
     )
     return replace(question, splits=found), refused
 
@@ -178,14 +182,19 @@ def ask(
     quick: bool = False,
     fresh: bool = False,
     note: Callable[[str], None] | None = None,
+    drawn: Drawn | None = None,
 ) -> Question:
-    """What the planner must know before it prices anything: facts, cluster and what the optimizer allows."""
+    """What the planner must know before it prices anything: facts, cluster and what the optimizer allows.
+
+    ``drawn`` is the task's model, where others look at it too.
+    """
+    drawn = drawn or Drawn(task)
     if workers is not None and workers < 1:
         raise PlanError(f"workers={workers}: at least one worker is needed")
     say = note or _nothing
     batch = min(task.batch, task.num_samples)
     say("tracing the model")
-    first = trace(task, task.microbatch or batch)
+    first = trace(task, task.microbatch or batch, drawn=drawn)
     allowed(task, first)
     if cluster is None:
         say("measuring this machine, or taking what was measured before")
@@ -198,7 +207,7 @@ def ask(
         for busy in _busy(min(most, max(host.workers for host in chosen.hosts))):
             for size in _sizes(task, batch, busy):
                 if size not in facts:
-                    facts[size] = trace(task, size, known=first.tables)
+                    facts[size] = trace(task, size, known=first.tables, drawn=drawn)
     return Question(
         batch=batch,
         facts=facts,
@@ -274,15 +283,18 @@ def predicted(
     quick: bool = True,
     source: FromFile | None = None,
     note: Callable[[str], None] | None = None,
+    recut: bool = False,
 ) -> Price:
     """What one plan takes on this machine, priced from what its own number of workers measures, or measured before.
 
-    ``plan`` is resolved, ``facts`` are of its microbatch, and ``split`` says how it splits layers, if it does. Raises
-    ClusterError, DataError and WorkerFailed when measuring fails.
+    ``plan`` is resolved, ``facts`` are of its microbatch, and ``split`` says how it splits layers, if it does. With
+    ``recut`` its stages are cut anew by what was measured, and the price's plan has these. Raises ClusterError,
+    DataError and WorkerFailed when measuring fails.
     """
+    say = note or _nothing
     if plan.cp > 1:
         split = sequences(task, plan.cp, samples=facts.samples)
-    (note or _nothing)(f"predicting a step of {plan} from what was measured, measuring what was not")
+    say(f"predicting a step of {plan} from what was measured, measuring what was not")
     cluster = measure(plan.workers, quick=quick)
     profiles = measured_profiles(task, [facts], plan.workers, source=source)
     question = Question(
@@ -295,11 +307,12 @@ def predicted(
     )
     found = {(one.samples, plan.workers): one for one in profiles}
     if found:
+        plan = measured_cut(task, plan, replace(question, profiles=found), say) if recut else plan
         for kind in {one.split_kind for one in wanted([plan])} - set(question.splits):
             with suppress(SheafError):  # what cannot be split so is not rehearsed
                 splits = {**question.splits, kind: rehearsed(task, facts, *kind)} if kind[0] > 1 else question.splits
                 question = replace(question, splits=splits)
-        found = _with_overheads(task, question, found, [plan], source=source, say=note or _nothing)
+        found = _with_overheads(task, question, found, [plan], source=source, say=say)
     return replace(question, profiles=found).price(plan)
 
 

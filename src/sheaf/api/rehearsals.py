@@ -5,9 +5,9 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,9 +15,10 @@ import torch.distributed as dist
 from sheaf import launch
 from sheaf.api.profiles import REAL_STEP_BYTES, TIMEOUT_SECONDS, in_a_real_step, loaded, median
 from sheaf.cluster.machine import available_cores
-from sheaf.cost.overheads import MEETING, each, in_microbatches, in_steps, without
+from sheaf.cost.overheads import MEETING, REPLICAS, each, goes_on, in_microbatches, in_steps, without
 from sheaf.errors import SheafError
 from sheaf.graph import BlockTime, ModelFacts, Profile, cache
+from sheaf.graph.profile import accelerator
 from sheaf.launch import FromFile
 from sheaf.parallel import build
 from sheaf.plans import Plan
@@ -27,19 +28,22 @@ from sheaf.task import Task
 SAMPLES = 2  # of a microbatch: with one, batch statistics may have nothing to do
 MICROBATCHES = 4
 WORKERS = 2
-WARM_UP, ROUNDS = 2, 6
+WARM_UP, ROUNDS, LEAST_ROUNDS = 1, 6, 3
+BUDGET_SECONDS = 6.0  # for all rounds, as far as the fewest allow
 
 
 @dataclass(frozen=True)
 class Rehearsals:
     """What steps of small microbatches took, by the text of the plan; ``profile`` is of such microbatches.
 
+    ``processor_seconds`` are those of the workers' main threads, all workers together; none on an accelerator.
     ``refused`` are plans that cannot run the task.
     """
 
     profile: Profile
     seconds: dict[str, float]
     refused: tuple[str, ...] = ()
+    processor_seconds: dict[str, float] = field(default_factory=dict[str, float])
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON knows."""
@@ -48,8 +52,18 @@ class Rehearsals:
     @classmethod
     def from_dict(cls, told: dict[str, Any]) -> "Rehearsals":
         """What ``to_dict`` gave."""
-        seconds = {str(text): float(each) for text, each in told["seconds"].items()}
-        return cls(profile_from(told["profile"]), seconds, tuple(told["refused"]))
+        seconds, processor = (
+            {str(text): float(each) for text, each in told[name].items()} for name in ("seconds", "processor_seconds")
+        )
+        return cls(profile_from(told["profile"]), seconds, tuple(told["refused"]), processor)
+
+
+class Taken(NamedTuple):
+    """Seconds of a step by plan, those of this worker's main thread, and plans that cannot run the task."""
+
+    seconds: dict[str, float]
+    processor_seconds: dict[str, float]
+    refused: tuple[str, ...]
 
 
 def profile_from(told: dict[str, Any]) -> Profile:
@@ -60,8 +74,15 @@ def profile_from(told: dict[str, Any]) -> Profile:
 
 
 def wanted(plans: Iterable[Plan]) -> list[Plan]:
-    """What must be rehearsed for these plans."""
-    return list(dict.fromkeys(one for plan in plans for one in (*in_microbatches(plan), *in_steps(plan))))
+    """What must be rehearsed for these plans; replicas alone too, beside which processor time is taken."""
+    found = dict.fromkeys(one for plan in plans for one in (*in_microbatches(plan), *in_steps(plan)))
+    return list(found if not any(map(goes_on, found)) else dict.fromkeys((REPLICAS, *found)))
+
+
+def alone(plans: Iterable[Plan]) -> list[Plan]:
+    """What one worker can rehearse for these plans: recomputation, beside doing without."""
+    again = dict.fromkeys(Plan(recompute=plan.recompute) for plan in plans if plan.recompute != "none")
+    return [Plan(), *again] if again else []
 
 
 def kept_rehearsals(
@@ -99,7 +120,12 @@ def kept_rehearsals(
     )
     found = replace(rows[0], profile=median([row.profile for row in rows]))
     if known is not None:
-        found = replace(found, seconds=known.seconds | found.seconds, refused=(*known.refused, *found.refused))
+        found = replace(
+            found,
+            seconds=known.seconds | found.seconds,
+            refused=(*known.refused, *found.refused),
+            processor_seconds=known.processor_seconds | found.processor_seconds,
+        )
     with suppress(OSError):  # a folder that cannot be written to is done without
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(".tmp")
@@ -122,7 +148,7 @@ def _read(path: Path) -> Rehearsals | None:
 
 
 def rehearsed(task: Task, facts: ModelFacts, profile: Profile, plans: Sequence[Plan]) -> Rehearsals:
-    """Run a few small steps of each plan on the two workers of the default process group (collective).
+    """Run a few small steps of each plan on the workers that are here (collective): two, or one for plans of one.
 
     Plans are in turn, as many as fit comfortably at once, so that what disturbs one disturbs all; those that cannot run
     the task are left out.
@@ -131,38 +157,51 @@ def rehearsed(task: Task, facts: ModelFacts, profile: Profile, plans: Sequence[P
     small = replace(task, batch=MICROBATCHES * samples, microbatch=samples)
     plain = in_a_real_step(small, replace(facts, samples=samples), scaled(profile, samples), 0.3)
     at_once = max(1, REAL_STEP_BYTES // max(1, round(_state_bytes(facts, profile))))
-    seconds: dict[str, float] = {}
-    refused: list[str] = []
+    found = Rehearsals(plain, {})
     for start in range(0, len(plans), at_once):
-        taken, impossible = _in_turn(small, plans[start : start + at_once])
-        seconds |= taken
-        refused += impossible
-    return Rehearsals(plain, seconds, tuple(refused))
+        taken = _in_turn(small, plans[start : start + at_once])
+        found = replace(
+            found,
+            seconds=found.seconds | taken.seconds,
+            refused=(*found.refused, *taken.refused),
+            processor_seconds=found.processor_seconds | taken.processor_seconds,
+        )
+    return found if accelerator().type == "cpu" else replace(found, processor_seconds={})
 
 
-def _in_turn(small: Task, plans: Sequence[Plan]) -> tuple[dict[str, float], list[str]]:
-    """Seconds of a step under each plan, and the plans that cannot run the task."""
+def _in_turn(small: Task, plans: Sequence[Plan]) -> Taken:
+    """What a step takes this worker under each plan, and the plans that cannot run the task."""
     steps: dict[str, Any] = {}
     refused: list[str] = []
-    taken: dict[str, list[float]] = {}
+    taken: dict[str, list[tuple[float, float]]] = {}
     try:
         for plan in plans:
             try:
                 steps[str(plan)] = build(small, plan)
             except SheafError:  # the same on every worker
                 refused.append(str(plan))
-        for turn in range(WARM_UP + ROUNDS):
+        turns, turn, started = WARM_UP + ROUNDS, 0, time.perf_counter()
+        while turn < turns:
+            if turn == WARM_UP:
+                least = (time.perf_counter() - started) / WARM_UP
+                turns = WARM_UP + max(LEAST_ROUNDS, min(ROUNDS, int(BUDGET_SECONDS / _most(least))))
             for text, step in steps.items():
-                dist.barrier()
-                began = time.perf_counter()
+                _wait()
+                began, computing = time.perf_counter(), time.thread_time()
                 for _ in range(MEETING):
                     step()
                 if turn >= WARM_UP:
-                    taken.setdefault(text, []).append((time.perf_counter() - began) / MEETING)
+                    spent = time.perf_counter() - began, time.thread_time() - computing
+                    taken.setdefault(text, []).append(spent)
+            turn += 1
     finally:
         for step in steps.values():
             step.close()
-    return {text: statistics.median(each_time) for text, each_time in taken.items()}, refused
+    seconds, processor = (
+        {text: statistics.median(spent[which] for spent in each_time) / MEETING for text, each_time in taken.items()}
+        for which in range(2)
+    )
+    return Taken(seconds, processor, tuple(refused))
 
 
 def _state_bytes(facts: ModelFacts, profile: Profile) -> float:
@@ -181,7 +220,10 @@ def scaled(profile: Profile, samples: int) -> Profile:
 
 
 def overheads(question: Question, found: Rehearsals, busy: int) -> dict[str, float]:
-    """What each rehearsed plan took beyond its price; ``question`` is of the workers that rehearsed."""
+    """What each rehearsed plan took beyond its price; ``question`` is of the workers that rehearsed.
+
+    Of executors that go on while messages travel, what the workers computed beyond replicas alone.
+    """
     samples = found.profile.samples
     small = replace(
         question,
@@ -190,17 +232,64 @@ def overheads(question: Question, found: Rehearsals, busy: int) -> dict[str, flo
         profiles={(samples, busy): without(found.profile)},
     )
     more: dict[str, float] = {}
+    computed: dict[str, float] = {}
     for text, seconds in found.seconds.items():
         plan = Plan.parse(text)
-        if (plan.split_degree == 1 and plan.cp == 1) or plan.split_kind in question.splits:
+        plain = str(Plan(dp=plan.workers))
+        if goes_on(plan) and {text, plain} <= found.processor_seconds.keys():
+            beside = found.processor_seconds[text] - found.processor_seconds[plain]
+            beside = beside / _running(found, plan) - _priced_beside(small, plan, found.profile)
+            computed[text] = beside / MICROBATCHES / plan.num_stages
+        elif (plan.split_degree == 1 and plan.cp == 1) or plan.split_kind in question.splits:
             more[text] = seconds - small.rough(plan).step_seconds
-    return each(more, MICROBATCHES)
+    return {str(_of_two(Plan.parse(text))): one for text, one in (each(more, MICROBATCHES) | computed).items()}
+
+
+def _running(found: Rehearsals, plan: Plan) -> float:
+    """The share of the time in which a computing thread ran: 1, or less on a machine whose cores others use too."""
+    one_seconds = sum(time.forward_seconds + time.backward_seconds for time in found.profile.blocks.values())
+    wall_seconds = MICROBATCHES * one_seconds
+    running = found.processor_seconds[str(Plan(dp=plan.workers))] / wall_seconds if wall_seconds else 1.0
+    return min(1.0, running) or 1.0
+
+
+def _priced_beside(small: Question, plan: Plan, profile: Profile) -> float:
+    """What the price knows of by which the workers of a plan, all together, compute more than replicas alone."""
+    if plan.recompute != "none":
+        return small.rough(Plan(recompute=plan.recompute)).seconds["recompute"]
+    if plan.pp > 1:  # each fetches every microbatch, and steps its own parameters alone
+        stepped = profile.optimizer_seconds_per_byte * next(iter(small.facts.values())).trainable_bytes
+        return (plan.pp - 1) * (MICROBATCHES * profile.fetch_seconds - stepped)
+    return 0.0
+
+
+def _of_two(plan: Plan) -> Plan:
+    """As which plan of two workers the overhead of a plan of one is known."""
+    return replace(plan, dp=WORKERS) if plan.workers == 1 and plan.recompute != "none" else plan
 
 
 def agreed(found: Rehearsals) -> Rehearsals:
-    """The slowest worker's seconds, on every worker (collective)."""
+    """The slowest worker's seconds, and what all workers computed together, on every worker (collective)."""
     texts = list(found.seconds)
-    slowest = torch.tensor([found.seconds[text] for text in texts], dtype=torch.float64)
-    if texts:
+    slowest, computed = (
+        torch.tensor([each_time.get(text, 0.0) for text in texts], dtype=torch.float64)
+        for each_time in (found.seconds, found.processor_seconds)
+    )
+    if texts and dist.is_initialized():
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    return replace(found, seconds=dict(zip(texts, slowest.tolist(), strict=True)))
+        dist.all_reduce(computed)
+    processor = dict(zip(texts, computed.tolist(), strict=True)) if found.processor_seconds else {}
+    return replace(found, seconds=dict(zip(texts, slowest.tolist(), strict=True)), processor_seconds=processor)
+
+
+def _most(seconds: float) -> float:
+    """The most that any worker found (collective)."""
+    found = torch.tensor(seconds, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return float(found)
+
+
+def _wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -35,10 +35,7 @@ class Shorter:
 
         def model() -> nn.Module:
             made = task.model()
-            held = made.get_submodule(stack)
-            if not isinstance(held, nn.ModuleList | nn.Sequential) or len(held) != layers:
-                raise TypeError(f"{stack} is no list of {layers} layers")
-            del held[KEPT:]
+            cut_down(made, stack, layers)
             return made
 
         return cls(replace(task, model=model), stack, layers)
@@ -66,6 +63,14 @@ class Shorter:
         number, dot, rest = name[len(self.stack) + 1 :].partition(".")
         alike = {"0": range(1), "1": range(1, self.layers - 1), "2": range(self.layers - 1, self.layers)}
         return [f"{self.stack}.{place}{dot}{rest}" for place in alike[number]]
+
+
+def cut_down(model: nn.Module, stack: str, layers: int) -> None:
+    """Leave three of the ``layers`` at ``stack`` of a model. Raises TypeError where they are no such list."""
+    held = model.get_submodule(stack)
+    if not isinstance(held, nn.ModuleList | nn.Sequential) or len(held) != layers:
+        raise TypeError(f"{stack} is no list of {layers} layers")
+    del held[KEPT:]
 
 
 def _longest(facts: ModelFacts) -> tuple[str, int] | None:

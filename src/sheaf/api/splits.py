@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import sheaf.split
-from sheaf.api.shorter import Shorter
+from sheaf.api.shorter import Shorter, cut_down
 from sheaf.errors import SheafError
 from sheaf.graph import ModelFacts
 from sheaf.graph import cache as profiles
+from sheaf.graph.drawn import Drawn
 from sheaf.plans.split import SplitFacts
 from sheaf.search import Refusal
 from sheaf.search.space import degrees, heavy_part, stacked
+from sheaf.split.common import Common
 from sheaf.split.experts import experts
 from sheaf.split.listed import listed
 from sheaf.split.rehearsal import rehearse
@@ -46,11 +48,13 @@ def splits(
     batch: int,
     fresh: bool = False,
     say: Callable[[str], None],
+    drawn: Drawn | None = None,
 ) -> tuple[Splits, tuple[Refusal, ...]]:
     """The split facts of every number of workers worth trying, and why there are none for others.
 
     A layer is split within a machine (of ``per_machine`` workers), or between machines of one worker each; where most
     parameters are in a part with little work, all replicas may split that. ``fresh`` forgets what was found before.
+    ``drawn`` is the task's model, where somebody has built it already.
     """
     inside = worth_trying(workers if per_machine == 1 else min(workers, per_machine))
     among = [number for number in degrees(workers, batch) if number in worth_trying(workers)]
@@ -64,6 +68,7 @@ def splits(
         wanted += [(number, EXPERTS) for number in among]
     found: Splits = {}
     refused: list[Refusal] = []
+    rehearsals = Rehearsals(task, facts, drawn)
     began, shut = time.process_time(), set[int]()  # ways that came to nothing, for smaller numbers
     for number, sequence in wanted:
         if sequence in shut or (sequence == 1 and (number, 0) not in found):
@@ -77,7 +82,7 @@ def splits(
         if known is None:
             say(f"rehearsing {_words(number, sequence)}")
             try:
-                known = rehearsed(task, facts, number, sequence)
+                known = rehearsals.of(number, sequence)
             except Exception as error:  # noqa: BLE001 - whatever it is, other plans may still do
                 first = (str(error).splitlines() or [""])[0]
                 reason = first if isinstance(error, SheafError) else f"{type(error).__name__}: {first}"
@@ -124,20 +129,38 @@ def rehearsed(task: Task, facts: ModelFacts, number: int, sequence: int) -> Spli
 
     Of many layers in a row that do the same, three are run; all of them where that fails.
     """
-    shorter = Shorter.of(task, facts) if sequence != EXPERTS else None
-    if shorter is not None:
-        with suppress(Exception):  # such as a model that counts its layers: run it as it is
-            return shorter.lengthened(_rehearsed(shorter.task, facts, number, sequence))
-    return _rehearsed(task, facts, number, sequence)
+    return Rehearsals(task, facts).of(number, sequence)
 
 
-def _rehearsed(task: Task, facts: ModelFacts, number: int, sequence: int) -> SplitFacts:
-    if sequence == EXPERTS:
-        stacks = experts(task, number, samples=facts.samples)
-        return stacks if stacks.slices else listed(task, number, samples=facts.samples)
+class Rehearsals:
+    """Rehearses one task for several numbers of workers: its model is built once, and run alone once."""
+
+    def __init__(self, task: Task, facts: ModelFacts, drawn: Drawn | None = None) -> None:
+        self._task, self._facts = task, facts
+        self.drawn = drawn or Drawn(task)
+        self._shorter = Shorter.of(task, facts)
+        self._alone: tuple[dict[Any, Any], dict[Any, Any]] = {}, {}  # of the shorter model, and of the whole
+
+    def of(self, number: int, sequence: int) -> SplitFacts:
+        """As ``rehearsed``."""
+        samples = self._facts.samples
+        if sequence == EXPERTS:
+            stacks = experts(self._task, number, samples=samples)
+            return stacks if stacks.slices else listed(self._task, number, samples=samples)
+        shorter = self._shorter
+        if shorter is not None:
+            with suppress(Exception), self.drawn.lent() as blueprint:  # such as a model that counts its layers
+                cut_down(blueprint.model, shorter.stack, shorter.layers)
+                common = Common(blueprint, self._alone[0])
+                return shorter.lengthened(_rehearsed(shorter.task, samples, number, sequence, common))
+        with self.drawn.lent() as blueprint:
+            return _rehearsed(self._task, samples, number, sequence, Common(blueprint, self._alone[1]))
+
+
+def _rehearsed(task: Task, samples: int, number: int, sequence: int, common: Common) -> SplitFacts:
     if sequence == SEQUENCES:
-        return sequences(task, number, samples=facts.samples)
-    return rehearse(task, number, samples=facts.samples, sequence=bool(sequence))
+        return sequences(task, number, samples=samples, common=common)
+    return rehearse(task, number, samples=samples, sequence=bool(sequence), common=common)
 
 
 def _words(number: int, sequence: int) -> str:

@@ -12,10 +12,10 @@ from sheaf.api.feedback import figures, measured_for
 from sheaf.api.run import Run
 from sheaf.checkpoint import from_first, latest
 from sheaf.cost.price import Price
-from sheaf.errors import RunError, SheafError, TaskError
+from sheaf.errors import RunError, SheafError, TaskError, WorkerFailed
 from sheaf.launch import FromFile, World
 from sheaf.plans import Plan
-from sheaf.plans.server import outlives
+from sheaf.plans.server import APART, outlives
 from sheaf.record import Record, StepReport, read_record, step_reports
 from sheaf.task import Task
 from sheaf.task.blueprint import Blueprint
@@ -48,7 +48,8 @@ def train(
     ``save_every``  steps between checkpoints; 0: only at the end; None: as often as costs little
     ``threads``  per worker; the cores shared out when left out
     ``source``   where each worker finds the task by itself, for a task that cannot be sent to it
-    ``predict``  say what the planner expects a step to take; the first time that measures for some seconds
+    ``predict``  say what the planner expects a step to take, and balance stages that the plan does not name by measured
+                 times; the first time that measures for some seconds
 
     SIGINT and SIGTERM end it after the step under way, with a checkpoint.
 
@@ -91,6 +92,7 @@ def train(
     events: dict[str, dict[str, Any]] = {}
     if predict:
         price, reason = foretold(task, found, price, world=world, source=source, note=note)
+        chosen = chosen if price is None else price.plan
         if reason:
             events["warning"] = {"message": reason}
     elsewhere = world is not None or isinstance(plan, Price)
@@ -143,11 +145,11 @@ def _carry_out(
         if plan.serial:
             return training.train_rank(task, plan, steps, directory, device=World.alone().device, **arguments)
         given = task if source is None else source
-        survive = outlives(plan.serves, stolen=plan.stolen)
+        survive = outlives(plan.serves, stolen=plan.stolen, split=plan.computing > plan.dp)
         found = launch.run(
             *(_train_worker, plan.workers, given, plan, steps, directory, arguments),
             threads=threads,
-            on_lost=_tell_lost if survive else None,
+            on_lost=functools.partial(_tell_lost, plan) if survive else None,
         )
         return next(outcome for outcome in found if outcome is not None)
     except SheafError as error:
@@ -164,7 +166,12 @@ def _train_worker(
     return training.train_rank(task, plan, steps, directory, device=world.device, lost=launch.lost, **arguments)
 
 
-def _tell_lost(rank: int, why: str) -> None:
+def _tell_lost(plan: Plan, rank: int, why: str) -> None:
+    if rank >= plan.computing == plan.workers - 1:
+        raise WorkerFailed(
+            f"worker {rank}, the only one that served, {why}. Start again from the last checkpoint; with "
+            f"server=2:{APART} or more each shard has a backup"
+        )
     print(f"sheaf: worker {rank} {why}; the others go on", file=sys.stderr, flush=True)
 
 

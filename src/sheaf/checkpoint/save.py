@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -33,6 +33,16 @@ class Saveable(Protocol):
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
 
     def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None: ...
+
+
+State = tuple[dict[str, Tensor], dict[str, Any]]  # as ``state`` gives it
+
+
+@runtime_checkable
+class Relaying(Saveable, Protocol):
+    """A step that can go on from checkpoints of some other plans; ``sheaf.parallel.server`` has it."""
+
+    def relaid(self, saved: str, read: Callable[[int], State]) -> State | None: ...
 
 
 def save(step: Saveable, directory: Path, *, keep: int = 2, task_digest: str = "") -> Path:
@@ -94,12 +104,21 @@ def load(step: Saveable, path: Path) -> None:
     """
     manifest = files.read_manifest(path)
     if manifest["plan"] != str(step.plan) or manifest["workers"] != step.workers:
+        if isinstance(step, Relaying):
+            found = step.relaid(manifest["plan"], lambda worker: _read(step, path, worker))
+            if found is not None:
+                step.load(*found)
+                return
         raise RunError(
             f"{path} was saved under {manifest['plan']} by {manifest['workers']} workers, this run is {step.plan} on "
             f"{step.workers}; resume with that plan"
         )
     # Where every worker holds the same, one of them saves it for all.
-    tensors_file, values_file = _names(getattr(step, "state_owner", step.rank))
+    step.load(*_read(step, path, getattr(step, "state_owner", step.rank)))
+
+
+def _read(step: Saveable, path: Path, worker: int) -> State:
+    tensors_file, values_file = _names(worker)
     try:
         tensors = load_file(path / tensors_file)
         values = json.loads((path / values_file).read_text(encoding="utf-8"))
@@ -108,7 +127,7 @@ def load(step: Saveable, path: Path) -> None:
             f"worker {step.rank} cannot read its part of {path}: {error}. "
             "The run directory must be on a file system that all workers share"
         ) from error
-    step.load(tensors, values["values"])
+    return tensors, values["values"]
 
 
 def _write_own(step: Saveable, directory: Path) -> None:

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 @click.option(
     "--save-every", type=click.IntRange(min=0), metavar="N", help="Steps between checkpoints (0: at the end)."
 )
-@click.option("--no-predict", is_flag=True, help="Do not measure what a step of a given plan should take.")
+@click.option("--no-predict", is_flag=True, help="Do not measure what a step of a given plan should take, nor "
+              "balance its stages by that.")  # fmt: skip
 @click.option("--compare", "ways", metavar="WAYS",
               help="Train once for each of several ways for gradients to meet, such as 'all-reduce; server=2:async; "
                    "local=16:diloco', and draw their losses by steps and by seconds.")  # fmt: skip

@@ -46,7 +46,14 @@ class Link:
     latency_seconds: float
     bytes_per_second: float  # one direction, per worker
     timings: tuple[Timing, ...] = ()
+    direct: int = 0  # so many workers, each with links of its own to each other; 0: a switch, or one shared way
     source: str = ""
+
+    def among(self, workers: int) -> float:
+        """Bytes per second of one worker in a group of so many: direct links count as far as they lead into it."""
+        if 1 < workers < self.direct:
+            return self.bytes_per_second * (workers - 1) / (self.direct - 1)
+        return self.bytes_per_second
 
 
 @dataclass(frozen=True, kw_only=True)

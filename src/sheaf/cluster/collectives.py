@@ -13,6 +13,7 @@ from sheaf.cluster.rates import synchronize
 
 _FEWEST, _MOST = 3, 31  # repetitions of one measurement
 _BANDWIDTH_SEEN_BYTES = 2**20
+_LEAST_BYTES = 2**16
 _SLOW_BYTES_PER_SECOND = 1e8  # 1 Gbit/s
 _LONG_ENOUGH_SECONDS = 2e-3  # shorter operations are repeated back to back until this
 
@@ -57,10 +58,12 @@ def _seconds_of(
 ) -> float:
     run = collective(operation, size_bytes, group, device)
     run()
+    started = time.perf_counter()
     once = _slowest([_timed(run, 1, group, device)], group, device)[0]
+    beside = max(0.0, time.perf_counter() - started - once)  # waiting for each other before it
     # Back to back, a broadcast's root runs ahead of the others: only the operations that wait for all are repeated so.
     inner = 1 if operation == "broadcast" else max(1, min(20, round(_LONG_ENOUGH_SECONDS / max(once, 1e-6))))
-    repetitions = max(_FEWEST, min(_MOST, int(share_seconds / max(once * inner, 1e-6))))
+    repetitions = max(_FEWEST, min(_MOST, int(share_seconds / max(once * inner + beside, 1e-6))))
     inner, repetitions = (int(_agreed(float(value), group, device)) for value in (inner, repetitions))
     times = _slowest([_timed(run, inner, group, device) for _ in range(repetitions)], group, device)
     return sorted(times)[len(times) // 2]
@@ -96,6 +99,20 @@ def barrier(group: dist.ProcessGroup | None, device: torch.device) -> None:
     else:
         dist.all_reduce(torch.zeros(1, device=device), group=group)
         synchronize(device)
+
+
+def within(group: dist.ProcessGroup, device: torch.device, seconds: float, *, most_bytes: int) -> int:
+    """The most bytes, from 64 KiB on in steps of four times, that an all-reduce sums in so many seconds.
+
+    Collective over ``group``.
+    """
+    size_bytes = min(most_bytes, _LEAST_BYTES)
+    while size_bytes < most_bytes:
+        once = _seconds_of("all_reduce", 4 * size_bytes, group, device, 0.0)
+        if once > seconds:
+            break
+        size_bytes *= 4
+    return min(size_bytes, most_bytes)
 
 
 def overlap_share(group: dist.ProcessGroup, device: torch.device, *, size_bytes: int, repetitions: int) -> float:

@@ -21,6 +21,7 @@ from sheaf.task import PRECISIONS
 
 _NARROW = ("tf32", "fp8", "fp4")  # precisions of matrix units that no task names, published runs do
 _TAKEN = {"intra", "inter", "links", "workers", "memory", "flops", "batch"}  # names that mean something else
+NO_INTER = "inter is missing: several hosts need the link between them; add a table [inter]"
 _KNOWN = resources.files("sheaf.cluster") / "known"
 
 
@@ -113,29 +114,51 @@ def _cluster(table: dict[str, Any], problems: list[str]) -> Cluster | None:
             table = {**table, tier: {key: value for key, value in link.items() if key != "timings"}}
     before = len(problems)
     cluster: Cluster | None = decode(Cluster, _with_devices(table, problems), "", problems, _RULES)
-    if len(problems) > before:
-        return None
-    if cluster is None:
+    if len(problems) > before or cluster is None:
+        problems += _apparent(table)
         return None
     if not cluster.hosts:
         problems.append("hosts is empty: add at least one [[hosts]]")
     return replace(cluster, **{tier: replace(_link(cluster, tier), timings=found) for tier, found in timings.items()})
 
 
+def _apparent(table: dict[str, Any]) -> list[str]:
+    """Contradictions that show in a file of which some fields are wrong, so that all is told at once."""
+    hosts = table.get("hosts")
+    if not isinstance(hosts, list):
+        return []
+    found: list[str] = []
+    counts = [host.get("count", 1) for host in hosts if isinstance(host, dict)]
+    if sum(count for count in counts if isinstance(count, int)) > 1 and "inter" not in table:
+        found.append(NO_INTER)
+    for index, host in enumerate(hosts):
+        device = host.get("device") if isinstance(host, dict) else None
+        if not isinstance(device, dict) or device.get("kind") != "cpu":
+            continue
+        own, shared = device.get("memory_bytes"), host.get("memory_bytes")
+        if isinstance(own, int) and isinstance(shared, int) and 0 < shared < own:
+            found.append(_too_little(f"hosts[{index}]", own, shared))
+    return found
+
+
+def _too_little(place: str, own: int, shared: int) -> str:
+    return (
+        f"{place}: the device has {own} bytes of memory and its host {shared}, which CPU workers share: give the host "
+        "at least as many"
+    )
+
+
 def _contradictions(cluster: Cluster) -> list[str]:
     """Fields that are sound each, and do not go together."""
     found: list[str] = []
     if sum(host.count for host in cluster.hosts) > 1 and cluster.inter is None:
-        found.append("inter is missing: several hosts need the link between them; add a table [inter]")
+        found.append(NO_INTER)
     for index, host in enumerate(cluster.hosts):
         place, device = f"hosts[{index}]", host.device
         if not device.flops_per_second:
             found.append(f"{place}.device.flops_per_second is empty: give a rate, such as fp32 = 19.5e12")
         if device.kind == "cpu" and device.memory_bytes > host.memory_bytes:
-            found.append(
-                f"{place}: the device has {device.memory_bytes} bytes of memory and its host {host.memory_bytes}, "
-                "which CPU workers share: give the host at least as many"
-            )
+            found.append(_too_little(place, device.memory_bytes, host.memory_bytes))
         wanted = {"gloo": ("cpu", "cuda"), "nccl": ("cuda",), "xla": ("xla",)}[cluster.backend]
         if device.kind not in wanted:
             found.append(

@@ -52,7 +52,7 @@ def model_seconds(link: Link, operation: str, workers: int, size_bytes: int | fl
     leave the ring where latency counts.
     """
     rounds, share = _rounds_and_share(operation, workers)
-    return rounds * link.latency_seconds + share * size_bytes / link.bytes_per_second
+    return rounds * link.latency_seconds + share * size_bytes / link.among(workers)
 
 
 def fit(timings: Sequence[Timing]) -> tuple[float, float]:
@@ -127,6 +127,6 @@ def _measured_seconds(link: Link, operation: str, workers: int, size_bytes: int 
     seconds_per_byte = (
         (last_seconds - curve[0][1]) / (last_size - curve[0][0])
         if rising
-        else _rounds_and_share(operation, workers)[1] / link.bytes_per_second
+        else _rounds_and_share(operation, workers)[1] / link.among(workers)
     )
     return last_seconds + (size_bytes - last_size) * seconds_per_byte

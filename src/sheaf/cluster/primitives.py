@@ -50,7 +50,7 @@ def start_reduce_scatter(output: Tensor, given: Tensor, group: dist.ProcessGroup
     """
     ranks = dist.get_world_size(group)
     _require_fit(part=output, whole=given, ranks=ranks)
-    traffic.collective("reduce_scatter", given.nbytes, ranks)
+    traffic.collective("reduce_scatter", given.nbytes, ranks, gloo=_pairwise(given, group))
     if ranks > 1 and not _pairwise(given, group):
         return Pending([_work(dist.reduce_scatter_tensor(output, given, group=group, async_op=True))])
     rank = dist.get_rank(group)
@@ -68,7 +68,7 @@ def start_all_gather(output: Tensor, given: Tensor, group: dist.ProcessGroup | N
     """
     ranks = dist.get_world_size(group)
     _require_fit(part=given, whole=output, ranks=ranks)
-    traffic.collective("all_gather", output.nbytes, ranks)
+    traffic.collective("all_gather", output.nbytes, ranks, gloo=_pairwise(given, group))
     if ranks > 1 and not _pairwise(given, group):
         return Pending([_work(dist.all_gather_into_tensor(output, given, group=group, async_op=True))])
     rank = dist.get_rank(group)
@@ -85,7 +85,7 @@ def start_all_to_all(received: Tensor, given: Tensor, group: dist.ProcessGroup |
     """
     ranks = dist.get_world_size(group)
     _require_fit(part=given[0], whole=received, ranks=ranks)
-    traffic.collective("all_to_all", given.nbytes, ranks)
+    traffic.collective("all_to_all", given.nbytes, ranks, gloo=_pairwise(given, group))
     if ranks > 1 and not _pairwise(given, group):
         return Pending([_work(dist.all_to_all_single(received, given, group=group, async_op=True))])
     rank = dist.get_rank(group)
@@ -95,7 +95,7 @@ def start_all_to_all(received: Tensor, given: Tensor, group: dist.ProcessGroup |
 
 def start_all_reduce(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Pending:
     """``tensor`` becomes the sum of all ranks' ``tensor``."""
-    traffic.collective("all_reduce", tensor.nbytes, dist.get_world_size(group))
+    traffic.collective("all_reduce", tensor.nbytes, dist.get_world_size(group), gloo=_pairwise(tensor, group))
     return Pending([_work(dist.all_reduce(tensor, group=group, async_op=True))])
 
 
@@ -106,7 +106,8 @@ def start_trade(
 
     Tensors are one-dimensional and contiguous; empty ones are left out, on both sides.
     """
-    traffic.message(sum(one.nbytes for one, _ in sent))
+    on_gloo = sum(_pairwise(one, group) for one, _ in sent if one.numel())
+    traffic.message(sum(one.nbytes for one, _ in sent), gloo=on_gloo)
     operations = [dist.P2POp(dist.isend, one, group=group, group_peer=to) for one, to in sent if one.numel()]
     operations += [dist.P2POp(dist.irecv, one, group=group, group_peer=of) for one, of in received if one.numel()]
     return Pending(dist.batch_isend_irecv(operations) if operations else [])

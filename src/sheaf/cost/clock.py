@@ -5,6 +5,7 @@ stages and microbatches, and played against many clocks.
 """
 
 from functools import lru_cache
+from math import inf
 from typing import NamedTuple
 
 from sheaf.errors import PlanError
@@ -65,20 +66,25 @@ def _in_turn_seconds(course: Course) -> float:
     stages, count, passing = course.stages, course.num_microbatches, course.transfer_seconds
     ahead, back, weights = course.forward_seconds, course.backward_seconds, course.weight_seconds
     free = [0.0] * stages
-    forwarded = [[0.0] * stages for _ in range(count)]  # [microbatch][stage]: when it is done
-    backwarded = [0.0] * stages
+    sent = [-inf] * (stages + 1)  # when the stage before was done with its last forward; the first waits for nobody
     for wave in range(1 - stages, count):
-        for stage in range(stages):
-            microbatch = wave + stages - 1 - stage
-            if 0 <= microbatch < count and (wave >= 0 or microbatch < stages - 1 - stage):
-                ready = forwarded[microbatch][stage - 1] + passing if stage else 0.0
-                free[stage] = max(free[stage], ready) + ahead[stage]
-                forwarded[microbatch][stage] = free[stage]
-        for stage in range(stages - 1, -1, -1) if wave >= 0 else ():
-            ready = backwarded[stage + 1] + passing if stage < stages - 1 else 0.0
-            free[stage] = backwarded[stage] = max(free[stage], ready) + back[stage]
-            if weights and wave >= stage:
-                free[stage] += weights[stage]
+        first, end = max(0, wave + stages - count), min(stages, wave + stages)
+        made = [
+            max(now, before + passing) + cost
+            for now, before, cost in zip(free[first:end], sent[first:end], ahead[first:end], strict=True)
+        ]
+        free[first:end] = sent[first + 1 : end + 1] = made
+        if wave < 0:
+            continue
+        done, later = -inf, free
+        free = []
+        for now, cost in zip(reversed(later), reversed(back), strict=True):
+            ready = done + passing
+            done = max(now, ready) + cost
+            free.append(done)
+        free.reverse()
+        for stage in range(min(stages, wave + 1)) if weights else ():
+            free[stage] += weights[stage]
     for stage in range(stages) if weights else ():
         for _ in range(min(stage, count)):
             free[stage] += weights[stage]

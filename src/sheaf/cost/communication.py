@@ -7,7 +7,7 @@ import numpy as np
 
 from sheaf.cluster.cluster import Cluster, Link
 from sheaf.cluster.links import collective_seconds
-from sheaf.cluster.traffic import share
+from sheaf.cluster.traffic import CONTROL_BYTES, messages, share
 from sheaf.cost.placement import Seat
 from sheaf.graph.facts import GLUE, LOSS, ModelFacts
 from sheaf.plans import Plan, layout
@@ -25,6 +25,7 @@ class Fabric:
     links: tuple[Link, ...]
     workers: int
     factor: float = 1.0  # of what a collective takes alone
+    gloo: bool = False  # which says something about each message
     _known: dict[tuple[str, int], float] = field(default_factory=dict[tuple[str, int], float], compare=False)
 
     def seconds(self, operation: str, size_bytes: int) -> float:
@@ -45,7 +46,11 @@ class Fabric:
 
     def sent_bytes(self, operation: str, size_bytes: int) -> float:
         """What one worker sends in a collective, as ``sheaf.cluster.traffic`` counts it where it is sent."""
-        return share(operation, self.workers) * size_bytes
+        return share(operation, self.workers) * size_bytes + CONTROL_BYTES * self.messages(operation, size_bytes)
+
+    def messages(self, operation: str, size_bytes: int) -> float:
+        """How many messages of gloo that is."""
+        return messages(operation, self.workers, size_bytes) if self.gloo and size_bytes > 0 else 0
 
     def passing_seconds(self, size_bytes: int) -> float:
         """One message from one worker to another over the slowest of the links."""
@@ -73,6 +78,7 @@ class Neighbourhood:
     units: tuple[np.ndarray, ...]
     links: tuple[Link, ...]
     inside: int  # the place of the link within a host
+    gloo: bool = False
 
     @classmethod
     def of(cls, cluster: Cluster, placed: tuple[Seat, ...]) -> "Neighbourhood":
@@ -92,12 +98,13 @@ class Neighbourhood:
                 cluster.inter or cluster.intra,
             ),
             len(inner),
+            cluster.backend == "gloo",
         )
 
     def fabric(self, groups: np.ndarray, factor: float = 1.0) -> Fabric:
         """The links of groups (rows) of as many ranks each, which communicate at once and wait for the slowest."""
         levels = np.unique(self.levels(groups)) if groups.shape[1] > 1 else (self.inside,)
-        return Fabric(tuple(self.links[level] for level in levels), groups.shape[1], factor)
+        return Fabric(tuple(self.links[level] for level in levels), groups.shape[1], factor, self.gloo)
 
     def levels(self, groups: np.ndarray) -> np.ndarray:
         """Over which link each rank of a group reaches the next: that of the smallest tier that holds both."""

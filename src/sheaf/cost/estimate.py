@@ -2,17 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from sheaf.cluster.cluster import Cluster
 from sheaf.cost import rows
 from sheaf.cost.basis import Basis
+from sheaf.cost.communication import Fabric
 from sheaf.cost.compute import Pace
+from sheaf.cost.copies import add_copies
 from sheaf.cost.experts import expert_times, replicated
 from sheaf.cost.memory import memory
 from sheaf.cost.overheads import microbatch_seconds, with_meetings
 from sheaf.cost.parts import held, part_times
 from sheaf.cost.pipeline import Pipeline, kept_stages, pipeline_times, slowest_clock, workers
+from sheaf.cost.placement import Seat
 from sheaf.cost.portion import Portion
 from sheaf.cost.price import Price
 from sheaf.cost.step import StepTimes, own_seconds, step_times
@@ -65,11 +68,19 @@ def priced(plan: Plan, basis: Basis, sizes: Sequence[int], *, drawn: bool = Fals
     elif plan.expert_parts:
         times = expert_times(plan, basis, _paces(plan, basis), sizes)
     else:
-        fabric = basis.fabric(plan, "dp")
+        paces, fabric = _paces(plan, basis), _met_over(plan, basis)
         summed = rows.kept(plan, basis.whole, basis.facts)
-        times = step_times(plan, summed, _paces(plan, basis), fabric, basis.cluster.overlap, sizes)
+        times = step_times(plan, summed, paces, fabric, basis.cluster.overlap, sizes)
+        add_copies(times, plan, basis, basis.whole, len(sizes))
     rows.add_rows(times, plan, basis, sizes)
     return _price(plan, basis, times, holding(plan, basis, sizes))
+
+
+def _met_over(plan: Plan, basis: Basis) -> Fabric:
+    """The links between replicas, and to those that only serve."""
+    if not plan.serves.serving:
+        return basis.fabric(plan, "dp")
+    return replace(basis.between(range(plan.workers)), workers=plan.dp)
 
 
 def holding(plan: Plan, basis: Basis, sizes: Sequence[int]) -> dict[str, int]:
@@ -107,16 +118,19 @@ def _paces(plan: Plan, basis: Basis) -> list[Pace]:
     """By replica, the pace of the slowest of the workers that split its layers."""
     seats, mesh = basis.seats(plan.workers), Mesh.of(plan)
     crossing = basis.crossing(basis.whole, basis.fabric(plan, "dp" if plan.expert_parts else "tp"))
-    adding = microbatch_seconds(basis.profile, plan, stages=False)
+
+    @cache
+    def paced(seat: Seat) -> Pace:
+        adding = microbatch_seconds(basis.profile, plan, stages=False, speed=seat.speed)
+        return replace(basis.pace(basis.whole, seat), crossing=crossing, dispatch_seconds=adding)
+
     if basis.alike(plan.workers):
-        pace = basis.pace(basis.whole, seats[0])
-        return [replace(pace, crossing=crossing, dispatch_seconds=adding)] * plan.dp
+        return [paced(seats[0])] * plan.dp
     paces: list[Pace] = []
     for replica in range(plan.dp):
         ranks = [mesh.rank(pp=0, dp=replica, tp=part) for part in range(mesh.tp)]
-        there = [basis.pace(basis.whole, seat) for seat in dict.fromkeys(seats[rank] for rank in ranks)]
-        pace = max(there, key=lambda one: own_seconds(plan, one, basis.facts.samples)) if len(there) > 1 else there[0]
-        paces.append(replace(pace, crossing=crossing, dispatch_seconds=adding))
+        there = [paced(seat) for seat in dict.fromkeys(seats[rank] for rank in ranks)]
+        paces.append(max(there, key=lambda one: own_seconds(plan, one, basis.facts.samples)))
     return paces
 
 
@@ -135,5 +149,6 @@ def _price(plan: Plan, basis: Basis, times: StepTimes, holds: dict[str, int]) ->
         seconds=with_meetings(times.seconds, basis.profile, plan),
         memory=holds,
         traffic_bytes=times.traffic_bytes,
+        messages=times.messages,
         hidden_seconds=times.hidden_seconds,
     )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from sheaf.cost.compute import STATE_BYTES_PER_BYTE
 from sheaf.cost.portion import Portion
-from sheaf.graph.facts import GLUE, LOSS, ModelFacts, Profile
+from sheaf.graph.facts import Profile
 from sheaf.plans import Plan
 from sheaf.plans.local import OUTER
 
@@ -40,16 +40,21 @@ def memory(
     state = profile.optimizer_state_bytes_per_byte if profile else STATE_BYTES_PER_BYTE
     sharded = plan.alike if plan.zero >= 1 else 1
     own = portion.trainable_bytes - replicated.trainable_bytes
-    return {
+    served = _served(plan, replicated.trainable_bytes, state) if plan.server else 0
+    apart = plan.serves.apart
+    held = {
         "parameters": _parameters(plan, portion),
         "gradients": own + _gradients(plan, replicated),
-        "optimizer_state": _served(plan, replicated.trainable_bytes, state)
+        "optimizer_state": (0 if apart else served)
         if plan.server
         else round(replicated.trainable_bytes * state / sharded + own * state),
-        "activations": round(activation_bytes(plan, facts, kept) * scale),
+        "activations": round(activation_bytes(plan, portion, kept) * scale),
         "buffers": sum(buffer.size_bytes for buffer in facts.buffers),
         "workspace": _workspace(plan, portion, replicated, scale),
     }
+    if apart and served > sum(held.values()):  # the fullest is one that only serves
+        return dict.fromkeys(held, 0) | {"optimizer_state": served, "buffers": held["buffers"]}
+    return held
 
 
 def needed_bytes(peak_bytes: int, device_kind: str) -> int:
@@ -57,23 +62,10 @@ def needed_bytes(peak_bytes: int, device_kind: str) -> int:
     return round(peak_bytes * MARGIN) + (PROCESS_BYTES if device_kind == "cpu" else 0)
 
 
-def activation_bytes(plan: Plan, facts: ModelFacts, microbatches: float = 1.0) -> float:
-    """What is kept from forward for backward, for so many microbatches of the facts at once."""
-    kept, most = _activations(facts, again=plan.recompute != "none")
+def activation_bytes(plan: Plan, portion: Portion, microbatches: float = 1.0) -> float:
+    """What is kept from forward for backward, for so many microbatches of the portion's facts at once."""
+    kept, most = portion.kept_again if plan.recompute != "none" else portion.kept_once
     return kept * microbatches + most
-
-
-def _activations(facts: ModelFacts, *, again: bool) -> tuple[float, float]:
-    """What each microbatch keeps, and beside that what the block that runs again keeps."""
-    real = [block for block in facts.blocks if block.name not in (GLUE, LOSS)]
-    rest = sum(block.saved_bytes + block.saved_input_bytes for block in facts.blocks if block.name in (GLUE, LOSS))
-    saved = [block.saved_bytes + block.saved_input_bytes for block in real]
-    if not again:
-        return sum(saved) + rest, 0
-    kept = [
-        block.fresh_input_bytes if block.composite else block.saved_bytes + block.saved_input_bytes for block in real
-    ]
-    return sum(kept) + rest, max(saved, default=0)
 
 
 def _parameters(plan: Plan, portion: Portion) -> int:
@@ -119,8 +111,7 @@ def _workspace(plan: Plan, portion: Portion, replicated: Portion, scale: float) 
         ]
         travelling = sum(largest) + -(-sum(largest) // plan.alike)
     # A block's backward holds the gradients of its output and of its input at once.
-    passing = max((block.output_bytes + block.input_bytes for block in portion.facts.blocks), default=0)
-    return travelling + round((passing + BATCHES_HELD * portion.facts.batch_bytes) * scale)
+    return travelling + round((portion.passing_bytes + BATCHES_HELD * portion.facts.batch_bytes) * scale)
 
 
 def _relaxed_copies(plan: Plan) -> int:

@@ -3,6 +3,10 @@
 No fact of a model foretells it, so it is measured: each executor that a plan uses runs a few steps of very small
 microbatches on two workers (a rehearsal), and what they take beyond what is priced is its overhead. A profile holds it
 by the text of the rehearsed plan.
+
+Of executors in which each message is waited for, all that is beyond the price is overhead. In others (stages, stolen
+shares, recomputation) a worker goes on while messages travel, so that steps of tiny microbatches, which have nothing to
+go on with, say too much: their overhead is the processor time that they take beside replicas of the same model.
 """
 
 from collections.abc import Mapping
@@ -11,6 +15,7 @@ from dataclasses import replace
 from sheaf.graph.facts import Profile
 from sheaf.plans import Plan
 from sheaf.plans.local import of_two
+from sheaf.plans.server import beside
 
 REPLICAS = Plan(dp=2)
 MEETING = 2  # steps between meetings of weights, in a rehearsal
@@ -57,18 +62,29 @@ def in_steps(plan: Plan) -> tuple[Plan, ...]:
     if plan.local:
         found.append(Plan(dp=2, local=of_two(plan.local, MEETING), compress=plan.compress))
     if plan.server:
-        shards, _, behind = plan.server.partition(":")
-        few = f"{min(2, int(shards))}"  # two workers hold two shards at most
-        found.append(Plan(dp=2, server=f"{few}:{behind}" if behind else few, late=plan.late))
+        few = min(2, plan.serves.shards)  # two workers hold two shards at most
+        found.append(Plan(dp=2, server=beside(plan.server, few), late=plan.late))
     return tuple(found)
 
 
-def microbatch_seconds(profile: Profile | None, plan: Plan, *, stages: bool) -> float:
-    """What one worker spends on each microbatch beside what is priced; of pipelines' executors, or of the others."""
+def goes_on(rehearsed: Plan) -> bool:
+    """Whether a worker of a rehearsed plan goes on while messages travel, so that its overhead is processor time.
+
+    >>> goes_on(Plan.parse("pp=2")), goes_on(Plan.parse("tp=2"))
+    (True, False)
+    """
+    return rehearsed.pp > 1 or rehearsed.stolen or rehearsed.recompute != "none"
+
+
+def microbatch_seconds(profile: Profile | None, plan: Plan, *, stages: bool, speed: float = 1.0) -> float:
+    """What one worker spends on each microbatch beside what is priced; of pipelines' executors, or of the others.
+
+    ``speed`` is that worker's, relative to the first.
+    """
     if profile is None or not profile.overheads:
         return 0.0
     known = (one for one in in_microbatches(plan) if (one.pp > 1) == stages)
-    return sum(max(0.0, profile.overheads.get(str(one), 0.0)) for one in known)
+    return sum(max(0.0, profile.overheads.get(str(one), 0.0)) / (speed if goes_on(one) else 1.0) for one in known)
 
 
 def with_meetings(seconds: dict[str, float], profile: Profile | None, plan: Plan) -> dict[str, float]:

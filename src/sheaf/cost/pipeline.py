@@ -3,12 +3,15 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, pairwise
 
+from sheaf.cluster.traffic import CONTROL_BYTES
 from sheaf.cost.basis import Basis
 from sheaf.cost.clock import Course, course_seconds, kept, timeline
 from sheaf.cost.communication import ALL_REDUCE
 from sheaf.cost.compute import Pace
+from sheaf.cost.copies import add_copies, waited
 from sheaf.cost.overheads import microbatch_seconds
 from sheaf.cost.portion import Portion
 from sheaf.cost.step import (
@@ -49,15 +52,18 @@ class Pipeline:
         mesh, seats = Mesh.of(plan), basis.seats(plan.workers)
         fabric = basis.fabric(plan, "tp")
         crossings = [basis.crossing(portion, fabric) for portion in portions]
-        beside = microbatch_seconds(basis.profile, plan, stages=False)
-        adding = microbatch_seconds(basis.profile, plan, stages=True) + beside / len(names)
+
+        def adding(speed: float) -> float:
+            beside = microbatch_seconds(basis.profile, plan, stages=False, speed=speed) / len(names)
+            return microbatch_seconds(basis.profile, plan, stages=True, speed=speed) + beside
 
         def pace(replica: int, stage: int) -> Pace:
             ranks = (mesh.rank(pp=stage % plan.pp, dp=replica, tp=part) for part in range(mesh.tp))
             there = {seats[rank]: basis.pace(portions[stage], seats[rank]) for rank in ranks}
             size = basis.facts.samples
             paced = max(there.values(), key=lambda one: one.forward.seconds(size) + one.backward.seconds(size))
-            return replace(paced, crossing=crossings[stage], dispatch_seconds=adding)
+            slowest = min(seat.speed for seat in there)
+            return replace(paced, crossing=crossings[stage], dispatch_seconds=adding(slowest))
 
         if basis.alike(plan.workers):
             first = {id(portion): stage for stage, portion in reversed(list(enumerate(portions)))}
@@ -66,6 +72,11 @@ class Pipeline:
         else:
             paces = tuple(tuple(pace(replica, stage) for stage in range(len(names))) for replica in range(plan.dp))
         return cls(plan, names, portions, paces, workers(plan, basis))
+
+    @cached_property
+    def outputs(self) -> list[int]:
+        """Bytes that each stage but the last passes on for one microbatch of the facts."""
+        return [placed(portion.facts)[-1].output_bytes for portion in self.portions[:-1]]
 
     def stages_on(self, worker: int) -> range:
         """The stages of one pipeline rank."""
@@ -144,14 +155,16 @@ def pipeline_times(pipeline: Pipeline, basis: Basis, sizes: Sequence[int]) -> St
     still = min(whole[first], _replica_seconds(pipeline, basis, first, shares[first], passing=False))
     times.seconds["bubble"] = max(0.0, still - own)
     times.seconds["transfer"] = max(0.0, whole[first] - own - times.seconds["bubble"])
-    times.seconds["wait"] = whole[last] - whole[first]
-    times.traffic_bytes = 0.0
+    times.seconds["wait"] = waited(plan, whole, shares)
+    times.traffic_bytes = times.messages = 0.0
     _replicated(times, pipeline, basis, shares, last)
     held = [portion.trainable_bytes for portion in pipeline.workers]
-    times.traffic_bytes = max(  # of whoever sends most; what replicas send goes with what they hold
-        times.traffic_bytes * held[worker] / max(1, *held) + _sent_bytes(pipeline, basis, worker, shares[first])
-        for worker in range(plan.pp)
+    apart = [_sent(pipeline, basis, worker, shares[first]) for worker in range(plan.pp)]
+    times.traffic_bytes, own = max(  # of whoever sends most; what replicas send goes with what they hold
+        (times.traffic_bytes * mine / max(1, *held) + sent_bytes, messages)
+        for mine, (sent_bytes, messages) in zip(held, apart, strict=True)
     )
+    times.messages += own
     return times
 
 
@@ -179,11 +192,21 @@ def measured_stages(plan: Plan, basis: Basis) -> str:
     return ":".join(str(count) for count in found)
 
 
+def cut_seconds(plan: Plan, basis: Basis) -> float:
+    """What a microbatch takes forward and backward in the slowest of the plan's stages."""
+    counts = plan.stage_blocks or _default_cut(basis, plan.num_stages)
+    return slowest(basis.block_seconds(plan), counts, _speeds(plan, basis))
+
+
 def _measured_cut(plan: Plan, basis: Basis) -> tuple[int, ...]:
-    mesh, seats = Mesh.of(plan), basis.seats(plan.workers)
-    costs, count = basis.block_seconds(plan), plan.num_stages
+    return _worth_writing(basis, basis.block_seconds(plan), plan.num_stages, _speeds(plan, basis))
+
+
+def _speeds(plan: Plan, basis: Basis) -> list[float]:
+    """How fast each stage's worker is, beside the first one's."""
+    mesh, seats, count = Mesh.of(plan), basis.seats(plan.workers), plan.num_stages
     if basis.alike(plan.workers):
-        return _worth_writing(basis, costs, count, [1.0] * count)
+        return [1.0] * count
 
     def speed(worker: int) -> float:
         ranks = (mesh.rank(pp=worker, dp=replica, tp=part) for replica in range(plan.dp) for part in range(mesh.tp))
@@ -191,8 +214,7 @@ def _measured_cut(plan: Plan, basis: Basis) -> tuple[int, ...]:
         return min(seat.flops_per_second if basis.profile is None else seat.speed for seat in there)
 
     paces = [speed(worker) for worker in range(plan.pp)]
-    speeds = [paces[stage % plan.pp] / paces[0] for stage in range(count)]
-    return _worth_writing(basis, costs, count, speeds)
+    return [paces[stage % plan.pp] / paces[0] for stage in range(count)]
 
 
 def _worth_writing(basis: Basis, costs: Sequence[float], count: int, speeds: Sequence[float]) -> tuple[int, ...]:
@@ -262,33 +284,31 @@ def _passing_seconds(pipeline: Pipeline, basis: Basis, replica: int, size: float
     plan = pipeline.plan
     longest = 0.0
     links = basis.seating.passing(Mesh.of(plan), basis.factor)[replica]
-    for stage, sent_bytes in enumerate(_outputs(pipeline)):
+    for stage, sent_bytes in enumerate(pipeline.outputs):
         scaled = round(sent_bytes * size / basis.facts.samples)
         longest = max(longest, links[stage % plan.pp].passing_seconds(scaled))
     return longest
 
 
-def _outputs(pipeline: Pipeline) -> list[int]:
-    """Bytes that each stage but the last passes on for one microbatch of the facts."""
-    return [placed(portion.facts)[-1].output_bytes for portion in pipeline.portions[:-1]]
-
-
-def _sent_bytes(pipeline: Pipeline, basis: Basis, worker: int, share: Sequence[int]) -> float:
-    """What a worker sends for the microbatches of a step: to its neighbours, and to those that split its layers."""
+def _sent(pipeline: Pipeline, basis: Basis, worker: int, share: Sequence[int]) -> tuple[float, float]:
+    """What a worker sends for the microbatches of a step, to its neighbours and to those that split its layers: bytes,
+    and messages of gloo.
+    """
     again = pipeline.plan.recompute == "full"
     crossings = [pipeline.paces[0][stage].crossing for stage in pipeline.stages_on(worker)]
-    sent = sum(one.sent_bytes(size, again=again) for one in crossings for size in share)
-    return sent + _passed_bytes(pipeline, basis, worker, share)
+    counts = Counter(share).items()
+    sent = sum(times * one.sent_bytes(size, again=again) for one in crossings for size, times in counts)
+    messages = sum(times * one.messages(size, again=again) for one in crossings for size, times in counts)
+    passed = _passed(pipeline, worker)
+    told = len(passed) * len(share) if basis.cluster.backend == "gloo" else 0
+    return sent + sum(passed) * sum(share) / basis.facts.samples + CONTROL_BYTES * told, messages + told
 
 
-def _passed_bytes(pipeline: Pipeline, basis: Basis, worker: int, share: Sequence[int]) -> float:
-    """What a worker sends its neighbours in a step: outputs forward, gradients of inputs backward."""
-    outputs = _outputs(pipeline)
-    sent = 0
-    for stage in pipeline.stages_on(worker):
-        sent += outputs[stage] if stage < len(outputs) else 0
-        sent += outputs[stage - 1] if stage else 0
-    return sent * sum(share) / basis.facts.samples
+def _passed(pipeline: Pipeline, worker: int) -> list[int]:
+    """What a worker sends its neighbours for one microbatch of the facts: outputs forward, gradients of inputs back."""
+    outputs = pipeline.outputs
+    forward = [outputs[stage] for stage in pipeline.stages_on(worker) if stage < len(outputs)]
+    return forward + [outputs[stage - 1] for stage in pipeline.stages_on(worker) if stage]
 
 
 def _replicated(
@@ -312,12 +332,18 @@ def _replicated(
         window = backward_seconds(plan, paces[0], share[-1])
         reduced(times, plan, portion, fabric, window, overlap)
     _shared_between_stages(times, pipeline, basis, portions)
-    every = [pace for replica in pipeline.paces for pace in replica]
+    unlike = {id(replica): replica for replica in pipeline.paces}.values()
+    every = [pace for replica in unlike for pace in replica]
     seconds_per_byte = [
-        max(replica[worker].optimizer_seconds_per_byte for replica in pipeline.paces) for worker in range(plan.pp)
+        max(replica[worker].optimizer_seconds_per_byte for replica in unlike) for worker in range(plan.pp)
     ]
     stepped = (one.trainable_bytes * rate for one, rate in zip(portions, seconds_per_byte, strict=True))
-    times.seconds["optimizer"] = max(stepped) / (plan.alike if plan.zero else 1)
+    if plan.server:  # shards update, and workers wait for them
+        times.seconds["server"] += max(stepped) / plan.serves.shards
+        _shared_between_stages(times, pipeline, basis, portions)  # as gradients before, so values after
+        add_copies(times, plan, basis, portion, sum(len(one) for one in shares))
+    else:
+        times.seconds["optimizer"] = max(stepped) / (plan.alike if plan.zero else 1)
     times.seconds["host"] += max(pace.host_seconds for pace in every)
     told(times, portion, fabric, sum(len(one) for one in shares))
 

@@ -35,6 +35,25 @@ class Portion:
         """What those of them weigh that get gradients."""
         return self.facts.trainable_bytes
 
+    @cached_property
+    def kept_once(self) -> tuple[float, float]:
+        """What each microbatch keeps for backward; beside that, nothing."""
+        return float(self.facts.saved_bytes), 0.0
+
+    @cached_property
+    def kept_again(self) -> tuple[float, float]:
+        """What each microbatch keeps where blocks run again, and beside that what the one that runs again keeps."""
+        real = [block for block in self.facts.blocks if block.name not in (GLUE, LOSS)]
+        saved = [block.saved_bytes + block.saved_input_bytes for block in real]
+        kept = [block.fresh_input_bytes if block.composite else size for block, size in zip(real, saved, strict=True)]
+        rest = self.facts.saved_bytes - sum(saved)
+        return float(sum(kept) + rest), float(max(saved, default=0))
+
+    @cached_property
+    def passing_bytes(self) -> int:
+        """The gradients of a block's output and of its input, which its backward holds at once: of the largest."""
+        return max((block.output_bytes + block.input_bytes for block in self.facts.blocks), default=0)
+
     def buckets(self, bucket_bytes: int) -> tuple[int, ...]:
         """Sizes of its gradient buckets, in the order they fill."""
         if bucket_bytes not in self._buckets:
@@ -255,20 +274,20 @@ def _time(
 def _held(facts: ModelFacts, chosen: Iterable[BlockFact], split: SplitFacts | None) -> tuple[ParameterFact, ...]:
     owned = {name for block in chosen for name in block.parameters}
     used = tuple(f"{block.name}." for block in chosen if block.name not in (GLUE, LOSS))
-    held = [
-        one
-        for one in facts.parameters
-        if one.name in owned or (one.aliases and any(alias.startswith(used) for alias in one.aliases))
-    ]
-    return tuple(_local(one, split) for one in held)
+    owned |= {one.name for one in facts.shared if any(alias.startswith(used) for alias in one.aliases)}
+    held = sorted(facts.places[name] for name in owned if name in facts.places)
+    return tuple(_local(facts.parameters[place], split) for place in held)
 
 
 def _local(parameter: ParameterFact, split: SplitFacts | None) -> ParameterFact:
     if split is None or parameter.name not in split.slices:
         return parameter
-    cut = split.slices[parameter.name]
-    sizes = cut.cut.sizes
-    return replace(parameter, shape=cut.local_shape(parameter.shape, sizes.index(max(sizes))))
+    key = parameter.name, parameter.shape
+    if key not in split.held:
+        cut = split.slices[parameter.name]
+        sizes = cut.cut.sizes
+        split.held[key] = replace(parameter, shape=cut.local_shape(parameter.shape, sizes.index(max(sizes))))
+    return split.held[key]
 
 
 def _within(name: str, present: set[str], blocks: dict[str, BlockFact], *, elsewhere: bool) -> bool:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from sheaf.cluster.traffic import wire_bytes
 from sheaf.plans import Plan
 
 SECONDS_TERMS = (
@@ -36,7 +37,8 @@ class Price:
     from stage to stage adds, ``server`` what pushing gradients to shards and pulling values takes, ``rows`` what
     tables take whose gradients travel as rows, and ``bubble`` what the busiest worker of a pipeline idles for the
     others. ``wait`` is the time the fastest replica idles for the slowest. ``stages`` counts the blocks of a
-    pipeline's stages; ``timeline`` is its slowest replica's.
+    pipeline's stages; ``timeline`` is its slowest replica's. ``traffic_bytes`` are handed to the network, in so many
+    ``messages`` of gloo, with what that says about each; ``wire_bytes`` is what the links carry.
     """
 
     plan: Plan
@@ -46,11 +48,17 @@ class Price:
     hidden_seconds: float = 0.0
     stages: tuple[int, ...] = ()
     timeline: tuple[Row, ...] = ()
+    messages: float = 0.0
 
     @property
     def step_seconds(self) -> float:
         """Seconds per global step."""
         return sum(self.seconds.values())
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes that one worker's link carries per step, the network's headers included."""
+        return wire_bytes(self.traffic_bytes, self.messages)
 
     @property
     def peak_bytes(self) -> int:

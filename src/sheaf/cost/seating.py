@@ -80,7 +80,7 @@ class Seating:
         """Groups with the same links share one fabric, and what it knows."""
         key = ("joined", levels, size, factor)
         if key not in self._known:
-            self._known[key] = Fabric(tuple(near.links[level] for level in levels), size, factor)
+            self._known[key] = Fabric(tuple(near.links[level] for level in levels), size, factor, near.gloo)
         return self._known[key]
 
     def _near(self) -> Neighbourhood:

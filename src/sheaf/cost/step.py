@@ -33,6 +33,12 @@ class StepTimes:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SECONDS_TERMS, 0.0))
     hidden_seconds: float = 0.0
     traffic_bytes: float = 0.0
+    messages: float = 0.0  # of gloo
+
+    def sends(self, fabric: Fabric, operation: str, size_bytes: int, times: float = 1.0) -> None:
+        """Count what one worker sends in a collective."""
+        self.traffic_bytes += times * fabric.sent_bytes(operation, size_bytes)
+        self.messages += times * fabric.messages(operation, size_bytes)
 
     def add(self, other: "StepTimes", times: int) -> None:
         """Count what another took so many times."""
@@ -40,6 +46,7 @@ class StepTimes:
             self.seconds[term] += times * seconds
         self.hidden_seconds += times * other.hidden_seconds
         self.traffic_bytes += times * other.traffic_bytes
+        self.messages += times * other.messages
 
 
 def step_times(
@@ -103,6 +110,8 @@ def told(times: StepTimes, portion: Portion, fabric: Fabric, num_microbatches: i
         sizes.append(num_microbatches * merged)
     for size in sizes:
         times.seconds["all_reduce"] += fabric.seconds(ALL_REDUCE, size)
+        if fabric.gloo:  # elsewhere they are nothing beside gradients
+            times.sends(fabric, ALL_REDUCE, size)
 
 
 def own_seconds(plan: Plan, pace: Pace, size: int) -> float:
@@ -141,13 +150,15 @@ def dealt(plan: Plan, sizes: Sequence[int], paces: Sequence[Pace] = ()) -> list[
 
 
 def _stolen(plan: Plan, paces: Sequence[Pace], sizes: Sequence[int]) -> list[list[int]]:
-    """Who takes which microbatch when each takes the next as soon as it is free."""
+    """Who takes which microbatch when each takes its next one between forward and backward of the one under way."""
     taken: list[list[int]] = [[] for _ in paces]
-    free = [(0.0, rank) for rank in range(len(paces))]
+    asking = [(0.0, rank, 0.0) for rank in range(len(paces))]  # when, who, and when it is done with what it has
     for size in sizes:
-        when, rank = heapq.heappop(free)
+        when, rank, free = heapq.heappop(asking)
         taken[rank].append(size)
-        heapq.heappush(free, (when + own_seconds(plan, paces[rank], size), rank))
+        begun = max(when, free)
+        after = begun + paces[rank].fetch.seconds(size) + paces[rank].forward.seconds(size)
+        heapq.heappush(asking, (after, rank, begun + own_seconds(plan, paces[rank], size)))
     return taken
 
 
@@ -162,6 +173,7 @@ def own_terms(times: StepTimes, plan: Plan, pace: Pace, sizes: Sequence[int]) ->
         times.seconds["host"] += count * pace.fetch.seconds(size)
         times.seconds["tensor"] += count * pace.crossing.seconds(size, again=again)
         times.traffic_bytes += count * pace.crossing.sent_bytes(size, again=again)
+        times.messages += count * pace.crossing.messages(size, again=again)
 
 
 def _accumulated(
@@ -203,11 +215,19 @@ def reduced(
 def served(times: StepTimes, plan: Plan, portion: Portion, fabric: Fabric) -> None:
     """Gradients go to shards, from there to backups, and values come back, with nothing to hide behind.
 
-    Busiest is a worker with a shard: it hands every push to the backup and gives values to all, and the next shard's
-    backup may be beside it. What a worker and its own shard tell each other stays in its machine.
+    Beside replicas the busiest is a worker with a shard: it hands every push to the backup and gives values to all, and
+    the next shard's backup may be beside it. What a worker and its own shard tell each other stays in its machine.
+    Shards apart carry that on links of their own, and a worker sends its gradient only.
     """
     whole, others = portion.trainable_bytes, plan.dp - 1
     shard = -(-whole // plan.serves.shards)
+    if plan.serves.apart:
+        all_pushed = plan.dp * shard  # to a shard, by it to its backup, and as much to the backup beside it
+        mirrored = all_pushed if plan.serves.shards > 1 else 0
+        times.seconds["server"] += fabric.passing_seconds(max(whole, all_pushed + mirrored))
+        times.seconds["server"] += fabric.passing_seconds(max(whole, all_pushed))
+        times.traffic_bytes += whole
+        return
     pushed, mirrored, given = whole - shard, plan.dp * shard, others * shard
     received = given + (mirrored if plan.serves.shards > 1 else 0)
     times.seconds["server"] += fabric.passing_seconds(max(pushed + mirrored, received))
@@ -233,7 +253,7 @@ def met(times: StepTimes, plan: Plan, portion: Portion, fabric: Fabric, window_s
         term = operation if operation in times.seconds else ALL_REDUCE
         times.seconds[term] += (seconds - hidden) / local.every
         times.hidden_seconds += hidden / local.every
-        times.traffic_bytes += fabric.sent_bytes(operation, size) / local.every
+        times.sends(fabric, operation, size, 1 / local.every)
 
 
 def _in_rounds(
@@ -311,11 +331,11 @@ def _beside(
     times.hidden_seconds += total - shown
     for (operation, size), piece in zip(travels, pieces, strict=True):
         times.seconds[operation] += piece * (shown / total if total else 0.0)
-        times.traffic_bytes += fabric.sent_bytes(operation, size)
+        times.sends(fabric, operation, size)
 
 
 def alone(times: StepTimes, fabric: Fabric, operation: str, sizes: Sequence[int]) -> None:
     """Collectives that everyone waits for."""
     for size in sizes:
         times.seconds[operation] += fabric.seconds(operation, size)
-        times.traffic_bytes += fabric.sent_bytes(operation, size)
+        times.sends(fabric, operation, size)

@@ -1,11 +1,11 @@
 """What the workers that split a layer send each other for one microbatch; nothing hides it."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from sheaf.cost.communication import Fabric
+from sheaf.cost.communication import ALL_REDUCE, TRADE, Fabric
 from sheaf.plans.split import Move
 
 
@@ -36,13 +36,21 @@ class Crossing:
 
     def sent_bytes(self, size: int, *, again: bool = False) -> float:
         """What one worker sends for one microbatch."""
-        if (4 + again, size) not in self._known:
-            self._known[4 + again, size] = sum(
-                times * self.fabric.sent_bytes(operation, self._scaled(size_bytes, size))
+        return self._summed(4 + again, size, self.fabric.sent_bytes, again=again)
+
+    def messages(self, size: int, *, again: bool = False) -> float:
+        """In how many messages of gloo."""
+        return self._summed(6 + again, size, self.fabric.messages, again=again)
+
+    def _summed(self, key: int, size: int, what: Callable[[str, int], float], *, again: bool) -> float:
+        if (key, size) not in self._known:
+            swapped = self.fabric.gloo and self.fabric.workers == 2  # two workers trade, and each adds
+            self._known[key, size] = sum(
+                times * what(TRADE if swapped and operation == ALL_REDUCE else operation, self._scaled(one, size))
                 for kind in (self._kinds if again else self._kinds[:2])
-                for (operation, size_bytes), times in kind.items()
+                for (operation, one), times in kind.items()
             )
-        return self._known[4 + again, size]
+        return self._known[key, size]
 
     def of(self, block: str) -> "Crossing":
         """Those of one block alone."""

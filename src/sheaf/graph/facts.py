@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 LOSS = "<loss>"  # the name of the block that stands for the loss function
 GLUE = "<glue>"  # the name of the block that stands for work done in no block: the root's own operations
@@ -18,12 +19,12 @@ class ParameterFact:
     requires_grad: bool
     aliases: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def num_elements(self) -> int:
         """How many numbers it holds."""
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def size_bytes(self) -> int:
         """What it weighs."""
         return self.num_elements * self.itemsize_bytes
@@ -114,30 +115,45 @@ class ModelFacts:
     batch_bytes: int  # one collated microbatch
     tables: tuple[TableFact, ...] = ()  # parameters whose rows are looked up
 
-    @property
+    @cached_property
     def num_parameters(self) -> int:
         """Distinct parameter elements, shared ones once."""
         return sum(parameter.num_elements for parameter in self.parameters)
 
-    @property
+    @cached_property
     def parameter_bytes(self) -> int:
         """Bytes of all distinct parameters."""
         return sum(parameter.size_bytes for parameter in self.parameters)
 
-    @property
+    @cached_property
     def trainable_bytes(self) -> int:
         """Bytes of the parameters that get gradients."""
         return sum(parameter.size_bytes for parameter in self.parameters if parameter.requires_grad)
 
-    @property
+    @cached_property
     def saved_bytes(self) -> int:
         """All that autograd keeps for backward of one microbatch beyond parameters and buffers, each storage once."""
         return sum(block.saved_bytes + block.saved_input_bytes for block in self.blocks)
 
-    @property
+    @cached_property
     def flops(self) -> float:
         """Forward and backward operations of one microbatch."""
         return sum(block.forward_flops + block.backward_flops for block in self.blocks)
+
+    @cached_property
+    def called(self) -> tuple[BlockFact, ...]:
+        """The blocks that the model calls, in forward order, without glue and loss."""
+        return tuple(block for block in self.blocks if block.name not in (GLUE, LOSS) and block.calls)
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Where among the parameters each stands, by name."""
+        return {parameter.name: place for place, parameter in enumerate(self.parameters)}
+
+    @cached_property
+    def shared(self) -> tuple[ParameterFact, ...]:
+        """The parameters that have other names too."""
+        return tuple(parameter for parameter in self.parameters if parameter.aliases)
 
     def parameter(self, name: str) -> ParameterFact:
         """The parameter of that canonical name."""

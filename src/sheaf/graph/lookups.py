@@ -92,12 +92,13 @@ def uses(task: Task, blueprint: Blueprint) -> dict[str, set[Callable[..., Any]]]
     return look(task, blueprint, 0, _order(task, task.microbatch or task.batch).step(0)[0]).functions
 
 
-def tables(task: Task, samples: int) -> tuple[TableFact, ...]:
+def tables(task: Task, samples: int, blueprint: Blueprint | None = None) -> tuple[TableFact, ...]:
     """The tables of the task's model, with rows counted in microbatches of ``samples`` samples; none without any.
 
-    Where the task leaves the microbatch open they are counted in eighths of a batch.
+    Where the task leaves the microbatch open they are counted in eighths of a batch. ``blueprint`` is the task's, as it
+    was built.
     """
-    blueprint = Blueprint(task)
+    blueprint = blueprint or Blueprint(task)
     if not any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in blueprint.model.modules()):
         return ()
     samples = samples if task.microbatch else max(1, min(samples, task.batch // _SAMPLED))

@@ -18,6 +18,7 @@ from sheaf.errors import SheafError, TaskError
 from sheaf.graph import ops
 from sheaf.graph.counter import Counter, Tally
 from sheaf.graph.cut import cut, is_composite, owners
+from sheaf.graph.drawn import Drawn
 from sheaf.graph.example import converted, example, global_streams_kept, num_samples, precision
 from sheaf.graph.facts import GLUE, LOSS, BlockFact, BufferFact, ModelFacts, ParameterFact, TableFact
 from sheaf.graph.lookups import tables
@@ -32,10 +33,13 @@ _TOOLS = (Path(torch.__file__).parent, Path(jaxtyping.__file__).parent, _ROOMS /
 _HERE = ("<", *(str(path) for path in _TOOLS))  # files that are never the user's; "<" starts made-up ones
 
 
-def trace(task: Task, samples: int, *, known: tuple[TableFact, ...] | None = None) -> ModelFacts:
+def trace(
+    task: Task, samples: int, *, known: tuple[TableFact, ...] | None = None, drawn: Drawn | None = None
+) -> ModelFacts:
     """The facts of the task's model for microbatches of ``samples`` samples.
 
-    ``known`` are its tables, where an earlier trace has counted their rows.
+    ``known`` are its tables, where an earlier trace has counted their rows; ``drawn`` is its model, where others look
+    at it too.
 
     Model, loss and backward run once on fake tensors: nothing is allocated, however large the model. A model whose
     path depends on values (``if x.sum() > 0``) is run for real when its parameters weigh less than 2 GiB.
@@ -44,14 +48,17 @@ def trace(task: Task, samples: int, *, known: tuple[TableFact, ...] | None = Non
     cannot be had.
     """
     batch = example(task, samples)
-    blueprint = Blueprint(task)
-    model, mode = blueprint.model, blueprint.mode
-    if task.precision == "fp64":
-        widen(model, mode)
-    weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    drawn = drawn or Drawn(task)
+    fakes = drawn.blueprint.parameters.values()
+    weight_bytes = sum(fake.numel() * drawn.blueprint.dtype_of(fake).itemsize for fake in fakes)
     try:
-        found = _facts(task, samples, model, blueprint.names, batch, mode)
-        return replace(found, tables=tables(task, samples) if known is None else known)
+        with drawn.lent() as blueprint:
+            if task.precision == "fp64":
+                widen(blueprint.model, blueprint.mode)
+            found = _facts(task, samples, blueprint.model, blueprint.names, batch, blueprint.mode)
+        if known is None:  # a model that writes to its buffers is built anew
+            known = tables(task, samples, None if any(one.updated for one in found.buffers) else blueprint)
+        return replace(found, tables=known)
     except SheafError:
         raise
     except _Failure as failure:

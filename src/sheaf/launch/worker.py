@@ -11,7 +11,7 @@ import time
 import traceback
 from typing import Any
 
-from sheaf.launch import wire
+from sheaf.launch import memory, wire
 
 STACK_SIGNAL = signal.SIGUSR1  # a worker answers it by writing its Python stacks to its stack file
 _kept_open: list[Any] = []
@@ -54,6 +54,7 @@ def _settle(rank: int, order: dict[str, Any], out: int, err: int) -> None:
     )
     if sys.platform in ("linux", "darwin"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    memory.keep()
     sys.path[:] = order["path"]
     sys.argv[:] = order["argv"]
     signal.signal(signal.SIGINT, signal.default_int_handler)

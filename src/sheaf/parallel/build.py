@@ -1,7 +1,7 @@
 """A plan becomes a step: called on every worker, with a process group or alone."""
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -29,8 +29,10 @@ from sheaf.parallel.recompute import recompute
 from sheaf.parallel.replicated import Replicated
 from sheaf.parallel.rows import Tables, tables
 from sheaf.parallel.rows.pulling import Pulling, pulling
-from sheaf.parallel.runner import Expectation, Parts, WholeModel
+from sheaf.parallel.runner import AbstractRunner, Expectation, Parts, WholeModel
 from sheaf.parallel.server.assemble import refuse_served, serve
+from sheaf.parallel.server.beside import Losses
+from sheaf.parallel.server.replica import held_in_part, serve_replicas
 from sheaf.parallel.sharded import Sharded
 from sheaf.parallel.shares import AbstractDealer, dealer
 from sheaf.parallel.spread import Spread
@@ -42,6 +44,7 @@ from sheaf.parallel.ties import Ties
 from sheaf.parallel.together import Together
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
+from sheaf.plans.server import counted
 from sheaf.plans.split import SplitFacts
 from sheaf.split.closing import close
 from sheaf.split.lengthwise import Lengthwise
@@ -73,7 +76,7 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
     world = spread.world
     if plan.workers != world.workers:
         raise PlanError(
-            f"the plan {plan} is for {plan.workers} workers and {world.workers} are here: "
+            f"the plan {plan} is for {counted(plan.computing, plan.serves.serving)} and {world.workers} are here: "
             "start as many as it names, or plan for as many as there are"
         )
     blueprint = Blueprint(task)
@@ -84,7 +87,8 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
     rows = tables(task, plan, blueprint)
     _refuse_slices(task, plan, blueprint, splits, rows)
     _refuse_scaled(task, plan)
-    expectation, scale, exchange = Expectation(float(task.batch)), LossScale(task), Exchange(world)
+    expectation, scale = Expectation(float(task.batch)), LossScale(task)
+    exchange = Losses(world) if plan.server else Exchange(world)
 
     def factor() -> float:
         weight = exchange.told().weight
@@ -92,15 +96,14 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
 
     stages = placed(task, plan, blueprint, blocks, world) if plan.pp > 1 else None
     portion = _portion(blueprint, plan, spread, splits, stages, rows)
-    if plan.server:
+    if plan.server and plan.computing == plan.dp:
         return serve(task, plan, spread, portion)
     if plan.meets_locally.rounds:
         return pace(task, plan, spread, portion)
     lent = blocks if stages or found else lists(blueprint.model, splits)
     untouched = originals(lent, blueprint.dtype_of, blueprint.mode)
-    if plan.meets_locally.every:
-        holding = LocalSteps(portion, spread, factor, plan, exchange, expectation, stages.tied if stages else ())
-    else:
+    holding = _apart(task, plan, spread, portion, factor, exchange, expectation, stages.tied if stages else ())
+    if holding is None:
         held = found.apart if found else tuple(splits.slices) if splits and plan.expert_parts else ()
         holding = _hold(portion, plan, spread.replicas, factor, blocks, held, stages, spread.place.pp, rows)
     splitting = _splitting(plan, holding.model, portion, spread, splits)
@@ -120,7 +123,7 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
         expectation=expectation,
         scale=scale,
         streams=streams,
-        statistics=BatchStatistics(holding.model, world, tells=spread.leads) if _merges(plan) else None,
+        statistics=_statistics(plan, spread, holding.model),
         splitting=splitting,
         sending=sending,
         pulling=pulled,
@@ -128,7 +131,7 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
     placing = stages or found
     ties = _ties(plan, splits, stages, spread, portion, holding)
     if placing is None:
-        return Step(plan, portion, ExpertsRunner(parts) if sending is not None else WholeModel(parts), ties)
+        return _step(plan, portion, ExpertsRunner(parts) if sending is not None else WholeModel(parts), ties)
     post = PartsPost(world, found.split) if found else Post(spread.stages, plan.num_stages)
     homes = {
         id(parameter): (name, placing.homes[name])
@@ -147,7 +150,11 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
         assert isinstance(post, PartsPost)
         return Step(plan, portion, PartsRunner(parts, plan, passing, post, found, together))
     assert stages is not None
-    return Step(plan, portion, Pipeline(parts, plan, passing, post), ties)
+    return _step(plan, portion, Pipeline(parts, plan, passing, post), ties)
+
+
+def _step(plan: Plan, portion: Portion, runner: AbstractRunner, ties: list[Ties]) -> Step:
+    return serve_replicas(plan, portion, runner, ties) if plan.server else Step(plan, portion, runner, ties)
 
 
 def refuse(task: Task, plan: Plan) -> SplitFacts | None:
@@ -251,9 +258,11 @@ def _around(
     return (lambda: mode) if pulled is None else lambda: pulled.around(mode)
 
 
-def _merges(plan: Plan) -> bool:
-    """Whether batch statistics are set aside while microbatches run."""
-    return plan.workers > 1 or plan.recompute != "none"
+def _statistics(plan: Plan, spread: Spread, model: nn.Module) -> BatchStatistics | None:
+    """Batch statistics, where they are set aside while microbatches run: of all, or of each replica by itself."""
+    if plan.workers == 1 and plan.recompute == "none":
+        return None
+    return BatchStatistics(model, spread.world if plan.serves.exact else spread.replica, tells=spread.leads)
 
 
 def _dealer(plan: Plan, spread: Spread) -> AbstractDealer:
@@ -336,6 +345,24 @@ def default_device() -> torch.device:
         index = int(local)
         torch.accelerator.set_device_index(index)
     return torch.device(accelerator.type, index)
+
+
+def _apart(
+    task: Task,
+    plan: Plan,
+    spread: Spread,
+    portion: Portion,
+    factor: Factor,
+    exchange: Exchange,
+    expectation: Expectation,
+    tied: Sequence[str],
+) -> AbstractHolding | None:
+    """How it is held where replicas, of several workers each, go on by themselves."""
+    if plan.server:
+        return held_in_part(task, plan, spread, portion, tied)
+    if plan.meets_locally.every:
+        return LocalSteps(portion, spread, factor, plan, exchange, expectation, tied)
+    return None
 
 
 def _hold(

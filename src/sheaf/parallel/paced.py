@@ -28,24 +28,22 @@ from sheaf.parallel.shares import REMEMBERED, Dealt
 from sheaf.parallel.spread import Spread
 from sheaf.parallel.statistics import BatchStatistics
 from sheaf.parallel.step import Step, memory_bytes
+from sheaf.parallel.supply import Part, Supply
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
-from sheaf.plans.layout import apportion, in_turn
 from sheaf.record import StepReport
 from sheaf.task import Microbatch, Streams, Task
 
 TIMEOUT_SECONDS = 1800.0  # for which a meeting waits for its quorum, as long as collectives do
-
-Turn = tuple[int, tuple[Microbatch, ...]]  # the step it is of, and what of it one worker computes at once
 
 
 class PacedStep(Step):
     """One call is a step of this worker. Between meetings it computes what it is dealt; at one it meets who is there.
 
     A worker that is late for a meeting goes on from what came of it, and its part goes to the next meeting or is
-    dropped. While others are ahead, it passes the steps that they have done without computing: what it was dealt there
-    is not used, and the report counts it as missed. So every worker passes every step, and saves and stops where the
-    others do.
+    dropped. While others are ahead, it passes the steps that they have done without computing, which the report counts
+    as missed. What nobody will use is dealt again, to whoever is there, so each sample is used once (``supply``). So
+    every worker passes every step, and saves and stops where the others do.
     """
 
     def __init__(self, plan: Plan, portion: Portion, runner: AbstractRunner, everyone: World) -> None:
@@ -62,7 +60,10 @@ class PacedStep(Step):
         self._known = -1  # the last meeting whose outcome this worker has
         self._passed: list[int] = []  # meetings of which this worker may yet ask how they ended
         self._missing = False  # whether the others are past the meeting that comes next
-        self._turns: list[list[Turn]] = []
+        self._supply = Supply(self._order, plan.weights)
+        self._dealt: list[tuple[Part, int]] = []  # until the next meeting, with who takes which
+        self._turns: list[list[Part]] = []  # of these, this worker's, by step
+        self._unused: list[int] = []  # parts that it passed without computing, and has not told yet
         self._busy = self.workers  # how many have something to compute before the next meeting
         self._took = [deque[float](maxlen=REMEMBERED) for _ in range(self.workers)]  # seconds for one turn, by worker
         self._spent, self._done = 0.0, 0  # seconds and turns since the last meeting
@@ -86,14 +87,16 @@ class PacedStep(Step):
             self._open(meeting)
         norm: float | None = None
         turns = self._turns[turn]
-        samples = sum(len(microbatch.samples) for _, microbatches in turns for microbatch in microbatches)
+        samples = sum(part.samples for part in turns)
         if self._missing:
             self._tally["missed"] += samples
+            if self._local.late == "merge":  # else all know by themselves
+                self._unused += [part.number for part in turns]
             turns, samples = [], 0
         self._since += samples
         self._own.begin_step()
-        for step, microbatches in turns:
-            norm = self._alone(step, microbatches)
+        for part in turns:
+            norm = self._alone(part.step, part.microbatches)
         self._spent, self._done = self._spent + self._runner.compute_seconds, self._done + len(turns)
         weight = math.fsum(one[2] for one in self._losses)
         total = math.fsum(one[1] for one in self._losses)
@@ -108,6 +111,8 @@ class PacedStep(Step):
                 "weight": math.fsum(told["weight"] for told in closed.told.values()),
                 "waited_seconds": met,
                 **self._tally,
+                "returned": self._supply.returned,
+                "waiting": self._supply.waiting_samples,
             }
             if self._local.every == 1:  # all that was dealt is of this step
                 total = math.fsum(told["sum"] for told in closed.told.values())
@@ -126,7 +131,7 @@ class PacedStep(Step):
             learning_rate=float(self._holding.optimizer.param_groups[0]["lr"]),
             memory_bytes=memory_bytes(self._world.device),
             microbatches=tuple(
-                sum(len(microbatches) for _, microbatches in turns) if worker == self.rank else 0
+                sum(len(part.microbatches) for part in turns) if worker == self.rank else 0
                 for worker in range(self.workers)
             ),
             sent_bytes=traffic.sent_bytes - sent,
@@ -149,6 +154,8 @@ class PacedStep(Step):
             "done": self._done,
             "counts": self._tally,
             "since": self._since,
+            "supply": self._supply.kept(),
+            "unused": self._unused,
         }
         return tensors, {**values, "pace": more}
 
@@ -158,10 +165,11 @@ class PacedStep(Step):
         kept = values["pace"]
         self._known, self._spent, self._done = kept["known"], kept["spent"], kept["done"]
         self._took = [deque(took, maxlen=REMEMBERED) for took in kept["took"]]
-        self._tally, self._since = dict(kept["counts"]), kept["since"]
+        self._tally, self._since, self._unused = dict(kept["counts"]), kept["since"], list(kept["unused"])
+        self._supply.restore(kept["supply"])
         self._missing, self._board = False, self._new_board()
         self._passed.clear()
-        self._turns = self._dealt(self.index // self._local.every)
+        self._deal()
 
     def full_state(self) -> dict[str, Tensor]:
         """As of any step; between meetings, weights are the mean of the workers'."""
@@ -189,7 +197,7 @@ class PacedStep(Step):
 
     def _open(self, meeting: int) -> None:
         """The steps before a meeting begin, from the outcome of the one before."""
-        self._turns = self._dealt(meeting)
+        self._deal()
         self._missing = self._board.closed(meeting) is not None
         if not self._missing and self._known < meeting - 1:
             self._missing = not self._adopted(meeting - 1)
@@ -233,24 +241,16 @@ class PacedStep(Step):
         more |= {f"parameter/{name}": value for name, value in self._own.parameters.items()}
         return self._own.outcome(more | {"values": torch.frombuffer(bytearray(told), dtype=torch.uint8)})
 
-    def _dealt(self, meeting: int) -> list[list[Turn]]:
-        """What this worker computes in each step until a meeting: of every step equal parts, by who is faster."""
-        every, first = self._local.every, meeting * self._local.every
-        parts: list[Turn] = []
-        takers: list[int] = []
-        for step in range(first, first + every):
-            microbatches = self._order.step(step)
-            start = 0
-            for worker, count in enumerate(apportion(len(microbatches), self.plan.weights)):
-                parts.append((step, microbatches[start : start + count]))
-                takers.append(worker)
-                start += count
-        if self._local.steps == "speed" and all(self._took):
-            takers = list(in_turn(len(parts), [statistics.median(took) for took in self._took]))
-        self._busy = len({taker for part, taker in zip(parts, takers, strict=True) if part[1]})
-        mine = [part for part, taker in zip(parts, takers, strict=True) if taker == self.rank]
+    def _deal(self) -> None:
+        """What each worker computes until the next meeting: of every step equal parts, or by who is faster."""
+        known = self._local.steps == "speed" and all(self._took)
+        seconds = [statistics.median(took) for took in self._took] if known else []
+        every = self._local.every
+        self._dealt = self._supply.dealt(every, seconds)
+        self._busy = len({taker for part, taker in self._dealt if part.microbatches})
+        mine = [part for part, taker in self._dealt if taker == self.rank]
         edges = [round(len(mine) * turn / every) for turn in range(every + 1)]
-        return [[part for part in mine[low:high] if part[1]] for low, high in pairwise(edges)]
+        self._turns = [[part for part in mine[low:high] if part.microbatches] for low, high in pairwise(edges)]
 
     def _alone(self, step: int, microbatches: Sequence[Microbatch]) -> float | None:
         """Compute a part of a step, and step by its gradient, or keep that for the meeting; gives the norm."""
@@ -304,13 +304,14 @@ class PacedStep(Step):
         if closed is None:
             weight = float(own.weight) + float(own.carried_weight)
             names = sorted(own.touched) if own.by_gradients else []
-            more = {"weight": weight, "used": names, "stop": self._exchange.stop}
+            more = {"weight": weight, "used": names, "stop": self._exchange.stop, "unused": self._unused}
             took = self._spent / self._done if self._done else 0.0
             closed = self._board.arrive(
                 meeting, {**told, **more, "seconds": took}, brings=any(self._turns), bringing=self._busy
             )
         if self.rank in closed.told:
             norm = self._met(meeting, closed, norm)
+            self._unused = []
         elif not self._missing:
             self._tally["late"] += 1
             if self._local.late == "drop":
@@ -319,11 +320,18 @@ class PacedStep(Step):
         for worker, one in closed.told.items():
             if one["seconds"] > 0:
                 self._took[worker].append(one["seconds"])
+        self._supply.settle(self._dealt, self._back(closed), closed.present)
         self._spent, self._done, self._since = 0.0, 0, 0
         self._passed.append(meeting)
         if self._known == meeting:
             self._leave()
         return closed, norm
+
+    def _back(self, closed: Closed) -> list[int]:
+        """Parts that nobody will use, as all workers find alike: who was absent brings its own later, or drops it."""
+        if self._local.late == "drop":
+            return [part.number for part, taker in self._dealt if taker not in closed.told]
+        return [number for told in closed.told.values() for number in told["unused"]]
 
     def _met(self, meeting: int, closed: Closed, norm: float | None) -> float | None:
         own, total = self._own, math.fsum(one["weight"] for one in closed.told.values())

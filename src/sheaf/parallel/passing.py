@@ -321,13 +321,13 @@ class Passing(TorchFunctionMode):
             both = (args, kwargs)
             faked = partial(_apart, ledger, both)
             known = self._shown[name] = self._stand_ins.block(name, both, faked) is not None
-        asked = (name, signature((args, kwargs)))
+        asked = None if known else (name, signature((args, kwargs)))
         told = not known and (ledger.checking or name in self._unsteady or asked not in self._described)
         self._course.event(name, told or stage == self.stage or any(entry.stage == self.stage for entry in entries))
         self._course.steady = self._course.steady and not told
         if stage == self.stage:
             self.by_rows = self.by_rows and name in self.rows and self._ledger.are_computed((args, kwargs))
-            return self._own_block(name, forward, args, kwargs, None if known else asked, told=told)
+            return self._own_block(name, forward, args, kwargs, asked, told=told)
         if stage > self.stage:
             ledger.send_all(entries, stage)
         if not known:
@@ -351,6 +351,8 @@ class Passing(TorchFunctionMode):
         return calls[min(len(self._calls.get(name, ())), len(calls) - 1)]
 
     def _own_block(self, name: str, forward: Any, args: Any, kwargs: Any, asked: Any, *, told: bool) -> Any:
+        if asked is None:
+            return self._own(forward, args, kwargs, name)
         description: Any = None
 
         def run(*given: Any, **named: Any) -> Any:
@@ -358,16 +360,15 @@ class Passing(TorchFunctionMode):
             reals = list(tensors((given, named)))
             before = [version_of(tensor) for tensor in reals]
             result = forward(*given, **named)
-            if asked is not None:
-                changed = [place for place, tensor in enumerate(reals) if version_of(tensor) != before[place]]
-                description = described(result, [(place, reals[place].requires_grad) for place in changed], name, reals)
+            changed = [place for place, tensor in enumerate(reals) if version_of(tensor) != before[place]]
+            description = described(result, [(place, reals[place].requires_grad) for place in changed], name, reals)
             return result
 
         output = self._own(run, args, kwargs, name)
         if told:
             self._tell(description)
             self._note(asked, description)
-        elif asked is not None and description != self._described[asked]:
+        elif description != self._described[asked]:
             raise PlanError(
                 f"{name} returned other shapes than for inputs of the same shapes in the first step, where they had "
                 "never differed, so other stages went on with those: make it return one shape (with padding and a "

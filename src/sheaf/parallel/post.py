@@ -47,7 +47,7 @@ class Post:
             return
         while self._under_way and self._under_way[0][0].is_completed():
             self._under_way.popleft()
-        traffic.message(tensor.nbytes)
+        traffic.message(tensor.nbytes, gloo=int(self._ahead))
         with self._world.explained("send", f"message {tag} to {rank}", tensor):
             work = dist.isend(tensor, group=self._world.group, group_dst=rank, tag=tag)
             assert work is not None

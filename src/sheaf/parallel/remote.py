@@ -44,6 +44,11 @@ class Entry:
         return self._fake
 
     @property
+    def looks(self) -> Tensor | None:
+        """What it was said to look like, where nobody has asked for a fake that may be changed."""
+        return self._looks if self._fake is None and self.real is None else None
+
+    @property
     def shown(self) -> Tensor:
         """Something with its shape, dtype, device and strides, only to be looked at."""
         for tensor in (self.real, self._fake, self._looks):

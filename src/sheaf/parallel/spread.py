@@ -13,31 +13,39 @@ from sheaf.split.team import GroupTeam
 
 
 class Spread:
-    """The worlds of one worker: ``world`` of all, ``replicas`` that hold the same, ``layers`` that split a layer
-    together, ``stages`` that pass microbatches on, ``replica`` of those that are one replica (where replicas step
-    alone). Making it is collective.
+    """The worlds of one worker: ``world`` of all, ``computing`` without those that only serve, ``replicas`` that hold
+    the same, ``layers`` that split a layer together, ``stages`` that pass microbatches on, ``replica`` of those that
+    are one replica (where replicas step alone). Making it is collective. One that only serves is alone in all but
+    ``world``.
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.mesh = Mesh.of(plan)
         self.world = World(device)
-        known = self.world.workers == self.mesh.workers
-        self.place = self.mesh.place(self.world.rank) if known else Mesh(1, 1, 1).place(0)
+        known = self.world.workers == plan.workers
         groups = self.mesh if known else Mesh(1, self.world.workers, 1)
+        self.serves = self.world.rank >= groups.workers
+        self.place = self.mesh.place(self.world.rank) if known and not self.serves else Mesh(1, 1, 1).place(0)
+        servers = [(rank,) for rank in range(groups.workers, self.world.workers)]
+
+        def among(ranks: Sequence[Sequence[int]], *, gathers_apart: bool = False) -> World:
+            return World(device, gathers_apart=gathers_apart, among=[*ranks, *servers])
+
+        self.computing = among([range(groups.workers)]) if servers else self.world
         self.lengthwise = plan.cp > 1
         # gradients found on parts of a sequence add up as those of parts of a batch do
         alike = groups.stage_groups if self.lengthwise else groups.dp_groups
-        self.replicas = World(device, gathers_apart=plan.zero == 3, among=alike)
-        self._layers = World(device, among=groups.tp_groups)
-        self.stages = World(device, among=groups.pp_groups)
+        self.replicas = among(alike, gathers_apart=plan.zero == 3)
+        self._layers = among(groups.tp_groups)
+        self.stages = among(groups.pp_groups)
         # among whom parts of the gradients of whole parameters are summed: where state is sharded, with replicas
-        self.parted = World(device, among=groups.stage_groups) if plan.tp > 1 and plan.zero else self._layers
+        self.parted = among(groups.stage_groups) if plan.tp > 1 and plan.zero else self._layers
         # all that hold the same slice of a parameter in any stage; of one replica, where replicas step alone
-        self.apart = bool(plan.local)
+        self.apart = bool(plan.local or plan.server)
         columns = groups.pp_groups if self.apart else _columns(groups, self.lengthwise)
         single = [[rank] for rank in range(groups.workers)]
-        self.copies = World(device, among=columns if groups.pp > 1 else single)
-        self.replica = World(device, among=_replicas(groups) if self.apart else single)
+        self.copies = among(columns if groups.pp > 1 else single)
+        self.replica = among(_replicas(groups) if self.apart else single)
         self.layers = GroupTeam(self._layers.group, self._layers.explained) if known and self.mesh.tp > 1 else None
         self.by_parts = plan.by_parts
         if known and plan.split_parts:
@@ -72,29 +80,38 @@ class Spread:
     @property
     def waited_seconds(self) -> float:
         """How long this worker stood still for others."""
-        worlds = {self.world, self.replicas, self._layers, self.stages, self.copies, self.parted, self.replica}
         teams = (self.layers, self.experts)
-        return sum(one.waited_seconds for one in worlds) + sum(team.waited_seconds for team in teams if team)
+        return sum(one.waited_seconds for one in self._worlds) + sum(team.waited_seconds for team in teams if team)
 
     def close(self) -> None:
         """Give the groups back (collective)."""
-        for one in dict.fromkeys(
-            (self.replicas, self._layers, self.stages, self.copies, self.parted, self.replica, self._tokens, self.world)
-        ):
+        self._tokens.close()
+        for one in self._worlds:
             one.close()
 
-    def assembled(self, local: Mapping[str, Tensor], portion: Portion, names: list[str]) -> dict[str, Tensor]:
+    @property
+    def _worlds(self) -> list[World]:
+        worlds = (self.replicas, self._layers, self.stages, self.copies, self.parted, self.replica, self.computing)
+        return list(dict.fromkeys((*worlds, self.world)))
+
+    def assembled(
+        self, local: Mapping[str, Tensor], portion: Portion, names: list[str], *, own: bool = False
+    ) -> dict[str, Tensor]:
         """Whole tensors under the given parameter names, from every worker's own (collective).
 
+        ``own``: of this worker's replica, from its own workers (where replicas step alone).
         ``local`` has what this worker holds. What several workers hold alike is taken from the first of them.
         """
         if self.alone:
             return {name: local[name] for name in names if name in local}
         whole: dict[str, Tensor] = {}
+        among = self.replica if own else self.world
         for name in names:
             fake, found = portion.blueprint.parameters[name], portion.slices.get(name)
             made = torch.zeros(tuple(fake.shape), dtype=portion.dtype_of(fake), device=self.world.device)
-            if name in local and portion.counts(name) and self.speaks(sliced=found is not None):
+            sliced = found is not None
+            gives = (sliced or self.leads) if own else self.speaks(sliced=sliced)
+            if name in local and portion.counts(name) and gives:
                 if found is not None:
                     _put(made, local[name], found.dim, found.cut.ranges(self.part))
                 else:
@@ -102,7 +119,7 @@ class Spread:
             if made.numel():
                 # as bytes: what all others have is zero, so the sum is one worker's bits, signs of zeros too
                 flat = made.view(-1) if made.ndim else made.reshape(1)
-                self.world.wait(self.world.all_reduce(flat.view(torch.uint8), f"all of {name}"))
+                among.wait(among.all_reduce(flat.view(torch.uint8), f"all of {name}"))
             whole[name] = made
         return whole
 

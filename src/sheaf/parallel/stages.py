@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from sheaf.errors import PlanError
-from sheaf.graph import trace
+from sheaf.graph import cut, trace
+from sheaf.parallel.microbatch import with_microbatch
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.rehearsal import Rehearsal, homes_of, rehearse
 from sheaf.parallel.world import World
@@ -75,6 +76,13 @@ def placed(task: Task, plan: Plan, blueprint: Blueprint, blocks: dict[str, nn.Mo
     holders: dict[str, tuple[int, ...]] = {name: tuple(stages) or (0,) for name, stages in users.items()}
     homes = {name: stages[0] for name, stages in holders.items()}
     return Stages(where, holders, homes, bool(told["complete"]))
+
+
+def refuse_stages(task: Task, plan: Plan) -> None:
+    """Raise PlanError where the model cannot be cut into the plan's stages, without workers."""
+    blueprint = Blueprint(task)
+    task = blueprint.task = with_microbatch(task, plan, blueprint.model)
+    placed(task, plan, blueprint, cut(blueprint.model), World.alone())
 
 
 def _refuse_leaks(rehearsal: Rehearsal, where: dict[str, tuple[int, ...]]) -> None:

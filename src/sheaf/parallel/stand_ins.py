@@ -94,13 +94,20 @@ class StandIns:
         self.mode, self._blocks = mode, blocks
         self._known: dict[Any, Outline] = {}
         self._called: dict[Any, Outline] = {}
+        self._after: dict[Any, tuple[Tensor, Outline]] = {}  # by block and looks of its only input
         self.why = ""
 
     def block(self, name: str, given: Any, faked: Callable[[], Any]) -> Outline | None:
         """A block's, kept by what its arguments ``given`` look like; ``faked`` gives them as fakes of their own."""
+        looks = _only(given)
+        quick = (name, id(looks), *_modes())
+        if looks is not None and quick in self._after:
+            return self._after[quick][1]
         key = (name, *_modes(), signature(given, strides=True))
         known = self._known.get(key)
         if known is not None:
+            if looks is not None and len(self._after) < MOST_CALLS:
+                self._after[quick] = looks, known
             return known
         original = self._blocks[name]
         args, kwargs = faked()
@@ -170,6 +177,12 @@ class _Draws(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.seen = self.seen or torch.Tag.nondeterministic_seeded in func.tags
         return func(*args, **(kwargs or {}))
+
+
+def _only(given: Any) -> Tensor | None:
+    """What stands for the only argument, where it is a tensor of another stage that nobody has changed."""
+    args, kwargs = given
+    return args[0].entry.looks if len(args) == 1 and not kwargs and type(args[0]) is Remote else None
 
 
 def cut_off(leaf: Tensor, *, requires_grad: bool | None = None) -> Tensor:

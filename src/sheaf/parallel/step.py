@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sheaf.cluster.traffic import traffic
 from sheaf.errors import NonFiniteLoss, PlanError, TaskError
+from sheaf.parallel.agreement import Agreement
 from sheaf.parallel.exchange import Told
 from sheaf.parallel.optimizers import load_named_state, named_state
 from sheaf.parallel.portion import Portion
@@ -126,7 +127,10 @@ class Step:
         self._holding.flush()
         told = self._exchange.told()
         self._runner.parts.dealer.finished()
-        used, own, computed = self._agree()
+        agreed, used = self._agree(), self._holding.touched
+        own = used
+        if not (used and self._complete):
+            used, own, _ = agreed.wait()
         self._holding.finish(used)
         for ties in self._ties:
             ties.meet(own)
@@ -148,6 +152,7 @@ class Step:
         self._holding.after_update()
         if self._statistics is not None:
             self._statistics.apply(len(microbatches))
+        _, _, computed = agreed.wait()
         self._expectation.weight = told.weight
         self._runner.parts.dealer.learn(*self._spread.by_replica(computed, told.counts))
         report = self._report(
@@ -260,27 +265,19 @@ class Step:
         self._holding.close()
         self._spread.close()
 
-    def _agree(self) -> tuple[set[str], set[str], list[float]]:
-        """Which parameters any worker's microbatches used, and whose gradient is the same as this worker's; and how
-        long each worker computed.
-        """
-        touched = self._holding.touched
-        if self.workers == 1:
-            return touched, touched, [self._runner.compute_seconds]
-        names = list(self._trained)
+    def _agree(self) -> Agreement:
         alone = self._holding.meets_weights  # each replica, with gradients of its own
-        rows, mine = (self._spread.mesh.dp, self._spread.place.dp) if alone else (1, 0)
-        told = torch.zeros(rows * len(names) + self.workers)
-        for position, name in enumerate(names):
-            told[mine * len(names) + position] = float(name in touched)
-        told[rows * len(names) + self.rank] = self._runner.compute_seconds
-        told = self._world.summed(told, "parameters used")
-        table = told[: rows * len(names)].view(rows, len(names))
-        used, own = (
-            {name for name, count in zip(names, row.tolist(), strict=True) if count > 0}
-            for row in (table.sum(0), table[mine])
+        return Agreement(
+            *(self._world, self._trained, self._holding.touched, self._runner.compute_seconds),
+            rows=self._spread.mesh.dp if alone else 1,
+            row=self._spread.place.dp if alone else 0,
         )
-        return used, own, told[rows * len(names) :].tolist()
+
+    @property
+    def _complete(self) -> bool:
+        """Whether this worker has its gradients without the others, as a stage of a lone pipeline that shares none."""
+        lone = self.plan.pp > 1 and self.plan.alike == 1 and not self.plan.server
+        return lone and not self._ties and self._observer is None
 
     def _check_trained(self) -> None:
         changed = sorted(set(self._names()) ^ set(self._trained))

@@ -33,17 +33,24 @@ def _find(value: Any, found: list[Tensor]) -> None:
         return
     if kind is tuple or kind is list:
         for inner in value:
-            _find(inner, found)
+            if isinstance(inner, Tensor):  # as above, without a call: this runs for each function and block of a model
+                found.append(inner)
+            elif type(inner) not in PLAIN:
+                _find(inner, found)
     elif kind is dict:
         for inner in value.values():
             _find(inner, found)
     else:
-        for leaf in tree_iter(value):
-            if isinstance(leaf, Tensor):
-                found.append(leaf)
-            elif _is_opened(leaf):
-                for inner in _attributes(leaf).values():
-                    _find(inner, found)
+        _find_in_leaves(value, found)
+
+
+def _find_in_leaves(value: Any, found: list[Tensor]) -> None:
+    for leaf in tree_iter(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif _is_opened(leaf):
+            for inner in _attributes(leaf).values():
+                _find(inner, found)
 
 
 def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
@@ -57,10 +64,10 @@ def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     kind = type(value)
-    if kind in PLAIN:
+    if kind in PLAIN or (kind is dict and not value):
         return value
     if kind is tuple or kind is list:
-        items = [mapped(function, inner) for inner in value]
+        items = [function(inner) if isinstance(inner, Tensor) else mapped(function, inner) for inner in value]
         return value if all(map(is_, items, value)) else kind(items)
     if kind is dict:
         named = {key: mapped(function, inner) for key, inner in value.items()}

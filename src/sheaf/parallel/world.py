@@ -68,6 +68,11 @@ class World:
         return mine
 
     @property
+    def everyone(self) -> int:
+        """How many workers the run has, in this group or not."""
+        return self._whole
+
+    @property
     def apart(self) -> dist.ProcessGroup | None:
         """The group that gathers have, where they have one of their own."""
         return self._gathers or self.group

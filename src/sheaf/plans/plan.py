@@ -4,6 +4,7 @@ import re
 import tomllib
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 import tomli_w
 
@@ -43,7 +44,8 @@ class Plan:
                     ``1:ring``, ``1:backup:quorum=3``; settings of ``plans.local.Local`` follow. Relaxed, not serial
     ``compress``    gradients travel as ``bf16``, ``fp16``, ``int8``, ``topk:0.01`` or ``powersgd:4``. Relaxed too
     ``server``      parameters lie on shards beside the first of the ``dp`` workers, who push gradients and pull values:
-                    ``2`` in lock-step, ``2:staleness=4`` at most four clocks behind, ``2:async``. The last two: relaxed
+                    ``2`` in lock-step, ``2:staleness=4`` at most four clocks behind, ``2:async`` (the last two:
+                    relaxed). With ``2:apart`` for ``2`` they lie on two more workers, which only serve
     ``late``        gradients on old values are taken ``plain``, ``scaled``, ``compensated`` or ``buffered``;
                     ``scaled:20`` drops those more than 20 updates late
     ``microbatch``  samples per microbatch where the task leaves it open
@@ -90,9 +92,14 @@ class Plan:
         if broken:
             raise PlanError(broken)
 
-    @property
+    @cached_property
     def workers(self) -> int:
-        """How many workers the plan runs on."""
+        """How many workers the plan runs on, those that only serve included."""
+        return self.computing + self.serves.serving
+
+    @property
+    def computing(self) -> int:
+        """How many workers compute: they come first."""
         return self.dp * self.tp * self.cp * self.pp
 
     @property
@@ -100,22 +107,22 @@ class Plan:
         """Into how many stages the layers are cut, all of a worker's counted."""
         return self.pp * self.virtual
 
-    @property
+    @cached_property
     def stage_blocks(self) -> tuple[int, ...]:
         """Blocks per stage where the plan says so; empty where they are balanced when the plan is built."""
         return tuple(int(part) for part in self.stages.split(":")) if self.stages else ()
 
-    @property
+    @cached_property
     def split_parts(self) -> bool:
         """Whether parts of the model are split over workers that hold replicas of the rest."""
         return any(answer == "tp" for _, answer in self.parts)
 
-    @property
+    @cached_property
     def expert_parts(self) -> bool:
         """Whether replicas hold experts for each other, and send each other tokens."""
         return any(answer == "ep" for _, answer in self.parts)
 
-    @property
+    @cached_property
     def by_parts(self) -> bool:
         """Whether replicas hold different slices of some parts."""
         return self.split_parts or self.expert_parts or bool(named(self.parts, ROWS))
@@ -130,7 +137,7 @@ class Plan:
         """How many workers hold the same parameters, or shards of them: replicas, and those that split a sequence."""
         return self.dp * self.cp
 
-    @property
+    @cached_property
     def split_kind(self) -> tuple[int, int]:
         """What decides how layers are split: over how many workers, and 0, 1 (along the sequence too), 2 (experts) or 3
         (sequences alone, with ``cp``).
@@ -155,7 +162,7 @@ class Plan:
                 return answer
         return None
 
-    @property
+    @cached_property
     def weights(self) -> tuple[int, ...]:
         """The share of each replica, for equal and weighted shares."""
         return tuple(int(part) for part in self.shares.split(":")) if ":" in self.shares else (1,) * self.dp
@@ -170,22 +177,22 @@ class Plan:
         """Whether replicas are dealt microbatches by how fast they were in the last steps."""
         return self.shares == BALANCED
 
-    @property
+    @cached_property
     def meets_locally(self) -> Local:
         """Whether and how workers step alone between meetings."""
         return Local.parse(self.local) if self.local else Local()
 
-    @property
+    @cached_property
     def compression(self) -> Compression:
         """How gradients, or what weights departed by, are made smaller on their way."""
         return Compression.parse(self.compress)
 
-    @property
+    @cached_property
     def serves(self) -> Server:
         """Whether and how a parameter server holds the parameters."""
         return Server.parse(self.server, self.late) if self.server else Server()
 
-    @property
+    @cached_property
     def exact(self) -> bool:
         """Whether the plan computes the serial answer, up to rounding; every other is relaxed."""
         return not self.local and self.compress == "none" and self.serves.exact
@@ -325,13 +332,9 @@ def _broken_relaxed(plan: Plan) -> list[str]:
 
 
 def _broken_server(plan: Plan) -> list[str]:
-    others = [f"{key}={getattr(plan, key)}" for key in ("tp", "cp", "pp") if getattr(plan, key) > 1]
-    others += [f"zero={plan.zero}"] if plan.zero else []
-    others += [f"{glob}={answer}" for glob, answer in plan.parts]
+    cuts = {"tp": plan.tp, "cp": plan.cp, "pp": plan.pp, "zero": plan.zero}
     meets = f"local={plan.local}" if plan.local else f"compress={plan.compress}" if plan.compress != "none" else ""
-    return unservable(
-        plan.server, plan.late, dp=plan.dp, workers=plan.workers, cuts=others, stolen=plan.stolen, meets=meets
-    )
+    return unservable(plan.server, plan.late, dp=plan.dp, cuts=cuts, parts=plan.parts, stolen=plan.stolen, meets=meets)
 
 
 def _illegal_mixes(plan: Plan) -> list[str]:
@@ -342,7 +345,7 @@ def _illegal_mixes(plan: Plan) -> list[str]:
             f"zero={plan.zero} moves every worker through the layers in lockstep, so there is nothing to steal: "
             f"use zero=1,shares=stolen, or zero={plan.zero} with weighted shares"
         )
-    if plan.stolen and plan.workers > plan.dp:
+    if plan.stolen and plan.computing > plan.dp:
         broken.append(
             f"shares=stolen lets single workers take microbatches, and {plan} computes each with several: use weighted "
             "shares, or drop tp and pp"
@@ -360,7 +363,7 @@ def _illegal_mixes(plan: Plan) -> list[str]:
     if dealt and (plan.dp == 1 or not alone):
         broken.append(
             f"{dealt}=ep deals experts out over dp workers that send each other tokens round by round: use "
-            f"dp={max(2, plan.workers)},{dealt}=ep with zero=0, dealt shares and no other split (an expert is held "
+            f"dp={max(2, plan.computing)},{dealt}=ep with zero=0, dealt shares and no other split (an expert is held "
             "once already)"
         )
     kept = [glob for glob, answer in plan.parts if answer == "whole"]

@@ -25,10 +25,10 @@ def unmixable(plan: Any) -> list[str]:
     glob, answer = tables[0], dict(plan.parts)[tables[0]]
     dealt = named(plan.parts, ROWS)
     broken: list[str] = []
-    if plan.dp == 1 or plan.workers > plan.dp:
+    if plan.dp == 1 or plan.computing > plan.dp:
         broken.append(
-            f"{glob}={answer} lets rows travel between replicas of whole layers: use it with dp={max(2, plan.workers)} "
-            "alone, and with parts such as head=tp for what else is large"
+            f"{glob}={answer} lets rows travel between replicas of whole layers: use it with "
+            f"dp={max(2, plan.computing)} alone, and with parts such as head=tp for what else is large"
         )
     if plan.zero:
         broken.append(

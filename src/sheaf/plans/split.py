@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from sheaf.plans.layout import apportion
@@ -125,6 +126,11 @@ class SplitFacts:
     activations: dict[str, float] = field(default_factory=dict[str, float])
     partial: tuple[str, ...] = ()
     dealt: dict[str, int] = field(default_factory=dict[str, int])
+
+    @cached_property
+    def held(self) -> dict[Any, Any]:
+        """Parameters as the worker that holds most has them, by name and shape, as far as somebody asked."""
+        return {}
 
     def to_dict(self) -> dict[str, Any]:
         """As values that JSON knows."""

@@ -6,7 +6,7 @@ from functools import lru_cache
 import numpy as np
 
 from sheaf.errors import PlanError
-from sheaf.graph.facts import GLUE, LOSS, BlockFact, ModelFacts
+from sheaf.graph.facts import LOSS, BlockFact, ModelFacts
 from sheaf.plans.plan import Plan
 
 OPERATIONS_PER_BYTE = 10.0  # what a common device computes while it moves a byte of memory
@@ -25,7 +25,7 @@ def default_microbatch(plan: Plan, batch: int) -> int:
 
 def placed(facts: ModelFacts) -> tuple[BlockFact, ...]:
     """The blocks that stages are made of: all that the model calls, in forward order, without glue and loss."""
-    return tuple(block for block in facts.blocks if block.name not in (GLUE, LOSS) and block.calls)
+    return facts.called
 
 
 def default_costs(facts: ModelFacts) -> tuple[float, ...]:

@@ -39,7 +39,7 @@ def _meeting_families(question: Question, workers: int, sizes: Sequence[int | No
     """Other ways for gradients to meet than an all-reduce; fp16's loss scale goes with none of them."""
     if question.precision == "fp16":
         return
-    for strategy in space.served(workers):
+    for strategy in space.served(workers, question.available - workers):
         yield from _with_shares(question, strategy, sizes)
     if question.allow_relaxed:
         for strategy in space.relaxed(workers):

@@ -47,12 +47,38 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Remedy:
+    """A plan that fits in the place of one that does not; its step takes ``times`` as long as that one's would."""
+
+    plan: str
+    step_seconds: float
+    times: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"text": self.plan, "step_seconds": self.step_seconds, "times": self.times}
+
+
+@dataclass(frozen=True)
 class Refusal:
-    """A plan that is not proposed, why not, and the cheapest change that helps."""
+    """A plan that is not proposed, why not, and the cheapest change that helps.
+
+    ``remedies`` are all changes that make a plan fit which is short of memory, the fastest first.
+    """
 
     plan: str
     reason: str
     remedy: str
+    remedies: tuple[Remedy, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "text": self.plan,
+            "reason": self.reason,
+            "remedy": self.remedy,
+            "remedies": [one.to_dict() for one in self.remedies],
+        }
 
 
 @dataclass(frozen=True)
@@ -109,9 +135,7 @@ class Ranking:
         """Everything for ``--json``."""
         return {
             "plans": [entry.to_dict() for entry in self.ranked],
-            "refused": [
-                {"text": refusal.plan, "reason": refusal.reason, "remedy": refusal.remedy} for refusal in self.refused
-            ],
+            "refused": [refusal.to_dict() for refusal in self.refused],
             "splits": [{**split, "sequence": sequence} for (_, sequence), split in self.splits.items()],
             "cluster": self.cluster,
             "batch": self.batch,

@@ -6,6 +6,7 @@ from sheaf.cost.placement import kinds
 from sheaf.cost.price import Price
 from sheaf.graph.facts import ModelFacts
 from sheaf.plans import Plan
+from sheaf.plans.server import counted
 from sheaf.plans.stages import default_microbatch, placed
 from sheaf.search.ranking import Refusal
 from sheaf.search.words import largest_memory
@@ -23,7 +24,11 @@ def broken(
     size = microbatch or plan.microbatch or default_microbatch(plan, batch)
     if plan.workers > workers:
         found.append(
-            Refusal(text, f"needs {plan.workers} workers, there are {workers}", f"dp={workers}, or give more workers")
+            Refusal(
+                text,
+                f"needs {counted(plan.computing, plan.serves.serving)}, there are {workers}",
+                f"dp={max(1, workers - plan.serves.serving)}, or give more workers",
+            )
         )
     if microbatch is not None and plan.microbatch not in (None, microbatch):
         found.append(
@@ -40,7 +45,7 @@ def broken(
     count = -(-batch // size)
     if plan.dp > count:
         smaller = batch // plan.dp
-        round_whom = f"{plan.dp} {'workers' if plan.dp == plan.workers else 'replicas'}"
+        round_whom = f"{plan.dp} {'workers' if plan.dp == plan.computing else 'replicas'}"
         remedy = f"dp={count}" + (f", or microbatch={smaller} in the task" if smaller else ", or a larger batch")
         found.append(
             Refusal(
@@ -74,8 +79,7 @@ def broken(
                 f"dp={plan.dp} alone, or an elementwise optimizer such as AdamW or SGD",
             )
         )
-    trained = sum(one.requires_grad for one in facts.parameters)
-    if plan.server and plan.serves.shards > trained:
+    if plan.server and plan.serves.shards > (trained := sum(one.requires_grad for one in facts.parameters)):
         found.append(
             Refusal(text, f"{plan.serves.shards} shards for {trained} trained parameters", f"server={max(1, trained)}")
         )
@@ -143,10 +147,6 @@ def too_large(price: Price, cluster: Cluster) -> str | None:
     return None
 
 
-def memory_remedy(price: Price, fitting: list[Price]) -> str:
-    """The cheapest change that makes it fit: the fastest plan that does, with as many workers if there is one."""
-    same = [other for other in fitting if other.plan.workers == price.plan.workers]
-    choices = same or fitting
-    if choices:
-        return f"use {min(choices, key=lambda other: other.step_seconds).plan}"
+def roomier(price: Price) -> str:
+    """What a plan needs to fit where no other plan does."""
     return f"give each worker {pretty_bytes(needed_bytes(price.peak_bytes, 'cuda'))}, or more workers"

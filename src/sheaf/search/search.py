@@ -14,6 +14,7 @@ from sheaf.search.families import Group, families, groups
 from sheaf.search.measured import facts_for
 from sheaf.search.question import Question
 from sheaf.search.ranking import Entry, Ranking, Refusal
+from sheaf.search.remedies import Remedies, told
 
 EVERYTHING_UP_TO = 64  # workers: every plan is priced
 RANKED_AT_LEAST = 24  # plans, where not everything is
@@ -60,8 +61,8 @@ def search(
     else:
         _best_first(question, took)
     prices, refused = took.prices, took.refused
-    refused.extend(Refusal(str(one.plan), why, rules.memory_remedy(one, prices)) for one, why in took.starved)
     ordered = _ordered(prices)
+    refused.extend(_starved(question, ordered, took.starved))
     drawn = set[int]()
     for place, found in enumerate(ordered):  # torchrun takes the best plan for as many workers as it started
         if found.plan.workers not in drawn and found.plan.pp > 1 and (not drawn or not took.wide):
@@ -78,6 +79,15 @@ def search(
         starved=tuple(one for one, _ in took.starved),
         asked=question,
     )
+
+
+def _starved(question: Question, ordered: Sequence[Price], starved: Sequence[tuple[Price, str]]) -> list[Refusal]:
+    """Plans that do not fit, each with what would make it fit."""
+    if not ordered:
+        return [Refusal(str(one.plan), why, rules.roomier(one)) for one, why in starved]
+    remedies = Remedies(question, ordered)
+    found = [(one, why, remedies.of(one.plan)) for one, why in starved]
+    return [Refusal(str(one.plan), why, told(best), best) for one, why, best in found]
 
 
 class _Taken:

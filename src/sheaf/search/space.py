@@ -10,6 +10,7 @@ from sheaf.graph.facts import ModelFacts
 from sheaf.plans import Plan
 from sheaf.plans.layout import soonest
 from sheaf.plans.plan import DEFAULT_SCHEDULE, EQUAL, RECOMPUTE, SCHEDULES, STOLEN
+from sheaf.plans.server import APART
 from sheaf.plans.stages import placed
 
 ALL_DEGREES_UP_TO = 16  # workers; beyond, powers of two, divisors of the batch, and all of them
@@ -72,21 +73,28 @@ def relaxed_replicas(plan: Plan) -> Iterator[Plan]:
     """The same mesh, whose replicas of several workers meet in ways that are not exact.
 
     >>> [str(one) for one in relaxed_replicas(Plan(dp=2, tp=2))]
-    ['dp=2,tp=2,compress=bf16', 'dp=2,tp=2,local=8:diloco']
+    ['dp=2,tp=2,compress=bf16', 'dp=2,tp=2,local=8:diloco', 'dp=2,tp=2,server=2:async']
     """
     if plan.dp > 1 and not plan.zero:
         yield replace(plan, compress="bf16")
         yield replace(plan, local="8:diloco")
+        if plan.dp <= ALL_DEGREES_UP_TO and plan.cp == 1:
+            yield replace(plan, server=f"{plan.dp}:async")
 
 
-def served(workers: int) -> Iterator[Plan]:
-    """Replicas with a parameter server in lock-step, which is exact: one shard on each worker, or on the first alone.
+def served(workers: int, left: int = 0) -> Iterator[Plan]:
+    """Replicas with a parameter server in lock-step, which is exact: one shard on each worker, or on the first alone;
+    and with shards apart, on as many of the workers that are ``left`` as there are replicas.
 
-    >>> [str(plan) for plan in served(3)]
-    ['dp=3,server=1', 'dp=3,server=3']
+    >>> [str(plan) for plan in served(3, 2)]
+    ['dp=3,server=1', 'dp=3,server=3', 'dp=3,server=2:apart']
     """
-    for shards in (1, workers) if 1 < workers <= ALL_DEGREES_UP_TO else ():
+    if not 1 < workers <= ALL_DEGREES_UP_TO:
+        return
+    for shards in (1, workers):
         yield Plan(dp=workers, server=str(shards))
+    if left > 0:
+        yield Plan(dp=workers, server=f"{min(workers, left)}:{APART}")
 
 
 def meshes(workers: int, tps: Sequence[int], most_stages: int) -> Iterator[tuple[int, int, int]]:

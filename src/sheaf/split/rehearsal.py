@@ -22,6 +22,7 @@ from sheaf.graph.trace import SMALL_BYTES, quiet, widen
 from sheaf.plans.split import Cut, Move, Slice, SplitFacts, pattern
 from sheaf.split.alone import AT, Alone
 from sheaf.split.closing import close
+from sheaf.split.common import Common
 from sheaf.split.counting import Counted, Saved
 from sheaf.split.mode import Splitting
 from sheaf.split.moves import sliced
@@ -31,6 +32,7 @@ from sheaf.task.blueprint import Blueprint
 
 MOST_RUNS = 80
 MESSAGE_BYTES = 64 * 1024  # what a message costs beside its bytes, in bytes
+Kept = Callable[[str], bool]  # whether the parameter of a name is to be kept whole
 
 
 @dataclass(frozen=True)
@@ -166,24 +168,29 @@ def rehearse(
     *,
     samples: int,
     sequence: bool = False,
-    whole: Callable[[str], bool] = lambda _name: False,
+    whole: Kept = lambda _name: False,
+    common: Common | None = None,
 ) -> SplitFacts:
     """How the task's layers are split among ``workers`` workers, and what that moves for ``samples`` samples.
 
     ``whole`` says of a parameter's name that it is to be kept whole. Modules in which splitting fails are kept whole,
     and named in ``closed``. A model whose path depends on values is rehearsed with real ones when it is small.
+    ``common`` is what other rehearsals of the task have found, and is added to.
 
     Raises PlanError when the model cannot be run so.
     """
-    stage = Stage(task, workers, samples, sequence, whole)
+    stage = Stage(task, workers, samples, sequence, whole, common or Common(Blueprint(task)))
     return stage.decide()
 
 
 class Stage:
     """Runs the rehearsals of one model."""
 
-    def __init__(self, task: Task, workers: int, samples: int, sequence: bool, whole: Callable[[str], bool]) -> None:
+    def __init__(
+        self, task: Task, workers: int, samples: int, sequence: bool, whole: Kept, common: Common | None = None
+    ) -> None:
         self.task, self.workers, self.samples, self.sequence, self.kept = task, workers, samples, sequence, whole
+        self.common = common or Common(Blueprint(task))
         self.closed: dict[str, str] = {}
         self.runs = 0
         self.known: dict[tuple[tuple[str, Units], ...], Try] = {}
@@ -201,7 +208,7 @@ class Stage:
             settled.add(group)
             units, best = self._settle(group, units, best, depth=3)
         best = self.attempt(units, counted=True)
-        alone = self.attempt(units, workers=1, counted=True)
+        alone = self.alone(units)
         return SplitFacts(
             degree=self.workers,
             samples=self.samples,
@@ -212,6 +219,13 @@ class Stage:
             work={name: best.flops.get(name, 0.0) / flops for name, flops in alone.flops.items() if flops},
             activations={name: best.saved.get(name, 0.0) / size for name, size in alone.saved.items() if size},
         )
+
+    def alone(self, units: dict[str, Units]) -> Try:
+        """What one worker computes and keeps: the same for all numbers of workers that keep the same modules whole."""
+        key = (self.samples, self.real, *sorted(self.closed))
+        if key not in self.common.alone:
+            self.common.alone[key] = self.attempt(units, workers=1, counted=True)
+        return self.common.alone[key]
 
     def _settle(self, group: str, units: dict[str, Units], best: Try, depth: int) -> tuple[dict[str, Units], Try]:
         """The cheapest units for the parameters of one group of layers."""
@@ -259,7 +273,7 @@ class Stage:
 
     def _set(self, *, real: bool) -> None:
         self.real = real
-        self.blueprint = Blueprint(self.task)
+        self.blueprint = Blueprint(self.task) if real else self.common.blueprint
         self.model, self.mode = self.blueprint.model, self.blueprint.mode
         self.weight_bytes = sum(one.numel() * one.element_size() for one in self.model.parameters())
         if real:

@@ -5,9 +5,11 @@ from typing import Any
 from sheaf.graph.facts import GLUE
 from sheaf.plans.split import SplitFacts
 from sheaf.split.alone import Alone
+from sheaf.split.common import Common
 from sheaf.split.lengthwise import Lengthwise
 from sheaf.split.rehearsal import Rehearses, Stage, Try, Units
 from sheaf.task import Task
+from sheaf.task.blueprint import Blueprint
 
 
 class _Trying(Rehearses, Lengthwise):
@@ -21,11 +23,11 @@ class _Trying(Rehearses, Lengthwise):
 class _Sequences(Stage):
     """Runs the rehearsals of one model."""
 
-    def __init__(self, task: Task, workers: int, samples: int) -> None:
-        super().__init__(task, workers, samples, False, lambda _name: False)
+    def __init__(self, task: Task, workers: int, samples: int, common: Common) -> None:
+        super().__init__(task, workers, samples, False, lambda _name: False, common)
 
     def decide(self) -> SplitFacts:
-        found, alone = self.attempt({}, counted=True), self.attempt({}, workers=1, counted=True)
+        found, alone = self.attempt({}, counted=True), self.alone({})
         return SplitFacts(
             degree=self.workers,
             samples=self.samples,
@@ -49,9 +51,10 @@ class _Sequences(Stage):
         self._with_values(error, module, how, "; use dp or tp in place of cp")
 
 
-def sequences(task: Task, workers: int, *, samples: int) -> SplitFacts:
+def sequences(task: Task, workers: int, *, samples: int, common: Common | None = None) -> SplitFacts:
     """What it does to split the sequences of ``samples`` samples among ``workers``; parameters stay whole.
 
-    ``work`` and ``activations`` are worker 0's share of each block's. Raises PlanError when the model cannot be run so.
+    ``work`` and ``activations`` are worker 0's share of each block's. ``common`` is what other rehearsals of the task
+    have found, and is added to. Raises PlanError when the model cannot be run so.
     """
-    return _Sequences(task, workers, samples).decide()
+    return _Sequences(task, workers, samples, common or Common(Blueprint(task))).decide()

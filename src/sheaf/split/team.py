@@ -29,7 +29,7 @@ class GroupTeam:
         with self._timed("all_reduce", why, tensor):
             if tensor.dtype in (torch.float16, torch.bfloat16) and self._gloo(tensor):
                 wide = tensor.float()
-                traffic.collective("all_reduce", wide.nbytes, self.workers)
+                traffic.collective("all_reduce", wide.nbytes, self.workers, gloo=True)
                 dist.all_reduce(wide, group=self._group)
                 return wide.to(tensor.dtype)
             if self.workers == 2 and self._gloo(tensor):
@@ -37,7 +37,7 @@ class GroupTeam:
                 self._run([(dist.isend, tensor, 1 - self.rank), (dist.irecv, other, 1 - self.rank)])
                 return other.add_(tensor)
             summed = tensor.clone(memory_format=torch.contiguous_format)
-            traffic.collective("all_reduce", summed.nbytes, self.workers)
+            traffic.collective("all_reduce", summed.nbytes, self.workers, gloo=self._gloo(summed))
             dist.all_reduce(summed, group=self._group)
             return summed
 
@@ -103,7 +103,8 @@ class GroupTeam:
         return [(self.rank + distance) % self.workers for distance in range(1, self.workers)]
 
     def _run(self, moves: Sequence[tuple[Callable[..., object], Tensor, int]]) -> None:
-        traffic.message(sum(tensor.nbytes for kind, tensor, _ in moves if kind is dist.isend))
+        sent = [tensor for kind, tensor, _ in moves if kind is dist.isend and tensor.numel()]
+        traffic.message(sum(tensor.nbytes for tensor in sent), gloo=sum(map(self._gloo, sent)))
         operations = [
             dist.P2POp(kind, tensor, group=self._group, group_peer=peer)  # pyright: ignore[reportArgumentType]
             for kind, tensor, peer in moves

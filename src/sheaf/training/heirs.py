@@ -36,6 +36,16 @@ class Settling(Protocol):
     def settle(self) -> None: ...
 
 
+@runtime_checkable
+class Serving(Protocol):
+    """A step of a worker that computes nothing; ``sheaf.parallel.server.serving`` has it."""
+
+    @property
+    def outlives_workers(self) -> bool: ...
+
+    def serve(self, lost: Callable[[], Collection[int]]) -> None: ...
+
+
 class Heirs:
     """Who writes the record, checkpoints and the model: worker 0, and when it is lost the next that lives.
 

@@ -22,7 +22,7 @@ from sheaf.record import Record, StepReport
 from sheaf.task import Task
 from sheaf.training.description import describe
 from sheaf.training.directory import MODEL, RECORD, claimed, prepare
-from sheaf.training.heirs import Heirs, Outliving, Settling
+from sheaf.training.heirs import Heirs, Outliving, Serving, Settling
 from sheaf.training.pipeline import Span, Spans
 from sheaf.training.stop import stopping
 
@@ -97,6 +97,10 @@ def train_rank(
         book = stack.enter_context(_Book.opened(out, step.rank))
         if resume:
             _resume(step, out, book)
+        if isinstance(step, Serving) and step.outlives_workers:
+            stack.enter_context(stopping(step.request_stop, alone=False))
+            step.serve(lost)
+            return Outcome(step.index, steps, stopped=False)
         heirs = Heirs(step, lost) if isinstance(step, Outliving) and step.outlives_workers else None
         first, stopped = step.index, False
         spans = Spans(step)

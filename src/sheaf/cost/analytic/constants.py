@@ -117,6 +117,9 @@ class Book:
     measured: dict[tuple[str, str, str], Measured] = field(default_factory=dict[tuple[str, str, str], Measured])
     held: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
     kin: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])  # of a kind of device
+    loose: dict[str, dict[str, float]] = field(
+        default_factory=dict[str, dict[str, float]]
+    )  # times a constant's width, by kind
 
     def stack(self, software: str, notes: Sequence[str] = ()) -> Stack:
         """The stack that a run's words mean."""
@@ -207,6 +210,7 @@ def book() -> Book:
         priors={name: Prior(**one) for name, one in table["priors"].items()},
         kernels=table["kernels"],
         kin={kind: tuple(kin) for kind, kin in table["kin"].items()},
+        loose=table["loose"],
         memory_priors={name: Prior(**one) for name, one in table["memory"].items()},
         held=known["memory"],
         fitted={

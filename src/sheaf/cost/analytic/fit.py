@@ -31,8 +31,12 @@ class Sample:
     weight: float = 1.0  # of what a usual run counts for
 
 
-# How much of a constant's width lies with all runs, with a device, with a stack, and with a stack on a device.
-_SHARES = {"all": 0.5, "device": 0.5, "stack": 0.6, "both": 0.9}
+# How much of a constant's width lies with all runs, a device, a stack, and a stack on a device: most with
+# the last, as what few sources share by chance must not move a source that none of them is like.
+_SHARES = {"all": 0.25, "device": 0.3, "stack": 0.5, "both": 1.0}
+_TOLD_BY_OTHERS = (
+    0.3  # of the widths of a stack that only those like it were seen of: how they differ is mostly their own
+)
 _OF_DEVICES = ("matmul", "narrow", "attention", "memory")  # constants that say more of a device than of software
 
 
@@ -79,7 +83,9 @@ def _effects(book: Book, samples: Sequence[Sample]) -> dict[tuple[str, str], Con
     for number, each in enumerate(of_sample):
         member[number, [place[effect] for effect in each]] = 1.0
     prior = np.log([book.priors[name].value for name in names])
-    widths = np.array([[book.priors[name].width * _share(effect, name) for name in names] for effect in effects])
+    widths = np.array([[_width(book, effect, name) for name in names] for effect in effects])
+    own = {"", *(sample.job.stack.name for sample in samples)}
+    widths *= np.array([[1.0 if stack in own else _TOLD_BY_OTHERS] for stack, _ in effects])
     measured = np.log([sample.seconds for sample in samples])
     weights = np.sqrt([sample.weight for sample in samples]) / NOISE
 
@@ -104,6 +110,11 @@ def _effects(book: Book, samples: Sequence[Sample]) -> dict[tuple[str, str], Con
         effect: Constants(**dict(zip(names, values, strict=True)))
         for effect, values in zip(effects, found, strict=True)
     }
+
+
+def _width(book: Book, effect: tuple[str, str], name: str) -> float:
+    """How far an effect may take a constant from what is expected, in natural logarithms, before it counts."""
+    return book.priors[name].width * _share(effect, name) * book.loose.get(effect[1], {}).get(name, 1.0)
 
 
 def _share(effect: tuple[str, str], name: str) -> float:

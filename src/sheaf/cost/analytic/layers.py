@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from sheaf.cost.analytic.constants import Stack
+from sheaf.cost.analytic.networks import networks
 from sheaf.cost.analytic.products import tiled_flops
 from sheaf.cost.analytic.workload import Shape, Workload
 
@@ -152,6 +153,20 @@ def layer(work: Workload, stack: Stack, kernels: Kernels, *, expert: bool = Fals
         "full": forwards,
     }[_recompute(work, stack)]
     return Layer(forwards, backwards, again, _EXPERT_LAUNCHES if expert else 1.0)
+
+
+def network(work: Workload, winograd: float) -> Layer:
+    """A convolutional network as one layer: its products are taken as full tiles.
+
+    Convolutions of 3 x 3 take ``winograd`` times fewer multiplications (1: as many as there are).
+    """
+    known = networks()[work.shape.network]
+    size = element_bytes(work)
+    touched = known.activations * work.micro * size
+    product = known.flops * work.micro * (1 - known.threes * (1 - 1 / winograd))
+    forward = Amounts(product=product, moved=6.0 * touched)  # out, norm twice, activation twice, in
+    backward = Amounts(product=2 * product, moved=10.0 * touched)
+    return Layer(forward, backward, Amounts(), launches=known.kernels / 40)
 
 
 def head(work: Workload, stack: Stack, kernels: Kernels) -> tuple[Amounts, Amounts]:

@@ -80,7 +80,8 @@ class Machine:
             link = self.cluster.intra
             if link.timings and self.intra_bytes_per_second >= link.bytes_per_second:
                 return _all_reduce_seconds(self.cluster.name, n, size_bytes) * rounds / 2 / intra
-            return rounds * (n - 1) / n * size_bytes / (self.intra_bytes_per_second * intra) + link.latency_seconds * n
+            rate = self.intra_bytes_per_second * link.among(n) / link.bytes_per_second * intra
+            return rounds * (n - 1) / n * size_bytes / rate + link.latency_seconds * n
         outside = self.host_bytes_per_second / group.beside * inter
         if group.on_host > 1:
             outside = min(outside, self.intra_bytes_per_second * intra)
@@ -107,12 +108,19 @@ def machine(work: Workload) -> Machine:
         if not name and (name := _kin_of(device)):
             assumed.append(f"hardware.gpu {device} taken as {name}: the nearest that is known")
         if name:
-            found.append(by_device[name])
+            found.append(_of_hosts(name, work.workers_per_host))
         else:
             unknown.append(f"hardware.gpu: {device!r} is not known; {nearest(device, by_device)}")
     if unknown or not found:
         raise Refused(unknown or ["hardware.gpu is absent: it was not published"])
     return _with_links(work, found, tuple(assumed))
+
+
+def _of_hosts(device: str, workers: int) -> Cluster:
+    """The known cluster of this device with so many workers a host; else the one with most."""
+    clusters = [each for each in _by_name().values() if each.hosts[0].device.name == device]
+    fitting = [each for each in clusters if each.hosts[0].workers == workers]
+    return fitting[0] if fitting else max(clusters, key=lambda each: each.hosts[0].workers)
 
 
 def _known_as(device: str) -> str:

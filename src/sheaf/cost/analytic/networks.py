@@ -15,6 +15,7 @@ class Network:
     parameters: float
     activations: float  # elements that its convolutions put out
     depthwise: bool  # most of its convolutions have one channel a group: bandwidth, not arithmetic, bounds them
+    threes: float  # share of the FLOP in 3 x 3 convolutions with stride 1, which fewer multiplications do in fp32
     kernels: int
 
 

@@ -19,6 +19,26 @@ _UNPRICED = {
     "transgan": "layers of unknown width",
     "enc-dec transformer": "an encoder and a decoder",
 }
+_SCHEDULES = ("gpipe", "1f1b")
+_PARALLEL = frozenset(
+    {
+        "dp",
+        "tp",
+        "pp",
+        "cp",
+        "ep",
+        "vpp",
+        "zero_stage",
+        "fsdp_shard",
+        "hsdp_replicas",
+        "seq_parallel",
+        "schedule",
+        "recompute",
+        "offload",
+        "overlap",
+        "layer_partition",
+    }
+)
 # What the sources call it: operations every second of which is kept; all but matrix products run again; and so on.
 _RECOMPUTED = {
     "per-op": "alternate",
@@ -34,7 +54,7 @@ class Refused(SheafError):
     """A row that cannot be priced; ``reasons`` lists all of them."""
 
     def __init__(self, reasons: Sequence[str]) -> None:
-        self.reasons = tuple(reasons)
+        self.reasons = tuple(dict.fromkeys(reasons))
         super().__init__("; ".join(self.reasons))
 
 
@@ -159,6 +179,10 @@ def _shape(read: _Reader) -> Shape:
     attention = read.text("model.attention")
     gated = read.yes("model.glu", family == "llama")
     experts = read.whole("model.experts", 0, least=0)
+    chosen = read.whole("model.experts_topk", 2 if experts else 0, least=0)
+    spread = read.degree("parallel.ep")
+    if experts and max(chosen, spread) > experts:
+        read.reasons.append(f"model.experts: {experts}; experts_topk {chosen} and parallel.ep {spread} cannot be more")
     ffn = read.whole("model.ffn", 4 * hidden)
     vocabulary = read.whole("model.vocab", _vocabulary(family), why="that of models of this family")
     layers = read.degree(
@@ -187,7 +211,7 @@ def _shape(read: _Reader) -> Shape:
         ahead=int(bool(re.search(r"deep-?seek[-_ ]?v3(?!.*w/o mtp)", name, re.IGNORECASE))),
         tied=read.yes("model.tied_embeddings", family in ("gpt", "bert")),
         experts=experts,
-        experts_per_token=read.whole("model.experts_topk", 2 if experts else 0, least=0),
+        experts_per_token=chosen,
         expert_ffn=read.whole("model.moe_ffn", ffn if experts else 0, least=0),
         expert_layers=min(layers, read.whole("model.moe_layers", layers if experts else 0, least=0)),
     )
@@ -223,6 +247,11 @@ def _split(read: _Reader, shape: Shape) -> Split:
         pp = max(1, min(pp, workers // (tp * cp)))
         dp = max(1, workers // (tp * pp * cp))
     schedule = read.text("parallel.schedule").lower()
+    if pp > 1 and schedule and not any(name in schedule for name in _SCHEDULES):
+        read.assumed.append(f"parallel.schedule 1f1b: {schedule!r} is not known")
+    unknown = [name for name in read.sections["parallel"] if name not in _PARALLEL]
+    if unknown:
+        read.assumed.append(f"parallel.{', parallel.'.join(name[:40] for name in unknown)} left out: not known")
     zero = read.whole("parallel.zero_stage", 0, least=0)
     if zero > 3:
         read.reasons.append(f"parallel.zero_stage: found {zero}, wanted 0 to 3")

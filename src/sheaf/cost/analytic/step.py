@@ -14,6 +14,7 @@ from sheaf.cost.analytic.layers import (
     head,
     layer,
     layer_parameters,
+    network,
     padded_vocabulary,
 )
 from sheaf.cost.analytic.machine import Machine, machine
@@ -78,15 +79,22 @@ class Job:
         model = " ".join(str(each) for each in sizes)
         return ("", "", model), (self.stack.name, self.kind, self.layer_key)
 
+    @property
+    def precision(self) -> str:
+        """Of its products: fp32's are rounded to tf32 by some stacks."""
+        return "tf32" if self.work.precision == "fp32" and self.stack.tf32 else self.work.precision
+
     @cached_property
     def kernels(self) -> Kernels:
         """How its device computes products."""
         known = self.book.kernels
         size = element_bytes(self.work)
+        # Loading a tile's edges and starting it take as long as ever where the units multiply slower.
+        slower = min(1.0, self.machine.flops_per_second(self.precision) / self.machine.flops_per_second("fp16"))
         return Kernels(
             units=self.machine.multiprocessors,
-            edge=known["tile_edge"],
-            ramp=known["tile_ramp"],
+            edge=known["tile_edge"] * min(1.0, slower * size / 2),
+            ramp=known["tile_ramp"] * slower,
             aligned=int(known["aligned_bytes"] // size),
             misaligned=known["misaligned"],
             lined=int(known["line_bytes"] // size),
@@ -98,7 +106,8 @@ class Job:
         """Kinds of layers with how many of all there are of each."""
         shape = self.work.shape
         if shape.network:
-            return ((1.0, _network(self.work)),)
+            winograd = self.book.kernels["winograd"] if self.precision == "fp32" else 1.0
+            return ((1.0, network(self.work, winograd)),)
         dense = layer(self.work, self.stack, self.kernels)
         if not shape.expert_layers:
             return ((1.0, dense),)
@@ -188,9 +197,7 @@ class _Pricing:
     def __init__(self, job: Job, constants: Constants, factor: float) -> None:
         self.job, self.constants, self.factor = job, constants, factor
         self.work, self.machine = job.work, job.machine
-        precision = self.work.precision
-        if precision == "fp32" and job.stack.tf32:
-            precision = "tf32"
+        precision = job.precision
         rate = self.machine.flops_per_second(precision) * constants.matmul
         narrow = precision in ("fp8", "fp4")
         self.product_rate = rate * (constants.narrow if narrow else 1.0)
@@ -314,7 +321,11 @@ class _Pricing:
             rate = self.machine.intra_bytes_per_second * self.constants.intra
         messages = times * split.virtual
         shown = messages * min(1.0, self.constants.transfer) + stages - 1
-        return 2 * size / rate * shown + 2 * self.constants.intra_seconds * (messages + stages - 1)
+        seconds = 2 * size / rate * shown + 2 * self.constants.intra_seconds * (messages + stages - 1)
+        if self.job.stack.scatter and not split.sequence:  # put together again by the workers of the next stage's layer
+            link = {"intra": self.constants.intra, "inter": self.constants.inter}
+            seconds += 2 * shown * self.machine.ring_seconds(self.tensor_group, size * split.tp, rounds=1.0, **link)
+        return seconds
 
     def _replicas(self, terms: dict[str, float], microbatch: float) -> None:
         """Gradients and gathered parameters, as far as computation does not hide them."""
@@ -375,13 +386,3 @@ def _longer(device: float, host: float) -> float:
     """The longer of both, rounded where they are alike: neither is steady."""
     most = max(device, host, 1e-12)
     return most * ((device / most) ** _SHARP + (host / most) ** _SHARP) ** (1 / _SHARP)
-
-
-def _network(work: Workload) -> Layer:
-    """A convolutional network as one layer: its products are taken as full tiles."""
-    known = networks()[work.shape.network]
-    size = element_bytes(work)
-    touched = known.activations * work.micro * size
-    forward = Amounts(product=known.flops * work.micro, moved=6.0 * touched)  # out, norm twice, activation twice, in
-    backward = Amounts(product=2 * known.flops * work.micro, moved=10.0 * touched)
-    return Layer(forward, backward, _NONE, launches=known.kernels / 40)

@@ -32,6 +32,7 @@ class Beside(AbstractHolding):
         self.model = portion.fill(device)
         self.optimizer = optimizer
         self.parameters = portion.own(self.model)
+        self.served = self.parameters  # those that this worker pushes gradients of, and pulls
         self._touched = Touched(self.parameters.items(), lambda _: None)
         self.index = 0  # of the step that full_parameters waits for
         self.first = False  # whether this is worker 0, who gives the whole
@@ -88,14 +89,20 @@ class Beside(AbstractHolding):
         gradients = list(self.held().values())
         if gradients and factor != 1.0:
             torch._foreach_mul_(gradients, factor)
-        if largest is None or not gradients:
+        norm = self.norm() if largest is not None else None
+        if largest is None or norm is None:
             return None
-        norm = torch.nn.utils.get_total_norm(gradients)
         if not bool(norm.isfinite()):
             advice = "The loss is a number but its gradient is not: look for sqrt or log at zero, or 0/0."
             raise NonFiniteLoss(step, 0, float(norm), advice)
-        torch._foreach_mul_(gradients, float((largest / (norm + 1e-6)).clamp(max=1.0)))
+        if gradients:
+            torch._foreach_mul_(gradients, float((largest / (norm + 1e-6)).clamp(max=1.0)))
         return float(norm)
+
+    def norm(self) -> Tensor | None:
+        """The norm of this worker's own gradient; None where it has none."""
+        gradients = list(self.held().values())
+        return torch.nn.utils.get_total_norm(gradients) if gradients else None
 
     def put(self) -> list[list[int]]:
         """Lay the gradients out for the shards; by shard, the places of the pieces that have one."""

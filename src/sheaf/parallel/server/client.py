@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,7 @@ class Client:
         self._ended = threading.Event()
         self._begun = False
         self.rejoined = 0
+        self.agreed: Callable[[int], int] = lambda delay: delay  # with the others of its replica, how late they are
 
     @property
     def sent_bytes(self) -> int:
@@ -187,6 +188,7 @@ class Client:
         delay = max(int(told["delay"]) for _, told in self._finish())
         reached("worker.after_push")
         bound = self.terms.dropped_beyond
+        delay = delay if bound is None else self.agreed(delay)
         if bound is not None and delay > bound:
             for link in self._links:
                 link.start(self._head(Kind.ABANDON))
@@ -206,6 +208,11 @@ class Client:
             raise WorkerFailed(
                 f"worker {self.worker} was silent for more than {self.terms.lease_seconds:g} s, and the others went on "
                 "without it: with staleness=0 no step can; look for what stopped it"
+            )
+        if self.terms.needed:
+            raise WorkerFailed(
+                f"this worker of replica {self.worker} was silent for more than {self.terms.lease_seconds:g} s, and "
+                "the others of its replica cannot do without it; look for what stopped it"
             )
         last, sequence = self._incarnation, self._sequence
         self._next_incarnation()

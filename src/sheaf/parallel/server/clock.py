@@ -21,6 +21,7 @@ class Clocks:
 
     def __init__(self, clocks: dict[int, int], staleness: int | None) -> None:
         self._clocks, self.staleness = dict(clocks), staleness
+        self._slowest: int | None = None  # asked for several times in each exchange
 
     @property
     def workers(self) -> tuple[int, ...]:
@@ -30,7 +31,9 @@ class Clocks:
     @property
     def slowest(self) -> int:
         """The smallest clock; 0 when nobody counts."""
-        return min(self._clocks.values(), default=0)
+        if self._slowest is None:
+            self._slowest = min(self._clocks.values(), default=0)
+        return self._slowest
 
     def of(self, worker: int) -> int:
         """A worker's clock."""
@@ -40,16 +43,19 @@ class Clocks:
         """A worker that counts has finished ``clock`` steps; clocks never go back."""
         if worker in self._clocks:
             self._clocks[worker] = max(clock, self._clocks[worker])
+            self._slowest = None
 
     def enter(self, worker: int, clock: int) -> int:
         """A worker counts (again). Its step under way is the one where it stood, or that which the slowest did last."""
         others = [one for other, one in self._clocks.items() if other != worker]
         self._clocks[worker] = max(clock, min(others, default=0) - 1)
+        self._slowest = None
         return self._clocks[worker]
 
     def leave(self, worker: int) -> None:
         """A worker no longer counts."""
         self._clocks.pop(worker, None)
+        self._slowest = None
 
     def allows(self, clock: int) -> bool:
         """Whether a worker at ``clock`` may read."""

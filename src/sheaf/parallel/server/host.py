@@ -1,28 +1,27 @@
 """A seat of a shard at a socket: takes connections, answers requests, and keeps the log with the other seat."""
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from sheaf.errors import WorkerFailed
 from sheaf.parallel.server.clock import Leases
-from sheaf.parallel.server.door import Door, check_asker
+from sheaf.parallel.server.door import check_asker
 from sheaf.parallel.server.frame import Head, Kind, Wire
 from sheaf.parallel.server.greeting import LOG, Guest
 from sheaf.parallel.server.lending import Lender, check_counted, check_lent
-from sheaf.parallel.server.link import Address, Failed, Keys
+from sheaf.parallel.server.link import Address, Failed
 from sheaf.parallel.server.log import Entry, Fenced
-from sheaf.parallel.server.peers import Peers
 from sheaf.parallel.server.places import Arena
 from sheaf.parallel.server.points import reached
 from sheaf.parallel.server.reading import Pictures, read, readable
 from sheaf.parallel.server.seat import Elsewhere, Seat
-from sheaf.parallel.server.seats import PRIMARY, Mirror, Throne, committing, entry_of
+from sheaf.parallel.server.seats import PRIMARY, Mirror, committing, entry_of
 from sheaf.parallel.server.shard import Shard
 
 _STOOD_STILL_SECONDS = 1.0  # between two ticks: then others had no chance to be heard
@@ -31,20 +30,14 @@ _STOOD_STILL_SECONDS = 1.0  # between two ticks: then others had no chance to be
 class Host(Seat):
     """Serves one seat of a shard: workers, and other shards."""
 
-    def __init__(
-        self,
-        shard: Shard,
-        seat: str,
-        listener: socket.socket | Door,
-        keys: Keys,
-        throne: Throne,
-        peers: Peers,
-        changed: threading.Condition | None = None,
-    ) -> None:
-        super().__init__(shard, seat, listener, keys, throne, peers, changed)
-        self.finishing = False
-        self._lender = Lender(self) if self.terms.lent else None
-        self._pictures = Pictures()
+    finishing: bool = False  # whether gradients are being made to meet just now
+
+    @cached_property
+    def _pictures(self) -> Pictures:
+        return Pictures()
+
+    def _new_lender(self) -> Lender | None:
+        return Lender(self) if self.terms.lent else None
 
     def open(self, backup: Address | None = None) -> None:
         """Begin to answer."""
@@ -84,7 +77,7 @@ class Host(Seat):
         with self.changed:
             change(self.shard)
             self.leases = Leases(range(self.terms.workers), self.terms.lease_seconds)
-            self._lender = Lender(self) if self.terms.lent else None
+            self._lender = self._new_lender()
             self.changed.notify_all()
 
     def serve(self, wire: Wire, guest: Guest) -> None:

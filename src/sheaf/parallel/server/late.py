@@ -35,8 +35,11 @@ class Buffer:
 
     ``buffered`` leaves the values alone until then (FedBuff: Nguyen et al., 2022, arXiv:2106.06639). ``delayed`` steps
     at once by each one's part of the mean, without momentum, and lets the momentum see the mean when it is whole:
-    delayed Nesterov (Liu et al., 2024, arXiv:2401.09135, algorithm 3 with c = 0). ``ahead`` is what the values have
-    moved by in that way; the step on the mean, which has it in it too, starts from where they were.
+    delayed Nesterov (Liu et al., 2024, arXiv:2401.09135, algorithm 3 with its default c = 0, a buffer of N = ``count``,
+    and a worker's gradient in place of its pseudo-gradient). Of each gradient g the values lose lr g / N; with the
+    N-th, m becomes b m + D / N, D being the sum of all N, and the values lose lr b m besides. ``torch.optim.SGD`` with
+    ``nesterov=True`` does that at once when it steps on D / N, so the step on the mean starts from where the values
+    were: ``ahead`` is what they have moved by since.
     """
 
     def __init__(self, count: int, *, plain_between: bool = False) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sheaf.parallel.server.clock import Clocks
 from sheaf.parallel.server.frame import Kind
 from sheaf.parallel.server.late import PLAIN
 from sheaf.parallel.server.places import Arena
@@ -18,7 +19,8 @@ class Terms:
     ``staleness`` in clocks, None: unbounded; ``late`` one of ``plans.server.LATE``; ``dropped_beyond`` updates a
     gradient is not applied; ``clip`` the largest global norm of a clock's gradient, at staleness 0; ``lease_seconds``
     without a sign of life end a worker's membership, and a silent seat's. A step's microbatches, ``lent`` at most, are
-    lent to workers one by one, at staleness 0; 0: every worker has a share of its own.
+    lent to workers one by one, at staleness 0; 0: every worker has a share of its own. ``needed``: a worker is one
+    of several that are a replica, and when it is given up the run ends, whatever the staleness.
     """
 
     workers: int
@@ -29,6 +31,7 @@ class Terms:
     clip: float | None = None
     lease_seconds: float = 10.0
     lent: int = 0
+    needed: bool = False
 
     @property
     def exact(self) -> bool:
@@ -59,10 +62,23 @@ class Member:
     committed: int = 0  # sequence of the last gradient that counts
     staged: Entry | None = None
     history: dict[int, int] = field(default_factory=dict[int, int])  # committed, by earlier incarnations
+    left: bool = False  # it has said good-bye, and will not come again
 
 
 class Fenced(Exception):
     """The message is of an incarnation that was given up."""
+
+
+def missed(terms: Terms, left: Entry, clocks: Clocks) -> dict[str, Any] | None:
+    """Why nobody goes on, when a worker leaves that was given up and that the others need; else None."""
+    if terms.needed and left.meta.get("given_up") and left.worker in clocks.workers:
+        return {"why": "worker", "worker": left.worker, "clock": clocks.of(left.worker)}
+    return None
+
+
+def is_good_bye(leaving: Entry) -> bool:
+    """Whether a worker leaves by itself, and was not given up."""
+    return not leaving.meta.get("given_up")
 
 
 def losses(told: Iterable[dict[str, Any]]) -> list[tuple[int, float, float]]:

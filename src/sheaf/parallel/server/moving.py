@@ -55,7 +55,7 @@ def packed_shard(shard: Shard) -> bytes:
     entries = _Entries(shard.form)
     members = {
         worker: {
-            **{name: getattr(member, name) for name in ("incarnation", "fenced", "committed", "history")},
+            **{name: getattr(member, name) for name in ("incarnation", "fenced", "committed", "history", "left")},
             "staged": entries.put(member.staged),
         }
         for worker, member in shard.members.items()
@@ -97,6 +97,7 @@ def unpacked_shard(shard: Shard, raw: bytes) -> None:
             values["committed"],
             entries.get(values["staged"]),
             _by_number(values["history"]),
+            values["left"],
         )
     shard.clocks = Clocks(_by_number(state["clocks"]), shard.terms.staleness)
     for name in _PLAIN:

@@ -10,33 +10,38 @@ from sheaf.parallel.server.link import Address, Keys, Link
 
 
 class Peers:
-    """The shards of a run, as one of them reaches the others. ``addresses`` by shard, those of its seats."""
+    """The shards of a run, as one of them reaches the others. ``addresses`` by shard, those of its seats.
+
+    Where replicas are several workers, each ``place`` in them has shards of its own; ``elsewhere`` are those of the
+    other places, by place.
+    """
 
     def __init__(self, keys: Keys, lease: float) -> None:
         self._keys, self._lease = keys, lease
         self.addresses: list[list[Address]] = []
-        self._links: dict[int, Link] = {}
+        self.place = 0
+        self.elsewhere: dict[int, tuple[list[list[Address]], Keys]] = {}
+        self._links: dict[tuple[int, int], Link] = {}
         self._lock = threading.Lock()
 
     def close_clock(self, me: int, clock: int, counted: Sequence[tuple[int, int, int]]) -> None:
         """Tell every other shard of which pushes a clock's gradient is made; all of them have these pushes."""
         with self._lock:
-            others = [self._to(me, other) for other in range(len(self.addresses)) if other != me]
+            others = [self._to(me, self.place, other) for other in range(len(self.addresses)) if other != me]
             for link in others:
                 link.start(Head(Kind.CLOSE, clock=clock), {"counted": [list(key) for key in counted]})
             for link in others:
                 link.finish()
 
     def squares(self, me: int, mine: float, clock: int) -> list[float]:
-        """By shard, the square of the norm of its part of a clock's gradient; waits until all are known."""
+        """By place and shard, the square of the norm of its part of a clock's gradient; waits until all are known."""
+        places = sorted({self.place, *self.elsewhere})
+        shards = [(place, other) for place in places for other in range(len(self.addresses))]
         with self._lock:
-            for other in range(len(self.addresses)):
-                if other != me:
-                    self._to(me, other).start(Head(Kind.NORM, clock=clock))
-            return [
-                mine if other == me else float(self._links[other].finish()[1]["square"])
-                for other in range(len(self.addresses))
-            ]
+            others = {one: self._to(me, *one) for one in shards if one != (self.place, me)}
+            for link in others.values():
+                link.start(Head(Kind.NORM, clock=clock))
+            return [float(others[one].finish()[1]["square"]) if one in others else mine for one in shards]
 
     def committed(self, me: int, worker: int, incarnation: int) -> int:
         """The last sequence of a worker's incarnation that any other shard counts; they hear no more of it then.
@@ -46,7 +51,7 @@ class Peers:
         found = 0
         for other in range(len(self.addresses)):
             if other != me:
-                link = self._link(me, other)
+                link = self._link(me, self.place, other)
                 try:
                     head = Head(Kind.SETTLE, worker=worker, incarnation=incarnation)
                     found = max(found, int(link.ask(head)[1]["committed"]))
@@ -61,10 +66,11 @@ class Peers:
         for link in self._links.values():
             link.close()
 
-    def _to(self, me: int, other: int) -> Link:
-        if other not in self._links:
-            self._links[other] = self._link(me, other)
-        return self._links[other]
+    def _to(self, me: int, place: int, other: int) -> Link:
+        if (place, other) not in self._links:
+            self._links[place, other] = self._link(me, place, other)
+        return self._links[place, other]
 
-    def _link(self, me: int, other: int) -> Link:
-        return Link(other, self.addresses[other], Guest(SHARD, -1 - me, 0), self._keys, 0, self._lease)
+    def _link(self, me: int, place: int, other: int) -> Link:
+        addresses, keys = self.elsewhere.get(place, (self.addresses, self._keys))
+        return Link(other, addresses[other], Guest(SHARD, -1 - me, 0), keys, 0, self._lease)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sheaf.plans.layout import Held, Piece, apportion
 
@@ -96,3 +96,13 @@ class Arena:
         """Take over values of the same names and sizes."""
         for name, view in self.views.items():
             view.copy_(values[name])
+
+
+def forms_of(model: nn.Module, parameters: dict[str, nn.Parameter], shards: int) -> list[Form]:
+    """How the trained parameters lie on the shards; embeddings by rows."""
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+    rows = {name: value.shape[1] for name, value in parameters.items() if any(value is table for table in tables)}
+    held = [Held(name, value.numel(), str(value.dtype), value.requires_grad) for name, value in parameters.items()]
+    sizes = {str(value.dtype): value.itemsize for value in parameters.values()}
+    kinds = {name: value.dtype for name, value in parameters.items()}
+    return [Form(pieces, tuple(kinds[piece.name] for piece in pieces)) for pieces in spread(held, sizes, rows, shards)]

@@ -54,7 +54,7 @@ class Seat:
         self._mirror: Mirror | None = None
         self.last = 0  # the last entry's place in the log
         self._closed = False
-        self._lender: Lender | None = None
+        self._lender = self._new_lender()
         self._logged = False  # whether a primary's log comes in here
         self._name = f"sheaf-shard-{shard.number}"
         self.door = (
@@ -62,6 +62,10 @@ class Seat:
             if isinstance(listener, Door)
             else Door(listener, keys, self._name, shard.form.size_bytes, self.terms.lease_seconds)
         )
+
+    def _new_lender(self) -> Lender | None:
+        """What lends microbatches, where shares are stolen: a seat that serves has it."""
+        return None
 
     @property
     def address(self) -> Address:

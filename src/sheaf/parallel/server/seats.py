@@ -7,7 +7,6 @@ goes on alone; the other answers no one. So there are never two that answer, how
 import socket
 import threading
 import time
-from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 from sheaf.parallel.server.frame import BadFrame, Head, Kind, Wire
@@ -143,4 +142,6 @@ def entry_of(head: Head, meta: dict[str, object]) -> Entry:
 
 def committing(entry: Entry) -> Entry:
     """The same message as the log has it."""
-    return replace(entry, kind=Kind.COMMIT)
+    return Entry(
+        Kind.COMMIT, entry.worker, entry.incarnation, entry.sequence, entry.clock, entry.base, entry.meta, entry.arena
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 from sheaf.parallel.server.clock import Clocks
 from sheaf.parallel.server.frame import Kind
 from sheaf.parallel.server.late import BUFFERED, COMPENSATED, DELAYED, Buffer, adjusted_, is_plain
-from sheaf.parallel.server.log import Entry, Fenced, Member, Terms, losses, used
+from sheaf.parallel.server.log import Entry, Fenced, Member, Terms, is_good_bye, losses, missed, used
 from sheaf.parallel.server.places import Arena, Form
 from sheaf.parallel.server.points import reached
 from sheaf.parallel.server.work import Kept, Key
@@ -143,7 +143,7 @@ class Shard:
 
     def allows(self, clock: int) -> bool:
         """Whether a worker at ``clock`` may read the values."""
-        return self.applied >= clock if self.terms.exact else self.clocks.allows(clock)
+        return self.applied >= clock if self.terms.exact else self.failure is None and self.clocks.allows(clock)
 
     def partial(self) -> float:
         """The square of the norm of this shard's part of the gradient that is ready."""
@@ -183,7 +183,7 @@ class Shard:
         if entry.incarnation > member.incarnation:
             member.history[member.incarnation] = member.committed
             self._release(member.staged)
-            member.incarnation, member.staged, member.committed = entry.incarnation, None, 0
+            member.incarnation, member.staged, member.committed, member.left = entry.incarnation, None, 0, False
             self._give_back(entry.worker)
             self.clocks.enter(entry.worker, entry.clock)
             if member.history.keys() != {0}:  # the first comes with the first values
@@ -193,7 +193,8 @@ class Shard:
         if entry.incarnation < member.incarnation:
             return
         self._release(member.staged)
-        member.fenced, member.staged = max(member.fenced, entry.incarnation), None
+        member.fenced, member.staged, member.left = max(member.fenced, entry.incarnation), None, is_good_bye(entry)
+        self.failure = self.failure or missed(self.terms, entry, self.clocks)
         self.clocks.leave(entry.worker)
         self._give_back(entry.worker)
         self.pulled.pop(entry.worker, None)

@@ -7,24 +7,29 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sheaf.cluster.traffic import traffic
-from sheaf.errors import NonFiniteLoss, RunError, TaskError, WorkerFailed
+from sheaf.errors import NonFiniteLoss, RunError
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.runner import AbstractRunner
 from sheaf.parallel.server.beside import Beside, whole
 from sheaf.parallel.server.client import Client, Seen
+from sheaf.parallel.server.failed import explained
 from sheaf.parallel.server.host import Host
 from sheaf.parallel.server.link import Failed
-from sheaf.parallel.server.restore import kept, restored, shared
+from sheaf.parallel.server.places import forms_of
+from sheaf.parallel.server.relaying import State, is_relayable, relaid
+from sheaf.parallel.server.restore import kept
+from sheaf.parallel.server.seating import reload
 from sheaf.parallel.server.seats import PRIMARY
 from sheaf.parallel.server.spare import Spare
 from sheaf.parallel.step import Step, memory_bytes
+from sheaf.parallel.world import World
 from sheaf.plans import Plan
 from sheaf.plans.server import outlives
 from sheaf.record import StepReport
@@ -32,6 +37,14 @@ from sheaf.task import Microbatch
 
 _WATCH_SECONDS = 0.1  # between two looks at who is lost
 _LOOK_SECONDS = 0.005  # between two looks whether something is done
+
+
+class Found(NamedTuple):
+    """What a worker's forwards and backwards of a step left: (microbatch, sum, weight) of each loss."""
+
+    losses: list[tuple[int, float, float]]
+    is_used: bool  # whether any parameter got a gradient
+    stop: bool  # whether somebody asked to stop
 
 
 class ServedStep(Step):
@@ -58,11 +71,14 @@ class ServedStep(Step):
         self._ended = threading.Event()
         self._staleness: Counter[int] = Counter()  # how often each was seen
         self.lost: Callable[[], Collection[int]] = tuple  # workers that are known to be gone
+        self._told_here: list[tuple[int, float, float]] = []
+        self._is_over = False  # nobody goes on, and nobody is waited for
         self._run, self._store = self._world.number("sheaf/served"), cast("dist.Store", self._world.counter)
 
     def __call__(self) -> StepReport:
         """Run the next step: of all workers together in lock-step, else of this one."""
         start, sent, sent_in_all = time.perf_counter(), self.client.sent_bytes, traffic.sent_bytes
+        inside = self._spread.waited_seconds
         self._runner.compute_seconds = 0.0
         self._check_trained()
         microbatches = self._order.step(self.index)
@@ -81,9 +97,9 @@ class ServedStep(Step):
         self._staleness[seen.staleness] += 1
         done = seen.finished - 1 if self.plan.stolen else self.index  # the others may have gone on without this worker
         microbatches = self._order.step(done)
-        told: list[list[float]] = seen.told["losses"] or [[*one] for one in self._exchange.mine]
+        told: list[list[float]] = seen.told["losses"] or [[*one] for one in self._told_here]
         seconds = seen.told.get("seconds", {})
-        weight = math.fsum(one[2] for one in told)
+        weight, inside = math.fsum(one[2] for one in told), self._spread.waited_seconds - inside
         if self.plan.exact:
             norm = seen.told.get("norm")
         if self.plan.exact and not self.plan.stolen:  # a worker that missed steps would divide by another weight
@@ -94,12 +110,12 @@ class ServedStep(Step):
             weight=weight,
             samples=sum(len(microbatches[int(one[0])].samples) for one in told),
             seconds=time.perf_counter() - start,
-            terms={"compute": self._runner.compute_seconds, "communicate": waited},
+            terms={"compute": self._runner.compute_seconds, "communicate": waited + inside},
             gradient_norm=norm if self.task.clip is not None else None,
             learning_rate=seen.told["rate"],
             memory_bytes=memory_bytes(self._world.device),
-            microbatches=tuple(seen.told["counts"].get(str(worker), 0) for worker in range(self.workers)),
-            computed=tuple(seconds.get(str(worker), 0.0) for worker in range(self.workers)) if seconds else (),
+            microbatches=tuple(seen.told["counts"].get(str(self._member(rank)), 0) for rank in self._computing),
+            computed=tuple(seconds.get(str(worker), 0.0) for worker in self._computing) if seconds else (),
             stop=seen.stop,
             sent_bytes=traffic.sent_bytes - sent_in_all,
             server={
@@ -123,6 +139,20 @@ class ServedStep(Step):
     def hosts(self) -> list[Host]:
         """The seats of shards that this worker has now."""
         return [*self._hosts, *(spare.host for spare in self._spares if spare.host is not None)]
+
+    @property
+    def _computing(self) -> range:
+        """The workers that compute, without those that only serve."""
+        return range(self._spread.computing.workers)
+
+    def _member(self, rank: int) -> int:
+        """Which worker of the clock a rank is, or is of: its replica."""
+        return self._spread.mesh.place(rank).dp
+
+    @property
+    def _together(self) -> World:
+        """Those who load the state of their shards together."""
+        return self._world
 
     @property
     def _staleness_mean(self) -> float:
@@ -188,7 +218,7 @@ class ServedStep(Step):
     @property
     def outlives_workers(self) -> bool:
         """Whether the others go on when a worker is lost."""
-        return outlives(self.plan.serves, stolen=self.plan.stolen)
+        return outlives(self.plan.serves, stolen=self.plan.stolen, split=self.plan.computing > self.plan.dp)
 
     @property
     def gives_whole(self) -> bool:
@@ -197,7 +227,7 @@ class ServedStep(Step):
     @property
     def _first(self) -> int:
         """The first worker that lives."""
-        return next((rank for rank in range(self.workers) if rank not in self.lost()), self.rank)
+        return next((rank for rank in self._computing if rank not in self.lost()), self.rank)
 
     def once(self, name: str, do: Callable[[], Any]) -> Any:
         """What ``do`` gives, of what JSON knows, on the first worker that lives; every worker that lives calls this.
@@ -220,22 +250,28 @@ class ServedStep(Step):
                 value.copy_(tensors[f"buffer/{name}"])
         self.index, self._expectation.weight = values["index"], values["expected_weight"]
         self._beside.index = self.index
-        for number in range(self.plan.serves.shards):
-            mine = None
-            if str(number) in values["shards"]:
-                prefix = f"shard/{number}/"
-                held = {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
-                mine = held, values["shards"][str(number)]
-            found = shared(self._world, mine, f"shard {number}")
-            for host in self.hosts:
-                if host.shard.number == number:
-                    host.restart(lambda shard, found=found: restored(shard, *found, self.index))
+        reload(self._together, self.hosts, self.plan.serves.shards, tensors, values)
         self._world.barrier()
         self.client.join(self.index)
         self.client.read(self.index)
         self._beside.take()
         self._staleness.clear()
         self._world.barrier()
+
+    def relaid(self, saved: str, read: Callable[[int], State]) -> State | None:
+        """What to ``load`` of a checkpoint of the plan ``saved``, of which ``read`` gives each worker's part.
+
+        None where it differs in more than where shards lie.
+        """
+        if not is_relayable(self.plan, saved):
+            return None
+        other, (tensors, values) = Plan.parse(saved), read(self.rank)
+        buffers = {name: value for name, value in tensors.items() if name.startswith("buffer/")}
+        if self.rank:
+            return buffers, values | {"shards": {}}
+        forms, old = (forms_of(self.model, self._beside.parameters, plan.serves.shards) for plan in (self.plan, other))
+        named, shards = relaid(other, read, forms, old)
+        return buffers | named, values | {"shards": shards}
 
     def full_state_alone(self) -> dict[str, Tensor]:
         """What ``full_state`` gives, found by this worker alone; nobody may push meanwhile."""
@@ -246,7 +282,7 @@ class ServedStep(Step):
         """Say good-bye, and stay until the others have: this worker may hold their shards."""
         self.client.leave()
         for host in self.hosts:
-            host.wait_until_left(3 * host.terms.lease_seconds)
+            host.wait_until_left(0.0 if self._is_over else 3 * host.terms.lease_seconds)
         for one in (*self._hosts, *self._spares):
             one.close()
         self._ended.set()
@@ -259,22 +295,35 @@ class ServedStep(Step):
             self._statistics.begin_step()
         self._beside.begin_step()
         self._runner.run(self.index, microbatches)
-        mine = self._exchange.mine
+        found = self._found(len(microbatches))
+        self._told_here = found.losses
         norm = None
         if not self.plan.exact:
-            norm = self._own(mine)
+            norm = self._own(found.losses)
         used = self._beside.put()
         common = {
-            "losses": mine,
-            "any": any(used),
-            "stop": self._exchange.stop,
+            "losses": found.losses,
+            "any": found.is_used,
+            "stop": found.stop,
             "expected": self._expectation.weight,
             "watch": self._observer is not None,
         }
         try:
-            return norm, self.client.exchange(self.index, [{"used": places, **common} for places in used])
+            seen = self.client.exchange(self.index, [{"used": places, **common} for places in used])
         except Failed as failed:
-            raise self._explained(failed.meta) from None
+            raise self._explained(failed) from None
+        self._settled(seen)
+        return norm, seen
+
+    def _explained(self, failed: Failed) -> Exception:
+        return explained(failed.meta, self.index)
+
+    def _found(self, microbatches: int) -> Found:  # noqa: ARG002 - replicas of several workers look at it
+        """What this worker found of a step of so many microbatches."""
+        return Found(self._exchange.mine, bool(self._beside.held()), self._exchange.stop)
+
+    def _settled(self, seen: Seen) -> None:
+        """What is seen is this worker's own to decide by; those of one replica decide together."""
 
     def _seen(self, seen: Seen) -> dict[str, float]:  # noqa: ARG002 - some see more
         """What the record has beside the rest."""
@@ -305,25 +354,3 @@ class ServedStep(Step):
         }
         found = whole(self.client.values, {name: value.detach() for name, value in self._beside.parameters.items()})
         return {name: found[name] for name in self._trained if name in used}
-
-    def _explained(self, meta: dict[str, Any]) -> Exception:
-        step, why = int(meta.get("clock", self.index)), meta.get("why")
-        if why == "loss":
-            return NonFiniteLoss(step, int(meta["microbatch"]), float(meta["value"]))
-        if why == "weight":
-            advice = "No microbatch of the step has any weight: look at the loss's weight (all padding?)."
-            return NonFiniteLoss(step, 0, math.nan, advice)
-        if why == "norm":
-            advice = "The loss is a number but its gradient is not: look for sqrt or log at zero, or 0/0."
-            return NonFiniteLoss(step, 0, float(meta["value"]), advice)
-        if why == "unused":
-            return TaskError(
-                f"no parameter got a gradient from the loss of step {step}: look for detach(), .data, item() or "
-                "no_grad() between the model's output and the loss, and for a loss that does not use the output"
-            )
-        if why == "worker":
-            return WorkerFailed(
-                f"worker {meta['worker']} is gone at step {step}, and with staleness=0 no step can do without its "
-                "part: look at its output; start again from the last checkpoint"
-            )
-        return WorkerFailed(str(meta.get("message", meta)))

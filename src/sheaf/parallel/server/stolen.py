@@ -8,6 +8,7 @@ from sheaf.parallel.portion import Portion
 from sheaf.parallel.runner import AbstractRunner
 from sheaf.parallel.server.borrowing import Borrower, Lent
 from sheaf.parallel.server.client import Seen
+from sheaf.parallel.server.failed import explained
 from sheaf.parallel.server.host import Host
 from sheaf.parallel.server.link import Failed
 from sheaf.parallel.server.spare import Spare
@@ -54,12 +55,12 @@ class StolenStep(ServedStep):
     def full_state(self) -> dict[str, Tensor]:
         """As of any step (collective): nobody goes on before the shards were read."""
         found = super().full_state()
-        self._world.barrier()
+        self._spread.computing.barrier()
         return found
 
     def _gradients(self) -> dict[str, Tensor]:
         found = super()._gradients()
-        self._world.barrier()
+        self._spread.computing.barrier()
         return found
 
     def _once(self, microbatches: tuple[Microbatch, ...]) -> tuple[float | None, Seen]:
@@ -70,9 +71,10 @@ class StolenStep(ServedStep):
                 continue
             seen = self._borrower.catch_up(self.index + 1)
             seen.waited_seconds = self._borrower.waited_seconds - waited
+            self._told_here = self._exchange.mine
             return None, seen
         except Failed as failed:
-            raise self._explained(failed.meta) from None
+            raise explained(failed.meta, self.index) from None
 
     def _cover(self, microbatches: tuple[Microbatch, ...]) -> bool:
         """Compute what is lent, and push it; False when the step is closed."""

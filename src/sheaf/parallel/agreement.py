@@ -1,0 +1,46 @@
+"""What workers tell each other when their backwards have run: which parameters were used, how long each computed."""
+
+from collections.abc import Collection, Sequence
+
+import torch
+
+from sheaf.parallel.world import World
+
+
+class Agreement:
+    """Started when it is made, on every worker alike (collective); ``wait`` gives what all told, as often as asked.
+
+    ``names`` are all parameters that are trained, ``touched`` those that this worker's microbatches used. ``rows`` and
+    ``row``: how many replicas have gradients of their own, and which of them this worker is of.
+    """
+
+    def __init__(
+        self, world: World, names: Sequence[str], touched: Collection[str], seconds: float, *, rows: int, row: int
+    ) -> None:
+        self._world, self._names, self._rows, self._row = world, names, rows, row
+        self._found: tuple[set[str], set[str], list[float]] | None = None
+        if world.workers == 1:
+            self._found = set(touched), set(touched), [seconds]
+        else:
+            told = torch.zeros(rows * len(names) + world.workers)
+            for position, name in enumerate(names):
+                told[row * len(names) + position] = float(name in touched)
+            told[rows * len(names) + world.rank] = seconds
+            self._told = told.to(world.device)
+            self._pending = world.all_reduce(self._told, "parameters used")
+
+    def wait(self) -> tuple[set[str], set[str], list[float]]:
+        """Which parameters any worker's microbatches used, and whose gradient is the same as this worker's; and how
+        long each worker computed.
+        """
+        if self._found is not None:
+            return self._found
+        self._world.wait(self._pending)
+        told, rows, names = self._told.cpu(), self._rows, self._names
+        table = told[: rows * len(names)].view(rows, len(names))
+        used, own = (
+            {name for name, count in zip(names, row.tolist(), strict=True) if count > 0}
+            for row in (table.sum(0), table[self._row])
+        )
+        self._found = used, own, told[rows * len(names) :].tolist()
+        return self._found

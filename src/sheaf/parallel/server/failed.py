@@ -1,0 +1,30 @@
+"""Why a shard cannot apply a step, as the error that a user sees."""
+
+import math
+from typing import Any
+
+from sheaf.errors import NonFiniteLoss, TaskError, WorkerFailed
+
+
+def explained(meta: dict[str, Any], index: int) -> Exception:
+    """What to raise for what a shard told; of step ``index`` where it does not say which."""
+    step, why = int(meta.get("clock", index)), meta.get("why")
+    if why == "loss":
+        return NonFiniteLoss(step, int(meta["microbatch"]), float(meta["value"]))
+    if why == "weight":
+        advice = "No microbatch of the step has any weight: look at the loss's weight (all padding?)."
+        return NonFiniteLoss(step, 0, math.nan, advice)
+    if why == "norm":
+        advice = "The loss is a number but its gradient is not: look for sqrt or log at zero, or 0/0."
+        return NonFiniteLoss(step, 0, float(meta["value"]), advice)
+    if why == "unused":
+        return TaskError(
+            f"no parameter got a gradient from the loss of step {step}: look for detach(), .data, item() or "
+            "no_grad() between the model's output and the loss, and for a loss that does not use the output"
+        )
+    if why == "worker":
+        return WorkerFailed(
+            f"worker {meta['worker']} is gone at step {step}, and with staleness=0 no step can do without its "
+            "part: look at its output; start again from the last checkpoint"
+        )
+    return WorkerFailed(str(meta.get("message", meta)))

@@ -1,0 +1,100 @@
+"""A checkpoint of other shards, laid out for those of this run: more of them or fewer, beside replicas or apart."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sheaf.errors import PlanError, RunError
+from sheaf.parallel.server.places import Form
+from sheaf.plans import Plan
+from sheaf.plans.layout import Piece
+from sheaf.plans.server import beside
+
+State = tuple[dict[str, Tensor], dict[str, Any]]  # as ``state`` of a step gives it, or ``restore.kept`` of a shard
+
+
+def is_relayable(plan: Plan, saved: str) -> bool:
+    """Whether a run of ``plan`` can go on from a checkpoint of the other: they differ in where shards lie alone.
+
+    >>> plan = Plan.parse("dp=4,server=2:apart:async")
+    >>> [is_relayable(plan, saved) for saved in ("dp=4,server=4:async", "dp=4,server=4", "dp=4")]
+    [True, False, False]
+    """
+    try:
+        other = Plan.parse(saved)
+    except PlanError:
+        return False
+    if not plan.server or not other.server or plan.computing > plan.dp:
+        return False
+    one, another = (replace(each, server=beside(each.server, 1)) for each in (plan, other))
+    return one == another
+
+
+def relaid(saved: Plan, read: Callable[[int], State], forms: Sequence[Form], old_forms: Sequence[Form]) -> State:
+    """All shards as ``state`` of one worker would have them that held all; ``read`` gives each worker's of ``saved``.
+
+    Raises RunError when a shard is missing.
+    """
+    kept: dict[int, State] = {}
+    for worker in range(saved.workers):
+        tensors, values = read(worker)
+        for number, told in values["shards"].items():
+            kept[int(number)] = part(tensors, f"shard/{number}/"), told
+    if missing := sorted(set(range(saved.serves.shards)) - set(kept)):
+        raise RunError(f"the checkpoint has no shard {missing[0]}; it was not written by a whole run")
+    named: dict[str, Tensor] = {}
+    shards: dict[str, Any] = {}
+    for number, form in enumerate(forms):
+        tensors, shards[str(number)] = _relaid(form, old_forms, kept)
+        named |= {f"shard/{number}/{name}": value for name, value in tensors.items()}
+    return named, shards
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose name begins so, without that."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _relaid(form: Form, old_forms: Sequence[Form], kept: dict[int, State]) -> State:
+    """One shard of the new layout. What has a number for each one of a piece is cut; the rest is as on the first."""
+    made: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    for piece in form.pieces:
+        lies = _overlaps(piece, old_forms)
+        first, first_piece = lies[0]
+        tensors, values = kept[first]
+        if piece.name in values["optimizer"]["state"]:
+            plain[piece.name] = values["optimizer"]["state"][piece.name]
+        for key, value in tensors.items():
+            if not _is_of(key, piece.name):
+                continue
+            if tuple(value.shape) != (first_piece.num_elements,):
+                made[key] = value
+                continue
+            cuts = [
+                kept[number][0][key][max(piece.start, old.start) - old.start : min(piece.stop, old.stop) - old.start]
+                for number, old in lies
+            ]
+            made[key] = torch.cat(cuts)
+    common = kept[0][1]
+    return made, common | {"optimizer": common["optimizer"] | {"state": plain}}
+
+
+def _overlaps(piece: Piece, old_forms: Sequence[Form]) -> list[tuple[int, Piece]]:
+    """Which old shards have some of a piece, and what of the parameter each of them has, in the parameter's order."""
+    found = [
+        (number, old)
+        for number, form in enumerate(old_forms)
+        for old in form.pieces
+        if old.name == piece.name and old.start < piece.stop and piece.start < old.stop
+    ]
+    return sorted(found, key=lambda one: one[1].start)
+
+
+def _is_of(key: str, name: str) -> bool:
+    """Whether a shard's tensor is of a parameter: its values, what was gathered for it, or the optimizer's state."""
+    kind, _, rest = key.partition("/")
+    return (rest.rpartition("/")[0] if kind == "optimizer" else rest) == name

@@ -1,0 +1,115 @@
+"""What makes a plan fit that does not: changes of it alone, by how long a step then takes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from sheaf.cost import Price
+from sheaf.errors import PlanError
+from sheaf.graph.facts import ModelFacts
+from sheaf.plans import Plan
+from sheaf.search import rules, space
+from sheaf.search.measured import facts_for
+from sheaf.search.question import Question
+from sheaf.search.ranking import Remedy
+
+MOST_ZERO = 3
+SAID = 3  # remedies that a refusal names
+
+
+class Remedies:
+    """Finds remedies for the plans of one question; what several of them lead to is priced once.
+
+    ``priced`` are plans that fit, each the best of those that differ in the microbatch only.
+    """
+
+    def __init__(self, question: Question, priced: Sequence[Price]) -> None:
+        self._question = question
+        self._priced = priced
+        self._known: dict[Plan, Price | None] = {_open(one.plan): one for one in reversed(priced)}
+
+    def of(self, plan: Plan) -> tuple[Remedy, ...]:
+        """The same plan with recomputation, a higher stage of ZeRO, or both, where that fits: the fastest first.
+
+        Where the task leaves the microbatch open, each has the one that suits it best: it may be a smaller one. Where
+        no change of the plan is enough, the fastest plan that fits, with as many workers if there is one.
+        """
+        there = self._question.rough(plan).step_seconds
+        found = [one for change in self._changes(plan) if (one := self._fitting(change)) is not None]
+        if not found:
+            same = [one for one in self._priced if one.plan.workers == plan.workers]
+            found = sorted(same or self._priced, key=lambda one: one.step_seconds)[:1]
+        found.sort(key=lambda one: one.step_seconds)
+        return tuple(Remedy(str(one.plan), one.step_seconds, one.step_seconds / there) for one in found)
+
+    def _changes(self, plan: Plan) -> Iterator[Plan]:
+        again = (plan.recompute, "full") if self._question.recomputable else (plan.recompute,)
+        for zero in range(plan.zero, MOST_ZERO + 1) if plan.alike > 1 else (plan.zero,):
+            for recompute in dict.fromkeys(again):
+                if (zero, recompute) != (plan.zero, plan.recompute):
+                    try:
+                        yield replace(plan, zero=zero, recompute=recompute)
+                    except PlanError:
+                        continue
+
+    def _fitting(self, plan: Plan) -> Price | None:
+        """The price of the plan with the microbatch with which it is fastest, of those that fit."""
+        key = _open(plan)
+        if key not in self._known:
+            fitting = [one for one in self._sized(plan) if self._may_run(one)]
+            prices = [self._question.rough(one) for one in fitting]
+            self._known[key] = min(prices, key=lambda one: one.step_seconds, default=None)
+        return self._known[key]
+
+    def _sized(self, plan: Plan) -> list[Plan]:
+        question = self._question
+        if question.microbatch is not None:
+            return [plan]
+        several = plan.workers > plan.dp
+        sizes = (
+            space.mesh_microbatches(question.batch, plan.dp, plan.pp)
+            if several
+            else space.microbatch_choices(question.batch, plan.dp)
+        )
+        return [plan.with_microbatch(size) for size in sizes]
+
+    def _may_run(self, plan: Plan) -> bool:
+        question = self._question
+        broken = rules.broken(
+            plan,
+            facts=self._facts(plan),
+            workers=question.available,
+            batch=question.batch,
+            microbatch=question.microbatch,
+            elementwise=question.elementwise,
+        )
+        return not broken and rules.too_large(question.held(plan), question.cluster) is None
+
+    def _facts(self, plan: Plan) -> ModelFacts:
+        return facts_for(self._question.facts, self._question.size(plan))
+
+
+def told(remedies: Sequence[Remedy]) -> str:
+    """The first of them in words, each with how much longer its step takes than the plan's would, were there room.
+
+    >>> told([Remedy("dp=2,zero=1", 1.03, 1.03), Remedy("dp=2,recompute=full", 1.3, 1.3)])
+    'use dp=2,zero=1 (3 % slower than it would be), or dp=2,recompute=full (30 % slower)'
+    """
+    first, *others = (f"{one.plan} ({_slower(one.times)}" for one in remedies[:SAID])
+    return "use " + ", or ".join([f"{first} than it would be)", *(f"{one})" for one in others)])
+
+
+def _slower(times: float) -> str:
+    """How a step takes longer, or less long.
+
+    >>> _slower(1.004), _slower(1.26), _slower(0.5), _slower(3.21)
+    ('no slower', '26 % slower', '50 % faster', '3.2 times as slow')
+    """
+    if times >= 2:
+        return f"{times:.1f} times as slow"
+    percent = round(100 * (times - 1))
+    return "no slower" if percent == 0 else f"{abs(percent)} % {'slower' if percent > 0 else 'faster'}"
+
+
+def _open(plan: Plan) -> Plan:
+    """The plan whatever its microbatch and its cut are."""
+    return replace(plan, microbatch=None, stages="")
