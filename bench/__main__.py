@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table as Drawn
 
 from bench import planner_report, report
+from bench.planner import NETWORKS
 from sheaf.cluster.machine import available_cores, processor_name
 
 QUIET = 0.5  # load average at the start above which a warning is given
@@ -32,23 +34,33 @@ ROUNDS = dict.fromkeys(report.NAMES, "count") | {"planner": "rounds"}  # what ea
     "--out", type=click.Path(path_type=Path), default=report.RESULTS, show_default="bench/results",
     help="Where the numbers are kept.",
 )  # fmt: skip
-def main(names: tuple[str, ...], rounds: int | None, out: Path) -> None:
+@click.option(
+    "--network", "networks", type=click.Choice(NETWORKS), multiple=True,
+    help="Of planner: measure this again; what was kept of others stays.",
+)  # fmt: skip
+def main(names: tuple[str, ...], rounds: int | None, out: Path, networks: tuple[str, ...]) -> None:
     """Measure Sheaf beside its peers, and the planner beside the clock (all, unless some are named)."""
     console = Console(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 120
+    if networks and names != ("planner",):
+        raise click.UsageError("--network is an option of `python -m bench planner` alone")
     for name in names or report.NAMES:
-        where = environment(name, rounds)
+        where = environment(name, rounds, networks)
         if where["load_average"][0] > QUIET:
             console.print(
                 f"load average {where['load_average'][0]:.2f}: something else is running here", style="yellow"
             )
         console.print(f"measuring {name} ...")
         run = importlib.import_module(f"bench.{name}").run
-        results = run(**({} if rounds is None else {ROUNDS[name]: rounds}))
+        results = run(
+            **({} if rounds is None else {ROUNDS[name]: rounds}), **({"networks": networks} if networks else {})
+        )
         if any("skipped" in one for one in results):  # what was measured elsewhere stays
             show(name, results, console)
             continue
+        if networks:
+            results, where = beside_kept(results, where, report.read(name, out))
         out.mkdir(parents=True, exist_ok=True)
         path = out / f"{name}.json"
         path.write_text(json.dumps({"environment": where, "results": results}, indent=1) + "\n", encoding="utf-8")
@@ -58,10 +70,23 @@ def main(names: tuple[str, ...], rounds: int | None, out: Path) -> None:
         console.print(f"kept in {path}\n", soft_wrap=True)
 
 
-def environment(name: str, rounds: int | None) -> dict[str, Any]:
+def beside_kept(
+    results: list[dict[str, Any]], where: dict[str, Any], kept: dict[str, Any] | None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Results of some networks, with those that are kept of others; and where both were measured."""
+    if kept is None:
+        return results, where
+    again = {one["network"] for one in results}
+    whole = [*(one for one in kept["results"] if one["network"] not in again), *results]
+    by = f"{kept['environment']['command']}` and {', '.join(sorted(again))} again by `{where['command']}"
+    return sorted(whole, key=lambda one: NETWORKS.index(one["network"])), where | {"command": by}
+
+
+def environment(name: str, rounds: int | None, networks: Sequence[str] = ()) -> dict[str, Any]:
     """What a reader must know to judge the numbers."""
+    chosen = "".join(f" --network {network}" for network in networks)
     return {
-        "command": f"python -m bench {name}" + (f" --rounds {rounds}" if rounds else ""),
+        "command": f"python -m bench {name}" + (f" --rounds {rounds}" if rounds else "") + chosen,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "processor": processor_name(),
         "cores": available_cores(),

@@ -119,13 +119,11 @@ def _judged(cells: Results, where: str) -> list[Goal]:
     regrets = [one["regret"] for one in cells]
     near = sum(regret <= MOST_REGRET for regret in regrets)
     worst = max(cells, key=lambda one: one["median_error"])
-    of_all = (
-        f"{median:.1%} (quartiles {low:.1%} to {high:.1%}, {len(errors)} steps; at worst {worst['median_error']:.1%}"
-    )
+    of_all = f"quartiles {low:.1%} to {high:.1%}, {len(errors)} steps"
     return [
         Goal(
             f"{where}: median error of predicted step times at most {MOST_ERROR:.0%}",
-            f"{of_all}{worst['median_error']:.1%}, of {worst['task']})",
+            f"{median:.1%} ({of_all}; at worst {worst['median_error']:.1%}, of {worst['task']})",
             median <= MOST_ERROR,
         ),
         Goal(
