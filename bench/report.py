@@ -227,17 +227,17 @@ def read(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def section(name: str, folder: Path = RESULTS) -> str:
-    """One benchmark as markdown: its table, its goals, and where it was measured; or how to measure it."""
+def section(name: str, folder: Path = RESULTS, *, tables: bool = True) -> str:
+    """One benchmark as markdown: its tables, its goals, and where it was measured; or how to measure it."""
     found = read(name, folder)
     if found is None:
         return (
             f"Not measured yet: `python -m bench {name}` writes `bench/results/{name}.json`, `make docs` this section."
         )
     table, goals = SHOWN[name]
-    tables = [one(found["results"]) for one in (table, *MORE.get(name, ()))]
+    shown = [one(found["results"]) for one in (table, *MORE.get(name, ()))] if tables else []
     lines = "\n".join(f"- {goal}." for goal in goals(found["results"]))
-    told = (*(one.markdown() for one in tables if one.rows), lines, measured_on(found["environment"]))
+    told = (*(one.markdown() for one in shown if one.rows), lines, measured_on(found["environment"]))
     return "\n\n".join(part for part in told if part)
 
 

@@ -137,3 +137,18 @@ def test_what_hosts_note_becomes_a_row_beside_the_peer(tmp_path, monkeypatch):
     ((name, row),) = on_hosts.beside(told, "1gbit", "DDP", steps=2).items()
     assert (name, row["sheaf"], row["peer"], row["hosts"], row["rate"]) == ("tp", "tp", "DDP", 2, "1gbit")
     assert (row["sheaf_sent_bytes"], row["peer_sent_bytes"], row["losses_apart"]) == (200, 100, 0.0)
+
+
+def test_networks_measured_again_stand_beside_those_that_were_kept():
+    from bench.__main__ import beside_kept
+
+    kept = {
+        "environment": {"command": "python -m bench planner", "cores": 2},
+        "results": [{"network": name, "task": "old"} for name in ("loopback", "loopback", "1gbit")],
+    }
+    where = {"command": "python -m bench planner --network loopback", "cores": 2}
+    again = [{"network": "loopback", "task": "new"}]
+    results, told = beside_kept(again, where, kept)
+    assert [(one["network"], one["task"]) for one in results] == [("loopback", "new"), ("1gbit", "old")]
+    assert told["command"].endswith("planner` and loopback again by `python -m bench planner --network loopback")
+    assert beside_kept(again, where, None) == (again, where)

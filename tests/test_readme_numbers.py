@@ -57,6 +57,10 @@ def test_a_page_holds_what_was_measured_and_filling_it_again_changes_nothing(tmp
     assert page.startswith("before\n<!-- numbers: executors -->\n")
     assert page.endswith("<!-- end -->\nafter\n")
     assert readme["filled"](page, tmp_path) == page
+    brief = readme["filled"](PAGE.replace("executors", "executors goals"), tmp_path)
+    assert "<!-- numbers: executors goals -->\n- " in brief
+    assert "|" not in brief
+    assert "2026-01-31" in brief
 
 
 def test_a_section_of_no_benchmark_is_refused(tmp_path):

@@ -1,7 +1,8 @@
 """Puts the measured numbers of `bench/results/` into README.md and pages of docs, between their markers.
 
 `python tools/readme.py` writes them; with `--check` it only says whether the pages hold what was measured last.
-A section lies between `<!-- numbers: executors -->` and `<!-- end -->`; what stands there is replaced.
+A section lies between `<!-- numbers: executors -->` and `<!-- end -->`; what stands there is replaced. One that begins
+with `<!-- numbers: executors goals -->` has no tables.
 """
 
 import re
@@ -15,7 +16,9 @@ from bench import published_report, report  # noqa: E402 - the project's own fol
 
 _DOCS = ("planning.md", "exactness.md", "servers.md", "relaxed.md", "sparse.md")
 PAGES = (PROJECT / "README.md", *(PROJECT / "docs" / name for name in _DOCS))
-SECTION = re.compile(r"(?P<open><!-- numbers: (?P<name>\w+) -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
+SECTION = re.compile(
+    r"(?P<open><!-- numbers: (?P<name>\w+)(?P<brief> goals)? -->\n).*?(?P<close><!-- end -->)", re.DOTALL
+)
 
 
 def filled(page: str, folder: Path = report.RESULTS) -> str:
@@ -26,7 +29,7 @@ def filled(page: str, folder: Path = report.RESULTS) -> str:
             return f"{found['open']}{published_report.section(folder)}\n{found['close']}"
         if found["name"] not in report.NAMES:
             raise ValueError(f"{found['name']!r} is no benchmark; there are {', '.join(report.NAMES)}, published")
-        return f"{found['open']}{report.section(found['name'], folder)}\n{found['close']}"
+        return f"{found['open']}{report.section(found['name'], folder, tables=not found['brief'])}\n{found['close']}"
 
     return SECTION.sub(section, page)
 
