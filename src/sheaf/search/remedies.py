@@ -95,19 +95,21 @@ def told(remedies: Sequence[Remedy]) -> str:
     'use dp=2,zero=1 (3 % slower than it would be), or dp=2,recompute=full (30 % slower)'
     """
     first, *others = (f"{one.plan} ({_slower(one.times)}" for one in remedies[:SAID])
-    return "use " + ", or ".join([f"{first} than it would be)", *(f"{one})" for one in others)])
+    than = " as it would be" if " as " in first else " than it would be"
+    return "use " + ", or ".join([f"{first}{than})", *(f"{one})" for one in others)])
 
 
 def _slower(times: float) -> str:
     """How a step takes longer, or less long.
 
-    >>> _slower(1.004), _slower(1.26), _slower(0.5), _slower(3.21)
-    ('no slower', '26 % slower', '50 % faster', '3.2 times as slow')
+    >>> _slower(1.004), _slower(1.26), _slower(3.21), _slower(0.8), _slower(0.2)
+    ('no slower', '26 % slower', '3.2 times as slow', '25 % faster', '5.0 times as fast')
     """
-    if times >= 2:
-        return f"{times:.1f} times as slow"
-    percent = round(100 * (times - 1))
-    return "no slower" if percent == 0 else f"{abs(percent)} % {'slower' if percent > 0 else 'faster'}"
+    most = max(times, 1 / times)
+    if most >= 2:
+        return f"{most:.1f} times as {'slow' if times > 1 else 'fast'}"
+    percent = round(100 * (most - 1))
+    return "no slower" if percent == 0 else f"{percent} % {'slower' if times > 1 else 'faster'}"
 
 
 def _open(plan: Plan) -> Plan:
