@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import scatter
 from bench.tables import Goal, Table
 from sheaf.units import pretty_seconds
 
@@ -147,41 +148,15 @@ def _left_out(results: Results) -> str:
 
 def draw(results: Results, path: Path = PICTURE) -> None:
     """Predicted against measured step times, and their errors by the term that takes most of the step."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.5), constrained_layout=True)
     by_term: dict[str, list[float]] = defaultdict(list)
-    every: list[float] = []
+    groups: list[scatter.Group] = []
     for number, network in enumerate(dict.fromkeys(one.get("network", HERE) for one in results if "rows" in one)):
         rows = list(_rows(one for one in results if one.get("network", HERE) == network))
-        measured = [row["measured_seconds"] for row in rows]
-        every += measured
-        left.scatter(
-            measured, [row["predicted_seconds"] for row in rows],
-            s=14, alpha=0.6, color=f"C{number}", marker="os^Dv"[number % 5], label=network, linewidths=0,
-        )  # fmt: skip
+        measured, predicted = ([row[f"{which}_seconds"] for row in rows] for which in ("measured", "predicted"))
+        groups.append(scatter.Group(network, measured, predicted, color=f"C{number}", marker="os^Dv"[number % 5]))
         for row in rows:
             by_term[max(row["terms"], key=lambda term: row["terms"][term][1])].append(row["error"])
-    ends = [min(every), max(every)]
-    left.plot(ends, ends, color="black", linewidth=0.8)
-    left.fill_between(
-        ends, [(1 - MOST_ERROR) * end for end in ends], [(1 + MOST_ERROR) * end for end in ends],
-        color="black", alpha=0.1, linewidth=0, label=f"within {MOST_ERROR:.0%}",
-    )  # fmt: skip
-    left.set(xscale="log", yscale="log", xlabel="measured, seconds per step", ylabel="predicted, seconds per step")
-    left.legend(frameon=False)
-    terms = sorted(by_term, key=lambda term: -len(by_term[term]))
-    right.boxplot([by_term[term] for term in terms], orientation="horizontal", showfliers=False, whis=(10, 90))
-    right.set_yticks(range(1, len(terms) + 1), [f"{term} ({len(by_term[term])})" for term in terms])
-    right.axvline(0, color="black", linewidth=0.8)
-    right.xaxis.set_major_formatter(lambda value, _: f"{value:+.0%}")
-    right.set(xlabel="error of the step (10th to 90th percentile)", title="by the term that takes most of the step")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    scatter.draw(groups, by_term, path, predicted="predicted, seconds per step", size=14, legend={}, within=MOST_ERROR)
 
 
 def _rows(results: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:

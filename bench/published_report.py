@@ -4,6 +4,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from bench import scatter
 from bench.report import RESULTS, Goal, Table, read
 
 MOST_ERROR, MOST_REGRET, LEAST_CORRELATION = 0.06, 0.03, 0.9  # dense GPT on A100
@@ -99,37 +100,24 @@ def _whole(results: dict[str, Any]) -> list[str]:
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Predicted against measured, and the error by the term that takes most of the step."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.5), constrained_layout=True)
     by_source: dict[str, list[dict[str, Any]]] = defaultdict(list)
     by_term: dict[str, list[float]] = defaultdict(list)
     for point in results["points"]:
         by_source[point["source"]].append(point)
         most = max(point["terms"], key=point["terms"].__getitem__)
         by_term[most].append(point["predicted"] / point["measured"] - 1)
-    for number, (source, points) in enumerate(sorted(by_source.items(), key=lambda pair: -len(pair[1]))):
-        color, marker = f"C{number % 10}", "os^"[number // 10 % 3]
-        left.scatter(
-            [one["measured"] for one in points], [one["predicted"] for one in points],
-            s=12, alpha=0.6, color=color, marker=marker, label=source, linewidths=0,
-        )  # fmt: skip
-    ends = [min(one["measured"] for one in results["points"]), max(one["measured"] for one in results["points"])]
-    left.plot(ends, ends, color="black", linewidth=0.8)
-    left.set(xscale="log", yscale="log", xlabel="measured, seconds per step", ylabel="predicted from other workloads")
-    left.legend(fontsize=7, ncols=2, frameon=False)
-    terms = sorted(by_term, key=lambda term: -len(by_term[term]))
-    right.boxplot([by_term[term] for term in terms], orientation="horizontal", showfliers=False, whis=(10, 90))
-    right.set_yticks(range(1, len(terms) + 1), [f"{term} ({len(by_term[term])})" for term in terms])
-    right.axvline(0, color="black", linewidth=0.8)
-    right.xaxis.set_major_formatter(lambda value, _: f"{value:+.0%}")
-    right.set(xlabel="error of the step (10th to 90th percentile)", title="by the term that takes most of the step")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    groups = [
+        scatter.Group(
+            source,
+            [one["measured"] for one in points],
+            [one["predicted"] for one in points],
+            color=f"C{number % 10}",
+            marker="os^"[number // 10 % 3],
+        )
+        for number, (source, points) in enumerate(sorted(by_source.items(), key=lambda pair: -len(pair[1])))
+    ]
+    axis = "predicted from other workloads"
+    scatter.draw(groups, by_term, path, predicted=axis, size=12, legend={"fontsize": 7, "ncols": 2})
 
 
 def _over(sources: dict[str, Any], most: float) -> str:

@@ -24,6 +24,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 
 HEADER = struct.Struct("!Q")
 STACK_SIGNAL = signal.SIGUSR1  # a rank answers it by writing its Python stacks to its stack file
@@ -122,11 +123,14 @@ def main() -> None:
         request = json.loads(message)
         match request["do"]:
             case "fork":
-                answer = [_fork(control, rank, descriptors, request) for rank in range(len(descriptors))]
+                answer = [
+                    _forked(functools.partial(_rank, control, rank, descriptors, request))
+                    for rank in range(len(descriptors))
+                ]
                 for descriptor in descriptors:
                     os.close(descriptor)
             case "nursery":
-                answer = _nursery(control, descriptors, request)
+                answer = _forked(functools.partial(_nursery, control, descriptors, request))
                 for descriptor in descriptors:
                     os.close(descriptor)
             case "kill":
@@ -138,19 +142,15 @@ def main() -> None:
         control.send(json.dumps(answer).encode())
 
 
-def _fork(control: socket.socket, rank: int, descriptors: list[int], request: dict) -> int:
+def _forked(child: Callable[[int], None]) -> int:
+    """Run ``child`` in a process of its own, which is told who its parent is; its number."""
     parent = os.getpid()
     pid = os.fork()
     if pid:
         _children[pid] = None
         return pid
     try:
-        die_with_parent(parent)
-        control.close()
-        for other, descriptor in enumerate(descriptors):
-            if other != rank:  # a copy kept here would hide that rank's end
-                os.close(descriptor)
-        serve(rank, socket.socket(fileno=descriptors[rank]), request)
+        child(parent)
     except BaseException:  # nothing may climb back into the zygote's loop
         traceback.print_exc()
         sys.stderr.flush()
@@ -158,34 +158,33 @@ def _fork(control: socket.socket, rank: int, descriptors: list[int], request: di
         os._exit(70)
 
 
-def _nursery(control: socket.socket, descriptors: list[int], request: dict) -> int:
-    """Fork what `sheaf.launch` starts as a program: nothing is left to import there."""
-    parent = os.getpid()
-    pid = os.fork()
-    if pid:
-        _children[pid] = None
-        return pid
-    try:
-        from sheaf.launch import nursery
+def _rank(control: socket.socket, rank: int, descriptors: list[int], request: dict, parent: int) -> None:
+    """Be one rank of the pool."""
+    die_with_parent(parent)
+    control.close()
+    for other, descriptor in enumerate(descriptors):
+        if other != rank:  # a copy kept here would hide that rank's end
+            os.close(descriptor)
+    serve(rank, socket.socket(fileno=descriptors[rank]), request)
 
-        os.setsid()
-        control.close()
-        out_of_the_way = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, ABOVE_ALL) for descriptor in descriptors]
-        for descriptor in descriptors:
-            os.close(descriptor)
-        for descriptor, number in zip(out_of_the_way, request["numbers"], strict=True):
-            os.dup2(descriptor, number)
-            os.close(descriptor)
-        os.chdir(request["directory"])
-        os.environ.clear()
-        os.environ.update(request["environment"])
-        sys.argv[:] = ["nursery", str(request["control"]), str(parent)]
-        nursery.main()
-    except BaseException:  # nothing may climb back into the zygote's loop
-        traceback.print_exc()
-        sys.stderr.flush()
-    finally:
-        os._exit(70)
+
+def _nursery(control: socket.socket, descriptors: list[int], request: dict, parent: int) -> None:
+    """Be what `sheaf.launch` starts as a program: nothing is left to import here."""
+    from sheaf.launch import nursery
+
+    os.setsid()
+    control.close()
+    out_of_the_way = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, ABOVE_ALL) for descriptor in descriptors]
+    for descriptor in descriptors:
+        os.close(descriptor)
+    for descriptor, number in zip(out_of_the_way, request["numbers"], strict=True):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.chdir(request["directory"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    sys.argv[:] = ["nursery", str(request["control"]), str(parent)]
+    nursery.main()
 
 
 _children: dict[int, int | None] = {}  # how each ended, None while it runs

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import all_gather_object
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import default_collate
@@ -250,3 +251,16 @@ class Cube(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (given,) = ctx.saved_tensors
         return gradients[0] * given**2 * 0.3
+
+
+def copies_agree(step: Any) -> bool:
+    """Whether what several workers of a replica hold is the same on all of them, to the last bit (collective)."""
+    held = {
+        name: value.detach().clone()
+        for name, value in step.model.named_parameters()
+        if name not in step._portion.slices and step._portion.holds(name)
+    }
+    everyone: list[Any] = [None] * step.workers
+    all_gather_object(everyone, (step._spread.place.dp, held))
+    mine = [other for replica, other in everyone if replica == step._spread.place.dp]
+    return all(torch.equal(value, other[name]) for other in mine for name, value in held.items() if name in other)

@@ -5,8 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from plain import assert_same, norm_resnet, plain, planned, ragged_gpt
-from torch.distributed import all_gather_object
+from plain import assert_same, copies_agree, norm_resnet, plain, planned, ragged_gpt
 
 from sheaf.parallel import build
 from sheaf.plans import Plan
@@ -42,15 +41,7 @@ def trained(task, text, steps, resume_after=None):
             step = build(task, Plan.parse(text))
             step.load(tensors, values)
     whole = step.full_state()
-    held = {
-        name: value.detach().clone()
-        for name, value in step.model.named_parameters()
-        if name not in step._portion.slices and step._portion.holds(name)
-    }
-    everyone = [None] * step.workers
-    all_gather_object(everyone, (step._spread.place.dp, held))
-    mine = [other for replica, other in everyone if replica == step._spread.place.dp]
-    alike = all(torch.equal(value, other[name]) for other in mine for name, value in held.items() if name in other)
+    alike = copies_agree(step)
     step.close()
     return [(report.loss, report.gradient_norm) for report in reports], whole, alike
 

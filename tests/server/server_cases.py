@@ -8,6 +8,7 @@ import threading
 import torch
 import torch.distributed as dist
 
+from sheaf.parallel import build
 from sheaf.parallel.server.borrowing import Borrower
 from sheaf.parallel.server.client import Client
 from sheaf.parallel.server.host import Host
@@ -16,6 +17,7 @@ from sheaf.parallel.server.peers import Peers
 from sheaf.parallel.server.places import Form, spread
 from sheaf.parallel.server.seats import BACKUP, PRIMARY, Throne
 from sheaf.parallel.server.shard import Shard
+from sheaf.plans import Plan
 from sheaf.plans.layout import Held
 
 KEYS = Keys(b"t" * 32, hashlib.sha256(b"task").digest())
@@ -157,3 +159,13 @@ def same(found, reference):
 
 
 suppress = contextlib.suppress
+
+
+def in_one_go(task, plan, steps):
+    """A step that was called so often, its losses, its state after the second, and the whole weights at the end."""
+    step = build(task, Plan.parse(plan))
+    losses = [step().loss for _ in range(2)]
+    tensors, values = step.state()
+    kept = {name: value.clone() for name, value in tensors.items()}, values
+    losses += [step().loss for _ in range(steps - 2)]
+    return step, losses, kept, {name: value.clone() for name, value in step.full_state().items()}

@@ -1,37 +1,16 @@
-"""Servers on workers of their own: the serial answer, nothing of the model on them, and runs that outlive them."""
+"""Servers on workers of their own: nothing of the model on them, and checkpoints that go on with other shards."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from plain import assert_same, mlp_float64, norm_resnet, plain, planned, ragged_gpt
+from plain import mlp_float64, ragged_gpt
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sheaf import checkpoint
 from sheaf.errors import PlanError
 from sheaf.parallel import build
 from sheaf.plans import Plan
-
-
-@pytest.mark.parametrize(
-    ("plan", "changes"),
-    [
-        ("dp=2,server=2:apart", {"clip": 0.05}),
-        ("dp=2,server=1:apart", {"scheduler": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)}),
-        ("dp=2,server=2:apart,shares=stolen", {}),
-    ],
-)
-def test_shards_on_workers_of_their_own_give_the_serial_answer(ranks, plan, changes):
-    given = mlp_float64(**changes)
-    found = ranks(planned, Plan.parse(plan).workers, given, plan, 5)[0]
-    assert_same(found, plain(given, 5), 1e-12)
-
-
-@pytest.mark.parametrize("given", [ragged_gpt, norm_resnet])
-def test_ties_dropout_clip_schedule_and_batch_statistics(ranks, given):
-    given = given(precision="fp64")
-    found = ranks(planned, 4, given, "dp=2,server=2:apart", 3)[0]
-    assert_same(found, plain(given, 3), 1e-9)
 
 
 def going_on(given, plan, steps, folder, saves):

@@ -4,10 +4,10 @@ from functools import partial
 
 import pytest
 import torch
-from plain import Look, Run, assert_same, mlp_float64, norm_resnet, plain, planned, ragged_gpt
-from server_cases import Servers, all_at_once, put
+from plain import Look, Run, assert_same, copies_agree, mlp_float64, norm_resnet, plain, planned, ragged_gpt
+from server_cases import Servers, all_at_once, in_one_go, put
 from torch import nn
-from torch.distributed import all_gather_object, barrier
+from torch.distributed import barrier
 
 from sheaf.parallel import build
 from sheaf.parallel.server.link import Failed
@@ -45,15 +45,7 @@ def in_turn(task, text, steps):
                 reports.append(step())
             barrier()
         run.weights.append({name: value.clone() for name, value in step.full_state().items()})
-    held = {
-        name: value.detach().clone()
-        for name, value in step.model.named_parameters()
-        if name not in step._portion.slices and step._portion.holds(name)
-    }
-    everyone = [None] * step.workers
-    all_gather_object(everyone, (step._spread.place.dp, held))
-    mine = [other for replica, other in everyone if replica == step._spread.place.dp]
-    alike = all(torch.equal(value, other[name]) for other in mine for name, value in held.items() if name in other)
+    alike = copies_agree(step)
     told = [(report.server["delay"], report.gradient_norm, report.loss) for report in reports]
     step.close()
     return run, told, alike
@@ -154,12 +146,7 @@ def test_too_late_a_gradient_of_a_replica_is_dropped_at_every_place(ranks):
 
 def resumed(task, text):
     """Four steps in one go; and two, then two more by another step that was given the state; the whole weights."""
-    straight = build(task, Plan.parse(text))
-    losses = [straight().loss for _ in range(2)]
-    tensors, values = straight.state()
-    kept = {name: value.clone() for name, value in tensors.items()}, values
-    losses += [straight().loss for _ in range(2)]
-    wanted = {name: value.clone() for name, value in straight.full_state().items()}
+    straight, losses, kept, wanted = in_one_go(task, text, 4)
     straight.close()
     other = build(task, Plan.parse(text))
     other()

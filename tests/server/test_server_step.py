@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from plain import assert_same, mlp_float64, norm_resnet, plain, planned, ragged_gpt
+from server_cases import in_one_go
 from torch import nn
 
 from sheaf.errors import NonFiniteLoss, PlanError
@@ -23,6 +24,9 @@ from sheaf.task import Loss
         ("dp=3,server=2,shares=stolen", {"clip": 0.05}),
         ("dp=2,server=1,shares=stolen", {}),
         ("dp=2,server=1", {"scheduler": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)}),
+        ("dp=2,server=2:apart", {"clip": 0.05}),
+        ("dp=2,server=1:apart", {"scheduler": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)}),
+        ("dp=2,server=2:apart,shares=stolen", {}),
     ],
 )
 def test_lock_step_is_the_serial_answer(ranks, plan, changes):
@@ -31,10 +35,11 @@ def test_lock_step_is_the_serial_answer(ranks, plan, changes):
     assert_same(found, plain(task, 5), 1e-12)
 
 
+@pytest.mark.parametrize("plan", ["dp=2,server=2", "dp=2,server=2:apart"])
 @pytest.mark.parametrize("task", [ragged_gpt, norm_resnet])
-def test_lock_step_with_ties_dropout_clip_schedule_and_batch_statistics(ranks, task):
+def test_lock_step_with_ties_dropout_clip_schedule_and_batch_statistics(ranks, task, plan):
     task = task(precision="fp64")
-    found = ranks(planned, 2, task, "dp=2,server=2", 3)[0]
+    found = ranks(planned, Plan.parse(plan).workers, task, plan, 3)[0]
     assert_same(found, plain(task, 3), 1e-9)
 
 
@@ -106,12 +111,7 @@ def test_all_workers_stop_after_the_same_step(ranks):
 
 def resumed(task, plan):
     """Five steps in one go; and two, then three more by another step that was given the state."""
-    straight = build(task, Plan.parse(plan))
-    losses = [straight().loss for _ in range(2)]
-    tensors, values = straight.state()
-    kept = {name: value.clone() for name, value in tensors.items()}, values
-    losses += [straight().loss for _ in range(3)]
-    wanted = {name: value.clone() for name, value in straight.full_state().items()}
+    straight, losses, kept, wanted = in_one_go(task, plan, 5)
     other = build(task, Plan.parse(plan))
     other()
     other.load(*kept)

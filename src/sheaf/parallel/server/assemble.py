@@ -69,11 +69,10 @@ def refuse_served(task: Task, plan: Plan, blueprint: Blueprint) -> None:
         raise PlanError(broken)
 
 
-def serve(task: Task, plan: Plan, spread_: Spread, portion: Portion) -> ServedStep | ServingStep:
-    """Start this worker's shards and make its step; called on every worker (collective)."""
-    world, served = spread_.world, plan.serves
-    refuse_served(task, plan, portion.blueprint)
-    terms = Terms(
+def terms_of(task: Task, plan: Plan, *, lent: int = 0, needed: bool = False) -> Terms:
+    """What every shard of the plan goes by."""
+    served = plan.serves
+    return Terms(
         workers=plan.dp,
         shards=served.shards,
         staleness=served.staleness,
@@ -81,8 +80,16 @@ def serve(task: Task, plan: Plan, spread_: Spread, portion: Portion) -> ServedSt
         dropped_beyond=served.dropped_beyond,
         clip=task.clip if served.exact else None,
         lease_seconds=LEASE_SECONDS,
-        lent=microbatches(task) if plan.stolen else 0,
+        lent=lent,
+        needed=needed,
     )
+
+
+def serve(task: Task, plan: Plan, spread_: Spread, portion: Portion) -> ServedStep | ServingStep:
+    """Start this worker's shards and make its step; called on every worker (collective)."""
+    world, served = spread_.world, plan.serves
+    refuse_served(task, plan, portion.blueprint)
+    terms = terms_of(task, plan, lent=microbatches(task) if plan.stolen else 0)
     if spread_.serves:
         return _serving(task, plan, spread_, portion, terms)
     holding = Beside(portion, world.device, sliced_optimizer(portion, {}))

@@ -13,11 +13,9 @@ from sheaf.errors import WorkerFailed
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.runner import AbstractRunner
 from sheaf.parallel.server.addresses import told_all
-from sheaf.parallel.server.assemble import LEASE_SECONDS, forms_of, refuse_served
-from sheaf.parallel.server.beside import whole
+from sheaf.parallel.server.assemble import forms_of, refuse_served, terms_of
 from sheaf.parallel.server.client import Client, Seen
 from sheaf.parallel.server.link import Address, Failed, Keys
-from sheaf.parallel.server.log import Terms
 from sheaf.parallel.server.part import PartBeside
 from sheaf.parallel.server.seating import Seating, take_seats
 from sheaf.parallel.server.step import Found, ServedStep
@@ -39,19 +37,10 @@ def held_in_part(task: Task, plan: Plan, spread: Spread, portion: Portion, tied:
 def serve_replicas(plan: Plan, portion: Portion, runner: AbstractRunner, ties: Sequence[Ties]) -> "ReplicaStep":
     """Start this worker's shards and make its step; called on every worker (collective)."""
     parts = runner.parts
-    task, spread, holding, served = parts.task, parts.spread, parts.holding, plan.serves
+    task, spread, holding = parts.task, parts.spread, parts.holding
     assert isinstance(holding, PartBeside)
-    forms = forms_of(holding.model, holding.served, served.shards)
-    terms = Terms(
-        workers=plan.dp,
-        shards=served.shards,
-        staleness=served.staleness,
-        late=served.late,
-        dropped_beyond=served.dropped_beyond,
-        clip=task.clip if served.exact else None,
-        lease_seconds=LEASE_SECONDS,
-        needed=True,
-    )
+    forms = forms_of(holding.model, holding.served, plan.serves.shards)
+    terms = terms_of(task, plan, needed=True)
     place = spread.replicas
     seating = take_seats(task, plan, place, portion, holding.parameters, forms, terms, holding.parameters.__getitem__)
     try:
@@ -151,14 +140,7 @@ class ReplicaStep(ServedStep):
         if not self.plan.exact:
             held = {name: value for name, value in self._beside.held().items() if name in self._beside.served}
             return self._whole(held, own=True)
-        told = self.client.gradients()
-        used = {
-            arena.form.pieces[place].name
-            for arena, each in zip(self.client.values, told, strict=True)
-            for place in each["used"]
-        }
-        found = whole(self.client.values, {name: value.detach() for name, value in self._beside.served.items()})
-        return self._whole({name: value for name, value in found.items() if name in used}, own=False)
+        return self._whole(self._applied(self._beside.served), own=False)
 
     def _whole(self, held: dict[str, Tensor], *, own: bool) -> dict[str, Tensor]:
         """Whole gradients of those that any has, from every place (collective; ``own``: in the replica)."""

@@ -1,6 +1,5 @@
 """The step of a worker that only serves: it has seats of shards, computes nothing, and goes by the others' clocks."""
 
-import contextlib
 import math
 import threading
 import time
@@ -11,26 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from sheaf.cluster.traffic import traffic
-from sheaf.errors import RunError, WorkerFailed
+from sheaf.errors import WorkerFailed
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.server.failed import explained
 from sheaf.parallel.server.host import Host
 from sheaf.parallel.server.log import losses
 from sheaf.parallel.server.relaying import State, is_relayable
-from sheaf.parallel.server.restore import kept
+from sheaf.parallel.server.seated import AbstractSeatedStep
 from sheaf.parallel.server.seating import Seating, reload
-from sheaf.parallel.server.seats import PRIMARY, RETIRED
+from sheaf.parallel.server.seats import RETIRED
 from sheaf.parallel.spread import Spread
-from sheaf.parallel.step import Observer, Step, memory_bytes
+from sheaf.parallel.step import Observer, memory_bytes
 from sheaf.plans import Plan
-from sheaf.plans.server import outlives
 from sheaf.record import StepReport
 from sheaf.task import Order, Task
 
 _LOOK_SECONDS = 0.1  # between two looks at the clocks, when nothing has told of a change
 
 
-class ServingStep(Step):
+class ServingStep(AbstractSeatedStep):
     """A call returns when the workers that compute have done the next step, or are all gone.
 
     ``model`` has parameters without memory: none is held here but in shards.
@@ -85,11 +83,6 @@ class ServingStep(Step):
     def gives_whole(self) -> bool:
         return False
 
-    @property
-    def outlives_workers(self) -> bool:
-        """Whether the others go on when a worker is lost."""
-        return outlives(self.plan.serves, stolen=self.plan.stolen, split=self.plan.computing > self.plan.dp)
-
     def __call__(self) -> StepReport:
         """Serve until the others have done one step more. Raises what they raise when it cannot be applied."""
         start, sent = time.perf_counter(), traffic.sent_bytes
@@ -126,8 +119,7 @@ class ServingStep(Step):
 
         Raises WorkerFailed when all of them are lost.
         """
-        self.lost = lost
-        threading.Thread(target=self._watch, name="sheaf-lost", daemon=True).start()
+        self._heed(lost)
         while not self._is_over():
             self._wait()
         if set(self.lost()) >= set(range(self.plan.computing)):
@@ -139,20 +131,9 @@ class ServingStep(Step):
     def observe(self, observer: Observer | None) -> None:
         """Nothing: here are no gradients to look at."""
 
-    @property
-    def state_owner(self) -> int:
-        return self.rank
-
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What the shards of this worker hold, once every worker has come as far."""
-        named: dict[str, Tensor] = {}
-        shards: dict[str, Any] = {}
-        for host in self.hosts:
-            if host.seat == PRIMARY:
-                if not host.wait_for_clock(self.index, 3 * host.terms.lease_seconds):
-                    raise RunError(f"shard {host.shard.number} waits for workers that are behind step {self.index}")
-                tensors, shards[str(host.shard.number)] = kept(host.shard)
-                named |= {f"shard/{host.shard.number}/{name}": value for name, value in tensors.items()}
+        named, shards = self._kept()
         return named, {"index": self.index, "expected_weight": 0.0, "shards": shards}
 
     def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -207,10 +188,3 @@ class ServingStep(Step):
         for host in self._live[:1]:
             with host.changed:
                 host.changed.wait(_LOOK_SECONDS)
-
-    def _watch(self) -> None:
-        while not self._ended.wait(_LOOK_SECONDS):
-            with contextlib.suppress(RuntimeError):  # the store went with the run
-                for rank in self.lost():
-                    for host in self.hosts:
-                        host.lose(rank)

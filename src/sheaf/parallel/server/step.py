@@ -1,12 +1,11 @@
 """One step beside a parameter server: own microbatches, one exchange with every shard, the values that come back."""
 
-import contextlib
 import json
 import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sheaf.cluster.traffic import traffic
-from sheaf.errors import NonFiniteLoss, RunError
+from sheaf.errors import NonFiniteLoss
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.runner import AbstractRunner
 from sheaf.parallel.server.beside import Beside, whole
@@ -24,18 +23,15 @@ from sheaf.parallel.server.host import Host
 from sheaf.parallel.server.link import Failed
 from sheaf.parallel.server.places import forms_of
 from sheaf.parallel.server.relaying import State, is_relayable, relaid
-from sheaf.parallel.server.restore import kept
+from sheaf.parallel.server.seated import AbstractSeatedStep
 from sheaf.parallel.server.seating import reload
-from sheaf.parallel.server.seats import PRIMARY
 from sheaf.parallel.server.spare import Spare
-from sheaf.parallel.step import Step, memory_bytes
+from sheaf.parallel.step import memory_bytes
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
-from sheaf.plans.server import outlives
 from sheaf.record import StepReport
 from sheaf.task import Microbatch
 
-_WATCH_SECONDS = 0.1  # between two looks at who is lost
 _LOOK_SECONDS = 0.005  # between two looks whether something is done
 
 
@@ -47,7 +43,7 @@ class Found(NamedTuple):
     stop: bool  # whether somebody asked to stop
 
 
-class ServedStep(Step):
+class ServedStep(AbstractSeatedStep):
     """The step of a plan with ``server``. In lock-step it is one global step, the same on every worker.
 
     Otherwise it is one step of this worker: it computes its share of the step's microbatches, pushes the gradient of
@@ -159,23 +155,11 @@ class ServedStep(Step):
         seen = self._staleness
         return sum(clocks * times for clocks, times in seen.items()) / seen.total()
 
-    @property
-    def state_owner(self) -> int:
-        """Each worker keeps the shard that it holds."""
-        return self.rank
-
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What the shards of this worker hold, once every worker has come as far, and its own buffers."""
-        named = {f"buffer/{name}": value for name, value in self.model.named_buffers()}
-        shards: dict[str, Any] = {}
-        for host in self.hosts:
-            if host.seat == PRIMARY:
-                if not host.wait_for_clock(self.index, 3 * host.terms.lease_seconds):
-                    raise RunError(f"shard {host.shard.number} waits for workers that are behind step {self.index}")
-                tensors, shards[str(host.shard.number)] = kept(host.shard)
-                named |= {f"shard/{host.shard.number}/{name}": value for name, value in tensors.items()}
-        values = {"index": self.index, "expected_weight": self._expectation.weight, "shards": shards}
-        return named, values
+        buffers = {f"buffer/{name}": value for name, value in self.model.named_buffers()}
+        named, shards = self._kept()
+        return buffers | named, {"index": self.index, "expected_weight": self._expectation.weight, "shards": shards}
 
     def states(self) -> list[tuple[dict[str, Tensor], dict[str, Any]]]:
         """By worker, what ``state`` gives, found by this worker alone once all that live have come as far.
@@ -205,20 +189,7 @@ class ServedStep(Step):
 
     def heed(self, lost: Callable[[], Collection[int]]) -> None:
         """Give up at once whom ``lost`` names, before a lease has run out."""
-        self.lost = lost
-        threading.Thread(target=self._watch, name="sheaf-lost", daemon=True).start()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(_WATCH_SECONDS):
-            with contextlib.suppress(RuntimeError):  # the store went with the run
-                for rank in self.lost():
-                    for host in self.hosts:
-                        host.lose(rank)
-
-    @property
-    def outlives_workers(self) -> bool:
-        """Whether the others go on when a worker is lost."""
-        return outlives(self.plan.serves, stolen=self.plan.stolen, split=self.plan.computing > self.plan.dp)
+        self._heed(lost)
 
     @property
     def gives_whole(self) -> bool:
@@ -346,11 +317,15 @@ class ServedStep(Step):
         """The step's gradient: of all workers in lock-step, else this one's own, as it was pushed."""
         if not self.plan.exact:
             return self._beside.held()
+        return self._applied(self._beside.parameters)
+
+    def _applied(self, served: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The gradients that were applied to those that are ``served`` in the last step of lock-step."""
         told = self.client.gradients()
         used = {
             arena.form.pieces[place].name
             for arena, each in zip(self.client.values, told, strict=True)
             for place in each["used"]
         }
-        found = whole(self.client.values, {name: value.detach() for name, value in self._beside.parameters.items()})
+        found = whole(self.client.values, {name: value.detach() for name, value in served.items()})
         return {name: found[name] for name in self._trained if name in used}

@@ -1,0 +1,64 @@
+"""What steps of workers with seats of shards share: what they keep of them, and whom they give up."""
+
+import contextlib
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
+from typing import Any
+
+from torch import Tensor
+
+from sheaf.errors import RunError
+from sheaf.parallel.server.host import Host
+from sheaf.parallel.server.restore import kept
+from sheaf.parallel.server.seats import PRIMARY
+from sheaf.parallel.step import Step
+from sheaf.plans.server import outlives
+
+_WATCH_SECONDS = 0.1  # between two looks at who is lost
+
+
+class AbstractSeatedStep(Step, ABC):
+    """``lost`` tells which workers are known to be gone, and ``_ended`` is set when nobody asks any more."""
+
+    lost: Callable[[], Collection[int]]
+    _ended: threading.Event
+
+    @property
+    @abstractmethod
+    def hosts(self) -> list[Host]:
+        """The seats of shards that this worker has now."""
+
+    @property
+    def outlives_workers(self) -> bool:
+        """Whether the others go on when a worker is lost."""
+        return outlives(self.plan.serves, stolen=self.plan.stolen, split=self.plan.computing > self.plan.dp)
+
+    @property
+    def state_owner(self) -> int:
+        """Each worker keeps the shard that it holds."""
+        return self.rank
+
+    def _kept(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What the shards of this worker hold, once every worker has come as far: tensors, and the rest by shard."""
+        named: dict[str, Tensor] = {}
+        shards: dict[str, Any] = {}
+        for host in self.hosts:
+            if host.seat == PRIMARY:
+                if not host.wait_for_clock(self.index, 3 * host.terms.lease_seconds):
+                    raise RunError(f"shard {host.shard.number} waits for workers that are behind step {self.index}")
+                tensors, shards[str(host.shard.number)] = kept(host.shard)
+                named |= {f"shard/{host.shard.number}/{name}": value for name, value in tensors.items()}
+        return named, shards
+
+    def _heed(self, lost: Callable[[], Collection[int]]) -> None:
+        """Give up at once whom ``lost`` names, before a lease has run out."""
+        self.lost = lost
+        threading.Thread(target=self._watch, name="sheaf-lost", daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_WATCH_SECONDS):
+            with contextlib.suppress(RuntimeError):  # the store went with the run
+                for rank in self.lost():
+                    for host in self.hosts:
+                        host.lose(rank)
