@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import platform
+import signal
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -19,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table as Drawn
 
-from bench import planner_report, report
+from bench import planner_kept, planner_report, report
 from bench.planner import NETWORKS
 from sheaf.cluster.machine import available_cores, processor_name
 
@@ -40,6 +41,7 @@ ROUNDS = dict.fromkeys(report.NAMES, "count") | {"planner": "rounds"}  # what ea
 )  # fmt: skip
 def main(names: tuple[str, ...], rounds: int | None, out: Path, networks: tuple[str, ...]) -> None:
     """Measure Sheaf beside its peers, and the planner beside the clock (all, unless some are named)."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # so that hosts are taken down again
     console = Console(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 120
@@ -56,6 +58,8 @@ def main(names: tuple[str, ...], rounds: int | None, out: Path, networks: tuple[
         results = run(
             **({} if rounds is None else {ROUNDS[name]: rounds}), **({"networks": networks} if networks else {})
         )
+        if name == "planner":
+            planner_kept.keep(results, planner_kept.FOLDER if out == report.RESULTS else out / name)
         if any("skipped" in one for one in results):  # what was measured elsewhere stays
             show(name, results, console)
             continue

@@ -36,7 +36,12 @@ def hf_bert() -> Task:
     def model() -> nn.Module:
         from transformers import BertConfig, BertForMaskedLM
 
-        sizes = {"hidden_size": 36, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 47}
+        sizes: dict[str, Any] = {
+            "hidden_size": 36,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 3,
+            "intermediate_size": 47,
+        }
         return BertForMaskedLM(BertConfig(**sizes, vocab_size=WORDS, max_position_embeddings=16))
 
     return _task("hf_bert", model)
@@ -48,7 +53,7 @@ def hf_t5() -> Task:
     def model() -> nn.Module:
         from transformers import T5Config, T5ForConditionalGeneration
 
-        sizes = {"d_model": 30, "d_kv": 10, "d_ff": 42, "num_layers": 2, "num_heads": 3}
+        sizes: dict[str, Any] = {"d_model": 30, "d_kv": 10, "d_ff": 42, "num_layers": 2, "num_heads": 3}
         return T5ForConditionalGeneration(T5Config(**sizes, vocab_size=WORDS, use_cache=False))
 
     def inputs(batch: Tensor) -> dict[str, Tensor]:
@@ -63,8 +68,13 @@ def hf_llama() -> Task:
     def model() -> nn.Module:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-        sizes = {"hidden_size": 32, "intermediate_size": 45, "num_hidden_layers": 4, "max_position_embeddings": 16}
+        heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        sizes: dict[str, Any] = {
+            "hidden_size": 32,
+            "intermediate_size": 45,
+            "num_hidden_layers": 4,
+            "max_position_embeddings": 16,
+        }
         return LlamaForCausalLM(LlamaConfig(**sizes, **heads, vocab_size=WORDS))
 
     return _task("hf_llama", model)

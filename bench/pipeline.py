@@ -3,7 +3,8 @@
 The first model is the GPT of `bench.tensor`, whose head over 8192 words costs as much as several layers, so that an
 equal count of layers is no equal share of the work; then VGG-16, whose layers differ in cost, and a translation
 transformer, whose decoder's layers cost more than its encoder's and whose head costs most. Sheaf's stages are those
-that `sheaf train` would take: balanced by what blocks take here, measured before. Everyone runs the same microbatches
+that `sheaf train` would take: balanced by what blocks take here, measured before, and cut inside of a block where that
+is clearly better; each row has the plan. Everyone runs the same microbatches
 in one process group, one thread per worker. Four stages on fewer than four cores get a quota each, such as
 half a core (see ``bench.quota``). Where that cannot be set they share the cores, and hide each other's waiting: neither
 balance nor bubbles show then.

@@ -1,12 +1,13 @@
 """Workers that are here already measure themselves, and all of them hear the same."""
 
+import json
 from dataclasses import replace
 
 import made
 import pytest
 import small
 
-from sheaf.api.here import combined, paced
+from sheaf.api.heard import Heard, Pair, combined, paced, question_from
 from sheaf.api.rehearsals import alone
 from sheaf.graph.facts import BlockTime
 from sheaf.plans import Plan
@@ -42,6 +43,27 @@ def test_a_slower_worker_is_a_slower_host_in_the_times_of_the_first():
     assert backwards.host_seconds == pytest.approx(2 * fast.host_seconds)
 
 
+def test_a_slower_workers_own_times_count_for_what_everyone_waits_for_at_a_steps_end():
+    fast = made.profile(FACTS)
+    slow = replace(
+        slower(fast, 2.0, 0.01), optimizer_seconds_per_byte=1.5 * fast.optimizer_seconds_per_byte, uneven_seconds=0.001
+    )
+    found, speeds = combined([replace(fast, uneven_seconds=0.2), slow])
+    assert found.optimizer_seconds_per_byte / speeds[1] == pytest.approx(slow.optimizer_seconds_per_byte)
+    assert found.host_seconds / speeds[1] == pytest.approx(slow.host_seconds)
+    assert found.uneven_seconds == 0.001, "the fast one waits for the slow one, which is priced"
+
+
+def test_more_workers_than_rehearsed_take_longer_by_as_much_as_their_blocks():
+    pair = replace(made.profile(FACTS, concurrency=2), overheads={"dp=2": 0.1, "dp=2,zero=1": 0.4, "pp=2": 0.2})
+    four = slower(made.profile(FACTS, concurrency=4), 1.5, 0.0)
+    task = small.SMALL["mlp"]()
+    (profile,) = question_from(
+        task, FACTS, made.cluster(4), Heard(((four,) * 4,), pair=Pair(pair.overheads, pair)), {}
+    ).profiles.values()
+    assert profile.overheads == pytest.approx({"dp=2,zero=1": 1.5 * 0.3, "pp=2": 1.5 * 0.2})
+
+
 def test_workers_that_differ_by_noise_are_equal():
     fast = made.profile(FACTS)
     found, speeds = combined([fast, slower(fast, 1.03, 0.02), slower(fast, 0.98, 0.04)])
@@ -53,19 +75,25 @@ def test_workers_that_differ_by_noise_are_equal():
 def asked(plans):
     import torch
 
-    from sheaf.api.here import measured_again, question_here
+    from sheaf.api.here import heard_again, heard_here
+    from sheaf.api.measure import measure_here
     from sheaf.graph import trace
 
     torch.set_num_threads(1)
     task = small.SMALL["mlp"]()
-    before = question_here(
-        task, trace(task, task.microbatch), plans=[Plan.parse(text) for text in plans], budget_seconds=0.3
-    )
-    question = measured_again(before, task, budget_seconds=0.1)
+    facts, cluster = trace(task, task.microbatch), measure_here(quick=True)
+    once = heard_here(task, facts, plans=[Plan.parse(text) for text in plans], budget_seconds=0.3)
+    twice = heard_again(once, task, facts, budget_seconds=0.1)
+    before, question = (question_from(task, facts, cluster, heard, {}) for heard in (once, twice))
     (first,), (second,) = before.profiles.values(), question.profiles.values()
     assert first.overheads == second.overheads
     assert first.blocks != second.blocks
     assert first.overheads.keys() == {"dp=2", "dp=2,zero=3", "pp=2", "dp=2,local=2"}
+    kept = question_from(task, facts, cluster, Heard.from_dict(json.loads(json.dumps(twice.to_dict()))), {})
+    for text in plans:  # what was heard can be kept, and predicted from again
+        assert kept.price(Plan.parse(text)).step_seconds == pytest.approx(
+            question.price(Plan.parse(text)).step_seconds, rel=0.01
+        )
     return {text: question.price(Plan.parse(text)).seconds for text in plans}, question.cluster
 
 
@@ -82,12 +110,15 @@ def test_two_workers_price_plans_alike_from_what_they_measured_and_rehearsed(ran
 
 
 def test_one_worker_rehearses_recomputation_and_knows_it_as_that_of_two():
-    from sheaf.api.here import question_here
+    from sheaf.api.here import heard_here
+    from sheaf.api.measure import measure_here
     from sheaf.graph import trace
 
     task = small.SMALL["gpt"]()
     plans = [Plan.parse("serial"), Plan.parse("recompute=full")]
-    question = question_here(task, trace(task, task.microbatch), plans=plans, budget_seconds=0.1)
+    facts = trace(task, task.microbatch)
+    heard = heard_here(task, facts, plans=plans, budget_seconds=0.1)
+    question = question_from(task, facts, measure_here(quick=True), heard, {})
     (profile,) = question.profiles.values()
     again = profile.overheads["dp=2,recompute=full"]
     told = question.price(plans[1]).seconds

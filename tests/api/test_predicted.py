@@ -12,9 +12,11 @@ from torch import nn
 from sheaf.api import plan as module
 from sheaf.api import profiles
 from sheaf.api.choice import _heard, _told, checked, choose, foretold, promised
+from sheaf.api.compare import compare
 from sheaf.api.train import train
+from sheaf.api.verify import verify
 from sheaf.cluster import read
-from sheaf.errors import PlanError
+from sheaf.errors import PlanError, RunError
 from sheaf.graph import BlockTime
 from sheaf.plans import Plan
 from sheaf.task import Task
@@ -241,3 +243,26 @@ def test_a_resumed_run_keeps_the_stages_that_were_measured(ranks, tmp_path):
 
     told = ranks(trained, 2, str(tmp_path / "run"))
     assert told == [[("pp=2,stages=1:5", steps, True) for steps in (1, 2)]] * 2
+
+
+@pytest.mark.usefixtures("_no_machine")
+def test_verify_and_comparisons_take_the_stages_that_training_takes(monkeypatch, ranks, tmp_path):
+    def seen(_task, plan, **_):
+        plans.append(plan)
+        raise RunError("seen")
+
+    monkeypatch.setattr(module, "measured_profiles", slow("0", "1"))
+
+    def run(function, workers, *args, threads):
+        return ranks(function, workers, *args)
+
+    monkeypatch.setattr("sheaf.launch.run", run)
+    monkeypatch.setattr("sheaf.api.compare.train", seen)
+    given, plans = task(model=six_layers, microbatch=2), []
+    for predict in (True, False):
+        verdict = verify(given, "pp=2", steps=1, predict=predict)
+        assert verdict.exact
+        with pytest.raises(RunError, match="seen"):
+            compare(given, "all-reduce; compress=bf16", "pp=2,dp=2", steps=1, out=tmp_path / "runs", predict=predict)
+        plans.append(Plan.parse(verdict.plan))
+    assert [plan.stages for plan in plans] == ["1:5", "1:5", "3:3", "3:3"]

@@ -129,9 +129,32 @@ def test_what_goes_on_while_messages_travel_adds_the_processor_time_that_it_take
 
 
 def test_a_slower_worker_takes_longer_for_what_its_processor_does_but_not_for_waiting():
-    from sheaf.cost.overheads import microbatch_seconds
+    from sheaf.cost.overheads import microbatch_seconds, stage_seconds
 
     profile = replace(PROFILE, overheads={"pp=2": 0.5, "tp=2": 0.25})
     plan = Plan.parse("tp=2,pp=2")
-    assert microbatch_seconds(profile, plan, stages=True, speed=0.5) == 1.0
-    assert microbatch_seconds(profile, plan, stages=False, speed=0.5) == 0.25
+    assert stage_seconds(profile, plan, first=True, speed=0.5) == 1.0
+    assert microbatch_seconds(profile, plan, speed=0.5) == 0.25
+
+
+def test_what_telling_backwards_apart_adds_is_of_all_stages_but_the_first():
+    with_it = replace(PROFILE, overheads={"pp=2": 0.01, "pp=2:zero-bubble": 0.04})
+    plan = Plan.parse("pp=2:zero-bubble")
+    busiest = question(profile=with_it).price(plan).seconds["dispatch"]
+    assert busiest == pytest.approx((0.01 + 2 * 0.03) * 2), "two microbatches, on the second stage"
+    assert [str(one) for one in in_microbatches(plan)] == ["pp=2", "pp=2:zero-bubble"]
+    together = Plan.parse("pp=2:zero-bubble,recompute=full")
+    assert question(profile=with_it).price(together).seconds["dispatch"] == pytest.approx(0.02), "done at once there"
+
+
+def test_replicas_wait_for_the_last_of_them_though_all_are_equally_fast():
+    uneven = replace(PROFILE, uneven_seconds=0.02)
+
+    def more(text):
+        prices = (question(profile=one).price(Plan.parse(text)).seconds["wait"] for one in (uneven, PROFILE))
+        return next(prices) - next(prices)
+
+    assert [more(text) for text in ("serial", "dp=2", "dp=2,zero=3", "pp=2", "dp=2,local=4", "dp=2,server=1")] == (
+        pytest.approx([0.0, 0.02, 0.02, 0.0, 0.01, 0.02])
+    )
+    assert more("dp=2,server=1:async") == 0

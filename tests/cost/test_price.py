@@ -101,6 +101,20 @@ def test_the_slowest_worker_sets_the_pace_and_the_first_one_waits():
     assert stolen.step_seconds == pytest.approx(fair.step_seconds, rel=0.01), "stealing finds the fair shares by itself"
 
 
+def test_weighted_shards_take_each_worker_as_long_and_fill_one_more():
+    cluster = made.cluster(1, speeds=(1.0, 0.5))
+    profile = made.profile(made.facts())
+    even, weighted = (priced(f"dp=2,zero=1{more}", cluster=cluster, profile=profile) for more in ("", ",shares=2:1"))
+    assert weighted.seconds["optimizer"] == pytest.approx(2 / 3 * even.seconds["optimizer"])
+    assert weighted.seconds["all_gather"] > even.seconds["all_gather"]
+    assert weighted.traffic_bytes == pytest.approx(even.traffic_bytes), "between two one sends what the other does not"
+    for zero in (1, 2, 3):
+        half, most = (priced(f"dp=2,zero={zero}{more}").memory for more in (",shares=balanced", ",shares=2:1"))
+        assert most["optimizer_state"] == pytest.approx(4 / 3 * half["optimizer_state"])
+        assert most["gradients"] > half["gradients"]
+        assert (most["parameters"] > half["parameters"]) == (zero == 3)
+
+
 @pytest.mark.parametrize(("speeds", "count"), [((1.0, 0.45), 4), ((1.0, 0.45), 9), ((1.0, 0.3, 0.7), 13)])
 def test_stolen_microbatches_go_to_whom_the_dealer_gives_them(speeds, count):
     facts = made.facts()

@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from published_cases import row
 
+from sheaf.cluster import read
 from sheaf.cost.analytic.constants import book, kind_of
+from sheaf.cost.analytic.layers import layer
 from sheaf.cost.analytic.memory import BYTES, peak
 from sheaf.cost.analytic.products import tiled_flops
 from sheaf.cost.analytic.rows import workload
@@ -153,3 +155,54 @@ def test_stages_of_split_layers_send_shards_and_gather_them():
     constants = made.book.constants(made.stack, made.kind)
     assert made.stack.scatter
     assert 0.05 < seconds(made, constants, {})["transfer"] / seconds(whole, constants, {})["transfer"] < 0.7
+
+
+def forward_bytes(changed, **facts):
+    made = job(workload(changed), book())
+    return layer(made.work, dataclasses.replace(made.stack, **facts), made.kernels).forward.moved
+
+
+def test_scores_move_more_where_megatrons_kernel_for_scale_mask_and_softmax_does_not_take_them():
+    twos = {"batch__micro": 1, "batch__grad_accum": 16, "parallel__tp": 8, "parallel__dp": 4, "hardware__num_gpus": 32}
+    long = {"model__seq": 4096, "batch__micro": 1, "batch__grad_accum": 16}
+    cases = [
+        ({}, 0),
+        ({"precision": "fp32"}, 16 * 4 * 16 * 1024**2),
+        (twos, 32 * 2 * 1024**2),
+        (long, 32 * 16 * 4096**2),
+    ]
+    for changes, more in cases:
+        known, one = (forward_bytes(row(**changes), fused_in_halves=fused) for fused in (True, False))
+        assert known - one == pytest.approx(more)
+
+
+def test_operations_in_kernels_of_their_own_move_more():
+    tokens = 4 * 1024
+    more = forward_bytes(row(), apart=True, fused_in_halves=False) - forward_bytes(row(), fused_in_halves=False)
+    assert more == pytest.approx(2 * tokens * (23 * 2048 + 2 * 8192 + 4 * 16 * 1024))
+
+
+def test_cards_without_peer_access_share_their_way_through_the_host():
+    known = {name: read(f"{name}-8").intra.bytes_per_second for name in ("titan-rtx", "rtx2080", "rtx3090")}
+    assert known["titan-rtx"] == known["rtx2080"] == known["rtx3090"] / 2
+
+
+def test_only_projections_from_low_ranks_run_again_where_a_recipe_says_so():
+    model = {"family": "moe", "name": "DeepSeekV3", "layers": 61, "hidden": 7168, "heads": 128, "head_dim": 128}
+    model |= {
+        "ffn": 18432,
+        "vocab": 129280,
+        "seq": 4096,
+        "glu": True,
+        "experts": 256,
+        "experts_topk": 8,
+        "moe_ffn": 2048,
+    }
+    changes = {"model": model | {"attention": "MLA causal"}, "parallel__recompute": None, "precision": "MXFP8"}
+    changes |= {"software": "NeMo 26.02", "hardware__gpu": "GB200", "parallel__ep": 4}
+    again = job(workload(row(**changes)), book()).layers[1][1].again
+    flops = 2 * 4 * 4096 * (1536 * 128 * (128 + 64) + 512 * 128 * 2 * 128)  # queries, and keys and values
+    assert flops < again.product < 1.2 * flops
+    newest = job(workload(row(**changes | {"software": "NeMo 26.06", "hardware__gpu": "GB300"})), book())
+    assert newest.layers[1][1].again.product == 0
+    assert newest.stack.sends_beside

@@ -303,7 +303,7 @@ def test_what_enters_and_leaves_a_part():
 @given(
     schedule=st.sampled_from(["gpipe", "1f1b", "interleaved", "zero-bubble"]),
     workers=st.integers(1, 4),
-    microbatches=st.integers(1, 7),
+    microbatches=st.integers(1, 40),
     passing=st.floats(0, 3),
     data=st.data(),
 )
@@ -312,7 +312,7 @@ def test_the_quick_clock_is_the_simulations(schedule, workers, microbatches, pas
     seconds = st.lists(st.floats(0.1, 5), min_size=stages, max_size=stages).map(tuple)
     weights = data.draw(seconds) if schedule == "zero-bubble" else ()
     course = Course(schedule, workers, stages, microbatches, data.draw(seconds), data.draw(seconds), weights, passing)
-    assert course_seconds(course) == timeline(course).seconds
+    assert course_seconds(course) == pytest.approx(timeline(course).seconds, rel=1e-12)
 
 
 def test_memory_counts_what_the_schedule_holds():

@@ -16,7 +16,7 @@ from sheaf.cost import microbatch_sizes, price
 from sheaf.graph import trace
 from sheaf.parallel import build, refuse
 from sheaf.plans import Plan
-from sheaf.zoo.tasks.text import text_gpt
+from sheaf.zoo.tasks import text_gpt, volumes
 
 PLANS = (
     "dp=2",
@@ -107,7 +107,8 @@ def sent(text, steps):
     counted = sum(size - before.get(ends, 0) for ends, size in after.items())
     reported = sum(report.sent_bytes for report in reports)
     between = "server" in text or "=rows" in text
-    assert 0 < reported <= told if between else reported == told
+    near = pytest.approx(told)  # thirds of what earlier tests sent are in both sums
+    assert 0 < reported <= told * (1 + 1e-6) if between else reported == near
     return counted / steps, told / steps
 
 
@@ -136,3 +137,25 @@ def test_a_line_to_oneself_does_not_count():
     assert counted.sent_bytes == 1500 + 10 + 100
     counted.line(("b", "a"), 7)
     assert counted.sent_bytes == 1500 + 10
+
+
+def skipping():
+    """A U-Net: what its way down computes is used again on its way up."""
+    return volumes(side=8, widths=(4, 8, 12), batch=8, microbatch=2)
+
+
+def told_by(text):
+    step = build(skipping(), Plan.parse(text))
+    reports = [step() for _ in range(3)]
+    step.close()
+    return reports[-1].sent_bytes
+
+
+@pytest.mark.parametrize("text", ["pp=2", "pp=3"])
+def test_what_skips_over_blocks_crosses_between_stages_too(ranks, text):
+    plan, given = Plan.parse(text), skipping()
+    facts = trace(given, given.microbatch)
+    cluster = replace(made.cluster(plan.workers), backend="gloo")
+    sizes = microbatch_sizes(given.batch, given.microbatch)
+    promised = price(plan, facts, cluster, None, microbatches=sizes).traffic_bytes
+    assert promised == pytest.approx(max(ranks(told_by, plan.workers, text)), rel=NEAR)

@@ -382,29 +382,3 @@ def test_what_shows_only_while_training_stops_it_with_its_reason(ranks, made, me
     with pytest.raises(RankRaised, match=message) as raised:
         ranks(planned, 2, made, "dp=2,*.experts=ep", 5)
     assert isinstance(raised.value.exception, PlanError)
-
-
-def test_experts_of_transformers_are_one_stack_that_is_never_multiplied_row_by_row(ranks):
-    """Its Mixtral sorts tokens by expert and gives all of them to one grouped product: no rows for each expert."""
-
-    def mixtral() -> nn.Module:
-        from transformers import MixtralConfig, MixtralForCausalLM
-
-        sizes = {"hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "max_position_embeddings": 32}
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
-        return MixtralForCausalLM(MixtralConfig(vocab_size=41, use_cache=False, **sizes, **heads))
-
-    made = Task(
-        model=mixtral,
-        loss=lambda output, batch: F.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()),
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
-        data=torch.randint(1, 41, (12, 9), generator=torch.Generator().manual_seed(1)),
-        inputs=lambda batch: {"input_ids": batch},
-        batch=6,
-        microbatch=2,
-    )
-    from sheaf.parallel.build import refuse
-
-    with pytest.raises(PlanError, match=r"experts.gate_up_proj is taken for experts and meets \w+, .* or tp=2"):
-        refuse(made, Plan.parse("dp=2,*.experts=ep"))
-    assert_same(ranks(planned, 2, made, "tp=2", 2)[0], plain(made, 2), 2e-3)

@@ -10,16 +10,17 @@ held = st.lists(
 ).map(lambda rows: [Held(f"p{i}", size, dtype, trained) for i, (size, dtype, trained) in enumerate(rows)])
 
 
-@given(held, st.integers(1, 7))
-def test_pieces_of_all_workers_cover_every_parameter_once(parameters, workers):
-    for flat in flats([("unit", parameters)], workers):
+@given(held, st.lists(st.integers(0, 5), min_size=1, max_size=7).filter(any), st.booleans())
+def test_pieces_of_all_workers_cover_every_parameter_once(parameters, weights, weighted):
+    workers = len(weights)
+    for flat in flats([("unit", parameters)], workers, tuple(weights) if weighted else ()):
         seen = {parameter.name: [] for parameter in flat.parameters}
         for worker in range(workers):
             offsets = []
             for piece in flat.pieces(worker):
                 seen[piece.name] += range(piece.start, piece.stop)
                 offsets += range(piece.offset, piece.offset + piece.num_elements)
-                assert piece.offset + piece.num_elements <= flat.shard_elements
+                assert piece.offset + piece.num_elements <= flat.sizes[worker]
             assert len(offsets) == len(set(offsets))
         assert seen == {parameter.name: list(range(parameter.num_elements)) for parameter in flat.parameters}
 
@@ -51,4 +52,4 @@ def test_shares_add_up_and_keep_to_their_weights(count, weights):
 
 def test_padding_is_less_than_one_element_per_worker():
     flat = Flat("unit", (Held("a", 10, "float32"),), workers=4)
-    assert (flat.shard_elements, flat.padded_elements, flat.num_elements) == (3, 12, 10)
+    assert (flat.sizes, flat.padded_elements, flat.num_elements) == ((3, 3, 3, 3), 12, 10)

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from sheaf.errors import PlanError
 from sheaf.plans import Plan
+from sheaf.plans.again import is_again
 
 
 @st.composite
@@ -42,6 +43,7 @@ def test_text_and_toml_read_back(description):
         ("dp=2,zero=7", ["zero=7: ZeRO has stages 0, 1, 2 and 3"]),
         ("dp=two,recompute=ful", ["dp=two is not a whole number", "recompute=ful: did you mean full?"]),
         ("dp=2,dp=3", ["dp is given twice; keep one"]),
+        ("recompute=full,h.*=recompute", ["names blocks that recompute=full runs again anyway: drop one of the two"]),
         ("dp=3,shares=1:2", ["shares=1:2 gives 2 weights for dp=3 replicas: write one per replica"]),
         ("dp=2,shares=0:0", ["shares=0:0: at least one weight must be above zero"]),
         ("zero=1", ["zero=1 shards state among dp workers, and dp=1: raise dp or drop zero"]),
@@ -54,6 +56,9 @@ def test_text_and_toml_read_back(description):
         ("dp=2,shares=stolen,words=rows", ["use equal or weighted shares, or words=sparse"]),
         ("dp=2,local=4,words=sparse", ["words=sparse says how gradients meet in each step, and local=4 that they"]),
         ("dp=2,words=rows,*.experts=ep", ["words=rows does not go with parts dealt out by expert"]),
+        ("pp=2,stages=a:b", ["stages=a:b names where 2 later stages begin, and pp=2 with virtual=1 has 2 in all"]),
+        ("pp=3,stages=a:a", ["stages=a:a names a module twice: each stage begins with one of its own"]),
+        ("pp=2,stages=0:3", ["stages=0:3: write the number of blocks of each stage, such as 3:4, or the module with"]),
         ("dp=2,server=0", ["server=0: write the number of shards, 1 or more"]),
         ("dp=2,server=2:soon", ["after the colon write staleness=S in clocks, such as staleness=4, or async"]),
         ("dp=2,server=3", ["a worker holds at most one shard, and dp=2: use server=2, raise dp, or give shards"]),
@@ -125,6 +130,15 @@ def test_what_is_wrong_is_told_at_once(text, messages):
     for message in messages:
         assert message in str(caught.value)
     assert len(caught.value.broken) == len(messages)
+
+
+def test_blocks_of_a_split_part_may_run_again():
+    plan = Plan.parse("dp=2,head.*=tp,head.*=recompute,h.[0-3]=recompute")
+    assert Plan.parse(str(plan)) == Plan.from_toml(plan.to_toml()) == plan
+    assert plan.part("head.0") == "tp"
+    assert plan.part("h.2") is None
+    assert plan.again
+    assert [is_again(plan, name) for name in ("h.3", "h.4", "head.1")] == [True, False, True]
 
 
 def test_a_file_that_is_no_toml():

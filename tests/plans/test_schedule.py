@@ -294,3 +294,12 @@ def test_impossible_pipelines_are_refused(asked, words):
 def test_the_seconds_of_weights_are_asked_for():
     with pytest.raises(PlanError, match="give weight_seconds"):
         simulate(made("zero-bubble", 2, 2), forward_seconds=[1.0] * 2, backward_seconds=[1.0] * 2)
+
+
+def test_messages_of_one_worker_in_one_direction_arrive_one_after_another():
+    listed = made("gpipe", 2, 3)
+    timeline = simulate(listed, forward_seconds=[1.0, 1.0], backward_seconds=[2.0, 2.0], transfer_seconds=4.0)
+    forwards = [span.start_seconds for span in timeline.spans if span.worker and span.action.kind == "F"]
+    assert forwards == [5.0, 9.0, 13.0], "the link takes longer than a stage, and carries one at a time"
+    backwards = [span.start_seconds for span in timeline.spans if not span.worker and span.action.kind == "B"]
+    assert backwards == [20.0, 24.0, 28.0], "there and back at once: links carry both ways"

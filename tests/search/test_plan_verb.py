@@ -128,5 +128,5 @@ def test_this_machine_is_measured_and_the_second_time_remembered(tmp_path, monke
     assert len(rehearsed) == 1, "executors, on two workers"
     assert len([path for path in kept if path.parent.name == "splits"]) == 3, "plain, along the sequence, and cp"
     second = plan(task(microbatch=4), workers=2, quick=True)
-    assert second.to_dict() == first.to_dict()
+    assert second.to_dict() | {"search_seconds": 0} == first.to_dict() | {"search_seconds": 0}
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*") if path.is_file()} == kept

@@ -51,10 +51,16 @@ def test_the_best_is_what_pricing_everything_finds(asked):
     ranking = search(asked)
     fastest = min(one.step_seconds for one in prices.values())
     assert ranking.best.step_seconds <= fastest * 1.01 * (1 if asked.microbatch else 1.01)
-    assert {str(entry.plan) for entry in ranking.ranked} <= set(prices)
+    listed = {str(entry.plan) for entry in ranking.ranked if not _in_part_again(str(entry.plan))}
+    assert listed <= set(prices)
     if asked.microbatch:
-        assert {str(entry.plan) for entry in ranking.ranked} == set(prices)
+        assert listed == set(prices)
     assert not {refusal.plan for refusal in ranking.refused} & {str(entry.plan) for entry in ranking.ranked}
+
+
+def _in_part_again(text: str) -> bool:
+    """Whether only some blocks run again: such plans come of those in which all do."""
+    return "=recompute" in text
 
 
 def test_ties_go_to_fewer_workers_then_less_memory():
@@ -69,14 +75,15 @@ def test_ties_go_to_fewer_workers_then_less_memory():
 
 
 def test_nothing_that_does_not_fit_is_proposed_and_the_remedy_fits():
-    ranking = search(question(cluster=made.cluster(memory_bytes=21_000_000)))
+    asked = question(cluster=made.cluster(memory_bytes=21_000_000))
+    ranking = search(asked)
     assert ranking.ranked
     assert all(needed_bytes(entry.price.peak_bytes, "cuda") <= 21_000_000 for entry in ranking.ranked)
     serial = next(refusal for refusal in ranking.refused if refusal.plan == "serial")
     assert "with a tenth to spare" in serial.reason
     assert "optimizer state takes 7.63 MiB" in serial.reason
     remedy = Plan.parse(serial.remedies[0].plan)
-    assert ranking.entry(remedy) is not None
+    assert needed_bytes(asked.rough(remedy).peak_bytes, "cuda") <= 21_000_000
     assert serial.remedy.startswith(f"use {remedy} (")
 
 
@@ -105,7 +112,7 @@ def test_remedies_are_the_changes_that_fit_by_the_time_they_take():
         }
         if own:
             changed += 1
-            assert {one.plan for one in refusal.remedies} == own
+            assert {one.plan for one in refusal.remedies if not _in_part_again(one.plan)} == own
             assert all(one in refusal.remedy for one in list({one.plan for one in refusal.remedies[:3]}))
         else:
             assert len(refusal.remedies) == 1
@@ -189,6 +196,14 @@ def test_unequal_workers_get_shares_by_speed():
     assert weighted_shares((1.0, 1.0, 2.0), 10) == "2:2:1"
 
 
+def test_where_shards_by_speed_do_not_fit_equal_ones_are_the_remedy():
+    cluster = made.cluster(1, speeds=(1.0, 0.45), memory_bytes=18_500_000)
+    ranking = search(question(cluster=cluster, microbatch=2))
+    uneven = next(one for one in ranking.refused if one.plan == "dp=2,shares=11:5,zero=3")
+    assert uneven.remedies[0].plan == "dp=2,shares=balanced,zero=3"
+    assert ranking.entry(Plan.parse(uneven.remedies[0].plan)) is not None
+
+
 def test_the_open_microbatch_is_chosen_and_written_into_the_plan():
     # Launching kernels costs the same for a microbatch of any size, so larger ones win.
     cluster = made.cluster(4)
@@ -249,12 +264,12 @@ def test_json_has_the_promised_shape():
     values = json.loads(json.dumps(search(question(batch=12, microbatch=6)).to_dict()))
     assert set(values) == {
         "plans", "refused", "cluster", "batch", "microbatch", "splits", "looked_at", "proven", "least_seconds",
-        "explanation", "costs", "workers_needed",
+        "search_seconds", "explanation", "costs", "workers_needed",
     }  # fmt: skip
     first, second = values["plans"][:2]
     shared = {
         "text", "exact", "seconds", "step_seconds", "hidden_seconds", "memory", "peak_bytes", "traffic_bytes",
-        "stages",
+        "stages", "begins",
     }  # fmt: skip
     assert set(first) == shared | {"reason"}
     assert set(second) == shared | {"loses_on"}
@@ -264,3 +279,9 @@ def test_json_has_the_promised_shape():
     assert set(values["refused"][0]) == {"text", "reason", "remedy", "remedies"}
     assert values["cluster"] == "made"
     assert values["microbatch"] == 6
+
+
+def test_steps_dealt_by_speed_are_not_dealt_by_weights_too():
+    cluster = made.cluster(1, speeds=(1.0, 0.5, 0.9))
+    ranked = search(question(cluster=cluster, batch=24, microbatch=1, allow_relaxed=True)).ranked
+    assert any(entry.plan.meets_locally.steps == "speed" for entry in ranked)

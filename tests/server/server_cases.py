@@ -124,6 +124,18 @@ def step(client, clock, whole, weight=1.0, **more):
     return client.exchange(clock, metas)
 
 
+def dealt(client, clock):
+    """The step and place of what a worker computes next: what it is dealt, or its own share of the clock."""
+    return divmod(client.part, client.terms.workers) if client.part is not None else (clock, client.worker)
+
+
+def run_out(client, clock, steps):
+    """Push what a worker is dealt until all parts of so many steps were; its clock then."""
+    while (part := dealt(client, clock))[0] < steps:
+        clock = step(client, clock, gradient(part[1], part[0])).finished
+    return clock
+
+
 def all_at_once(functions, timeout_s=100):
     """Run them in threads; raise what the first raised."""
     raised, results = [], [None] * len(functions)

@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from server_cases import KEYS, forms, gradient, listener, put, shard_of
+from server_cases import KEYS, dealt, forms, gradient, listener, put, shard_of
 
 from sheaf.parallel.server import points
 from sheaf.parallel.server.borrowing import Borrower
@@ -76,14 +76,17 @@ def hold(pipe, number, seat, terms, port, momentum, fail=""):
 
 
 def linger(gates, clock, clocks):
-    """Stay at the last gate one has come to until it is open or HELD_S are over; the last two clocks wait for it."""
+    """Stay at the last gate one has come to until it is open or HELD_S are over; for the last clocks until it is open.
+
+    They are more than any staleness here, so nobody is done before another that was held.
+    """
     reached = [gate for start, gate in gates if start <= clock]
     if reached:
-        reached[-1].poll(None if clock >= clocks - 2 else HELD_S)
+        reached[-1].poll(None if clock >= clocks - 5 else HELD_S)
 
 
 def work(pipe, worker, addresses, terms, clocks, pause, gates, fail=""):
-    """Be a worker: push whole numbers, and tell how long each exchange took."""
+    """Be a worker: push whole numbers until the parts of all clocks were dealt; tell how long each exchange took."""
     torch.set_num_threads(1)
     client = Client(worker, addresses, forms(terms.shards), KEYS, terms)
     client.join(0)
@@ -91,10 +94,11 @@ def work(pipe, worker, addresses, terms, clocks, pause, gates, fail=""):
     gates[0][1].poll(None)
     points.arm(fail)
     clock = 0
-    while clock < clocks:
+    while (part := dealt(client, clock))[0] < clocks:
         linger(gates, clock, clocks)
         time.sleep(pause)
-        whole = {name: value / (terms.workers if terms.exact else 1) for name, value in gradient(worker, clock).items()}
+        step, place = part
+        whole = {name: value / (terms.workers if terms.exact else 1) for name, value in gradient(place, step).items()}
         told = {"losses": [[worker, 1.0, 1.0]], "expected": float(terms.workers) ** 2}
         metas = [{**meta, **told} for meta in put(client, whole)]
         start = time.monotonic()
@@ -103,9 +107,12 @@ def work(pipe, worker, addresses, terms, clocks, pause, gates, fail=""):
         except Failed as failed:
             pipe.send(("failed", failed.meta))
             break
-        pipe.send(("clock", clock, time.monotonic() - start, seen.staleness))
+        if not seen.dropped:
+            pipe.send(("clock", clock, time.monotonic() - start, seen.staleness))
         clock = seen.finished
     else:
+        if client.part is not None:
+            client.leave()  # another may have more to do, and is not to wait for this one's clock
         pipe.send(("done", client.rejoined))
     with contextlib.suppress(EOFError):
         pipe.recv()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from server_cases import HELD, KEYS, SIZES, Servers, all_at_once, gradient, put, same, step, wanted
+from server_cases import HELD, KEYS, SIZES, Servers, all_at_once, gradient, put, run_out, same, step, wanted
 
 from sheaf.errors import PlanError, WorkerFailed
 from sheaf.parallel.server.addresses import own_address
@@ -249,49 +249,40 @@ def test_a_push_sent_twice_counts_once():
         assert same(servers.read(), wanted([(0, 0)]))
 
 
-def given_up(servers, worker):
-    """Wait until no shard counts on a worker."""
-    until = time.monotonic() + 60
-    while any(worker in host.shard.clocks.workers for host in servers.hosts):
-        assert time.monotonic() < until, "its lease does not run out"
-        time.sleep(0.01)
+MIDDLE = ("nothing sent", "one has it", "all have it", "one was told to apply it", "one was told to drop it")
 
 
-def test_a_worker_given_up_comes_back_and_its_gradient_counts_once():
-    terms = Terms(workers=2, shards=2, staleness=None, lease_seconds=SHORT_S)
+@pytest.mark.parametrize("taken", [False, True])
+@pytest.mark.parametrize("stage", MIDDLE)
+def test_wherever_a_worker_was_when_it_was_given_up_its_samples_count_once(stage, taken):
+    terms, steps = Terms(workers=2, shards=2, staleness=None, lease_seconds=QUICK), 4
     with Servers(terms) as servers:
-        slow, other = servers.clients
-        slow.join(0)
-        other.join(0)
-        step(slow, 0, gradient(0, 0))
-        slow._ended.set()  # no beats: as if it had been stopped
-        given_up(servers, 0)
-        for clock in range(3):
-            step(other, clock, gradient(1, clock))
-        step(slow, 1, gradient(0, 1))
-        assert slow.rejoined == 1
-        assert same(servers.read(), wanted([(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]))
-
-
-def test_a_half_sent_gradient_counts_nowhere_and_a_half_told_one_everywhere():
-    terms = Terms(workers=2, shards=2, staleness=None, lease_seconds=SHORT_S)
-    for told in (0, 1):
-        with Servers(terms) as servers:
-            dying, other = servers.clients
-            dying.join(0)
-            other.join(0)
-            metas = put(dying, gradient(0, 0))
-            dying._sequence = 1
-            for shard in range(1 + told):  # without the second shard, or with both and only the first told to apply
-                link = dying._links[shard]
-                link.start(dying._head(Kind.PUSH), metas[shard], dying.out[shard].raw)
-                link.finish()
-            if told:
-                dying._links[0].ask(dying._head(Kind.PULL, clock=1), into=dying.values[0].raw)
-            dying.close()
-            given_up(servers, 0)
-            step(other, 0, gradient(1, 0))
-            assert same(servers.read(worker=1), wanted([(0, 0)] * told + [(1, 0)])), told
+        dying, other = servers.clients
+        for client in (dying, other):
+            client.join(0)
+        metas = put(dying, gradient(0, 0))
+        dying._sequence = 1
+        for shard in range({MIDDLE[0]: 0, MIDDLE[1]: 1}.get(stage, 2)):
+            link = dying._links[shard]
+            link.start(dying._head(Kind.PUSH), metas[shard], dying.out[shard].raw)
+            link.finish()
+        if stage == MIDDLE[3]:
+            dying._links[0].ask(dying._head(Kind.PULL, clock=1), into=dying.values[0].raw)
+        if stage == MIDDLE[4]:
+            dying._links[0].ask(dying._head(Kind.ABANDON))
+        for host in servers.hosts:
+            host.lose(0)
+        clock = run_out(other, 0, steps) if taken else 0
+        dying._sequence = 0  # it is still in that exchange
+        seen = dying.exchange(0, metas)
+        counted = stage == MIDDLE[3]
+        assert dying.rejoined == 1
+        assert seen.dropped is (taken and not counted)
+        assert (run_out(dying, seen.finished, steps) == seen.finished) is taken
+        run_out(other, clock, steps)
+        assert same(servers.read(), wanted((place, index) for place in range(2) for index in range(steps)))
+        assert servers.hosts[0].shard.dealing.returned == 1
+        assert {host.shard.version for host in servers.hosts} == {2 * steps}
 
 
 def test_strangers_are_named_and_turned_away_and_the_server_lives():

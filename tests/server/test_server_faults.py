@@ -62,7 +62,7 @@ def test_a_killed_seat_is_replaced_and_no_update_is_lost_or_doubled(staleness, s
             assert max(message[3] for one in told for message in one[:-1]) <= staleness
 
 
-def test_a_killed_worker_counts_for_what_every_shard_was_told():
+def test_samples_of_a_killed_worker_are_used_once_by_another():
     from server_processes import Processes
 
     lease_seconds = SHORT_S
@@ -71,16 +71,11 @@ def test_a_killed_worker_counts_for_what_every_shard_was_told():
         run.until(1, 8)
         run.signal(("worker", 1), signal.SIGKILL)
         run.go.set()
-        told, last = run.rest(0), run.rest(1)
+        told = run.rest(0)
         assert told[-1] == ("done", 0)
+        assert len(told) > CLOCKS  # it did its own, and what the other left
         assert longest(told) < lease_seconds * 1.1 + BOUND_S  # the stated bound: the lease, and a tick
-        reached = 1 + max([message[1] for message in last if message[0] == "clock"], default=8)
-        found = run.values()
-        mine = [(0, clock) for clock in range(CLOCKS)]
-        # the last push may have been told to the shards without its worker having said so
-        assert any(
-            same(found, wanted([*mine, *((1, clock) for clock in range(count))])) for count in (reached, reached + 1)
-        )
+        assert same(run.values(), everything())
 
 
 def test_in_lock_step_a_killed_worker_is_named():
@@ -112,7 +107,7 @@ def test_a_stopped_primary_is_replaced_and_answers_nobody_when_it_wakes():
         assert same(run.values(), everything())
 
 
-def test_a_stopped_worker_is_left_behind_and_comes_back():
+def test_a_stopped_worker_comes_back_and_what_it_held_counts_once():
     from server_processes import Processes
 
     terms = Terms(workers=2, shards=2, staleness=2, lease_seconds=SHORT_S)
@@ -122,12 +117,10 @@ def test_a_stopped_worker_is_left_behind_and_comes_back():
         run.go.set()
         told = run.rest(0)
         assert told[-1] == ("done", 0)
+        assert same(run.values(), everything())  # without it
         run.signal(("worker", 1), signal.SIGCONT)
-        back = run.rest(1)
-        assert back[-1] == ("done", 1)
-        done = [*range(9), *(message[1] for message in back[:-1])]
-        assert CLOCKS - 1 in done or len(done) < CLOCKS  # it goes on with the others, where they are
-        assert same(run.values(), wanted([*((0, clock) for clock in range(CLOCKS)), *((1, clock) for clock in done)]))
+        assert run.rest(1)[-1] == ("done", 1)
+        assert same(run.values(), everything())
 
 
 def test_training_goes_on_without_workers_that_held_shards_and_backups_one_after_the_other():

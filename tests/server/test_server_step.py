@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from counting import SHARE, counted, counting, samples_of
 from plain import assert_same, mlp_float64, norm_resnet, plain, planned, ragged_gpt
 from server_cases import in_one_go
 from torch import nn
@@ -253,3 +254,32 @@ def test_verify_never_calls_staleness_exact():
     verdict = sheaf.verify(SMALL["mlp"](), "dp=2,server=1:staleness=2", steps=2)
     assert verdict.verdict == "relaxed"
     assert not verdict.exact
+
+
+def left_behind(plan):
+    """Five steps of a worker, of which the other is given up after its second; what it reports when it is back."""
+    step = build(counting(), Plan.parse(plan))
+    reports = [step() for _ in range(2)]
+    dist.barrier()
+    for host in step.hosts:
+        host.lose(1)
+    dist.barrier()
+    if step.rank == 0:
+        reports += [step() for _ in range(3)]
+    dist.barrier()
+    if step.rank == 1:
+        reports.append(step())
+    dist.barrier()
+    whole = {name: value.clone() for name, value in step.full_state().items()}
+    step.close()
+    return [(report.step, report.samples, report.server) for report in reports], whole
+
+
+def test_a_worker_that_was_given_up_finds_its_share_taken_and_computes_another(ranks):
+    (first, whole), (second, _) = ranks(left_behind, 2, "dp=2,server=2:async")
+    step, _, back = second[-1]
+    assert (step, back["missed"], back["dropped"], back["returned"]) == (4, 2, 1, 1)
+    assert [step for step, _, _ in first] == list(range(5))
+    assert {samples % SHARE for _, samples, _ in (*first, *second)} == {0}
+    parts = [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (2, 1), (3, 0), (4, 1)]  # the other has (3, 1) now
+    assert counted(whole["table.weight"]) == samples_of(parts)

@@ -1,12 +1,14 @@
 """sheaf.train goes on without workers that die, where the plan says that it may: record, checkpoints, model and all."""
 
 import functools
+import json
 import os
 import signal
 import time
 
 import pytest
 import torch
+from counting import counted, counting, samples_of
 from safetensors.torch import load_file
 from torch import nn
 
@@ -113,11 +115,39 @@ def test_stolen_shares_give_the_serial_answer_though_a_worker_dies(tmp_path, cap
     assert all(torch.allclose(found[name], value, rtol=1e-12, atol=1e-13) for name, value in wanted.items())
 
 
-def test_a_run_with_staleness_goes_on_too_and_ends_when_nobody_is_left(tmp_path, monkeypatch):
-    out = tmp_path / "run"
-    run = train(task({1: 20}), "dp=2,server=2:async", steps=12, out=out)
+class Indices(Deadly):
+    """The same, of which each is its own number, twice; what is fetched before there are workers does not count."""
+
+    def __getitem__(self, index):
+        if "RANK" in os.environ:
+            super().__getitem__(index)
+        return index, index
+
+
+def used_once(out):
+    """How many shares were used by the last checkpoint; each sample was as often as they say."""
+    shards, path = {}, latest(out).path
+    for worker in range(2):
+        shards |= json.loads((path / f"worker_{worker}.json").read_text())["values"]["shards"]
+    dealing = shards["0"]["dealing"]
+    parts = [(step, place) for place, until in enumerate(dealing["next"]) for step in range(until)]
+    parts = [(step, place) for step, place in parts if 2 * step + place not in dealing["back"]]
+    assert counted(load_file(out / "model.safetensors")["table.weight"]) == samples_of(parts)
+    assert abs(dealing["next"][0] - dealing["next"][1]) <= 1
+    assert not dealing["dealt"]
+    return len(parts)
+
+
+def test_with_staleness_every_sample_is_used_once_though_a_worker_dies_and_the_run_is_resumed(tmp_path):
+    out, plan = tmp_path / "run", "dp=2,server=2:staleness=2"
+    run = train(counting(Indices({1: 20})), plan, steps=12, out=out)
     assert run.reports[-1].step == 11
+    assert run.reports[-1].server["returned"] == 1
     assert list(read_record(out / "record.jsonl"))[-1]["kind"] == "end"
+    assert used_once(out) == 12 + 4  # the one that died was in the middle of its fifth
+    again = train(counting(Indices({})), plan, steps=16, out=out, resume=True)
+    assert again.reports[-1].step == 15
+    assert used_once(out) == 16 + 2 * 4
     with pytest.raises(WorkerFailed, match="was killed by SIGKILL"):
         train(task({0: 20, 1: 30}), "dp=2,server=2:async", steps=12, out=tmp_path / "other")
 

@@ -56,7 +56,9 @@ def choose(
             )
             # Those that torchrun started are there, with or without work.
             fitting = [entry.price for entry in ranking.ranked if world is None or entry.plan.workers == world.workers]
-            return _told(fitting[0] if fitting else ranking.best)
+            taken = fitting[0] if fitting else ranking.best
+            undrawn = taken.plan.pp > 1 and not taken.timeline  # as a search of many workers leaves it
+            return _told(ranking.asked.price(taken.plan) if undrawn and ranking.asked is not None else taken)
 
         price = _heard(from_first(best))
         chosen = price.plan
@@ -98,7 +100,8 @@ def checked(task: Task, plan: Plan) -> Checked:
     from sheaf.graph import trace
     from sheaf.parallel import refuse
 
-    facts = trace(task, task.microbatch or plan.microbatch or default_microbatch(plan, task.batch))
+    samples = task.microbatch or plan.microbatch or default_microbatch(plan, task.batch)
+    facts = trace(task, samples, begins=plan.begins)
     chosen = cut(check(task, plan, facts, workers=plan.workers), facts)
     return Checked(chosen, facts, refuse(task, chosen), recut=chosen.stages != plan.stages)
 
@@ -145,6 +148,31 @@ def promised(
     return (None, told["reason"]) if "reason" in told else (_heard(told), "")
 
 
+def balanced(
+    task: Task, found: Checked, *, world: World | None, source: FromFile | None, note: Callable[[str], None]
+) -> Plan:
+    """The plan with the stages that ``promised`` gives it, for those who want no prediction; the same on every worker.
+
+    What goes wrong while measuring is told on standard error in one line, and operations decide.
+    """
+    plan = found.plan
+    if not found.recut or (world is not None and world.hosts > 1):
+        return plan
+
+    def stages() -> str:
+        from sheaf.api.plan import cut_here
+
+        try:
+            return cut_here(task, plan, found.facts, split=found.split, source=source, note=note).stages
+        except Exception as error:  # noqa: BLE001  whatever it is, there are stages
+            first = (str(error).splitlines() or [""])[0]
+            reason = f"the stages of {plan} are balanced by operations: {type(error).__name__}: {first}"
+            print(f"sheaf: {reason}", file=sys.stderr, flush=True)
+            return plan.stages
+
+    return replace(plan, stages=from_first(stages))
+
+
 def foretold(
     task: Task,
     found: Checked | None,
@@ -156,7 +184,7 @@ def foretold(
 ) -> tuple[Price | None, str]:
     """What ``promised`` says of a plan that was checked; else the ``price`` that a ranking gave, with its timeline.
 
-    A search makes timelines for the best plans alone; others are priced again for that, as far as that can be.
+    A search of few workers makes timelines for the best plans; others are priced again for that, as far as that can be.
     """
     if found is not None:
         return promised(task, found, world=world, source=source, note=note)
@@ -191,6 +219,7 @@ def _told(price: Price) -> dict[str, Any]:
         "traffic_bytes": float(price.traffic_bytes),
         "hidden_seconds": float(price.hidden_seconds),
         "stages": list(price.stages),
+        "begins": list(price.begins),
         "timeline": [list(row) for row in price.timeline],
     }
 
@@ -204,5 +233,6 @@ def _heard(told: dict[str, Any]) -> Price:
         told["traffic_bytes"],
         told["hidden_seconds"],
         stages=tuple(told["stages"]),
+        begins=tuple(told["begins"]),
         timeline=tuple((row[0], row[1], row[2], row[3], row[4], row[5]) for row in told["timeline"]),
     )

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sheaf.api.choice import checked
+from sheaf import launch
+from sheaf.api.choice import Checked, balanced, checked
 from sheaf.api.run import Run
-from sheaf.api.train import folder_name, train
+from sheaf.api.train import folder_name, say, say_nothing, train
 from sheaf.errors import PlanError, RunError, SheafError
 from sheaf.launch import FromFile
 from sheaf.plans import Plan
@@ -36,13 +37,13 @@ class Comparison:
         Losses are means of a tenth of the steps. The last is None where that loss was not reached.
         """
         first = next(iter(self.runs.values()))
-        goal = _smooth(first.losses)[-1]
+        goal = smooth(first.losses)[-1]
         return [
             {
                 "mode": mode,
                 "plan": str(run.plan),
                 "exact": run.plan.exact,
-                "loss": _smooth(run.losses)[-1],
+                "loss": smooth(run.losses)[-1],
                 "seconds_per_step": run.seconds_per_step,
                 "seconds_to_loss": _reached(run, goal),
             }
@@ -87,11 +88,13 @@ def compare(
     quiet: bool = False,
     threads: int | None = None,
     source: FromFile | None = None,
+    predict: bool = True,
 ) -> Comparison:
     """Train the task under each of several ways for gradients to meet, from the same weights on the same samples.
 
     ``ways`` names them, parted by semicolons, as keys that are put on top of ``plan``; ``all-reduce`` is the plan
     itself. Each run has a directory under ``out``, and ``out`` the picture: loss by steps beside loss by seconds.
+    Stages that the plan does not name are balanced by measured times; without ``predict`` operations are counted.
 
     Raises PlanError, TaskError and RunError for any of them before the first one starts.
     """
@@ -101,18 +104,21 @@ def compare(
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise RunError(f"{place} holds something already: give a new directory, or remove it")
     broken: list[str] = []
+    found: dict[str, Checked] = {}
     for name, one in named.items():
         try:
-            checked(task, one)
+            found[name] = checked(task, one)
         except PlanError as error:
             broken += [f"{name}: {rule}" for rule in error.broken]
     if broken:
         raise PlanError(broken)
     runs: dict[str, Run] = {}
-    for name, one in named.items():
+    world = launch.join()
+    for name, one in found.items():
+        note = say_nothing if quiet else say
         runs[name] = train(
             task,
-            one,
+            balanced(task, one, world=world, source=source, note=note) if predict else one.plan,
             steps=steps,
             out=place / folder_name(name),
             quiet=quiet,
@@ -133,11 +139,12 @@ def compare(
     return Comparison(runs, picture)
 
 
-def _smooth(losses: Sequence[float]) -> list[float]:
+def smooth(losses: Sequence[float]) -> list[float]:
+    """The mean of each loss and those before it, over a tenth of all."""
     span = max(1, len(losses) // 10)
     return trailing_mean(np.array(losses, dtype=float), span).tolist()
 
 
 def _reached(run: Run, goal: float) -> float | None:
     spent = accumulate(report.seconds for report in run.reports)
-    return next((seconds for seconds, loss in zip(spent, _smooth(run.losses), strict=True) if loss <= goal), None)
+    return next((seconds for seconds, loss in zip(spent, smooth(run.losses), strict=True) if loss <= goal), None)

@@ -5,11 +5,12 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from sheaf.api.cuts import measured_cut
+from sheaf.api.cuts import best_cut, cut_inside
+from sheaf.api.finer import Finer
 from sheaf.api.measure import measure
 from sheaf.api.profiles import measured_profiles
 from sheaf.api.rehearsals import WORKERS as REHEARSING
-from sheaf.api.rehearsals import kept_rehearsals, overheads, wanted
+from sheaf.api.rehearsals import carried, kept_rehearsals, overheads, wanted
 from sheaf.api.splits import described, rehearsed, splits
 from sheaf.api.verdicts import finished
 from sheaf.cluster import Cluster, read
@@ -93,7 +94,8 @@ def plan(
     if wanted(plans):
         say("rehearsing executors on 2 workers")
     profiles = _with_overheads(task, question, profiles, plans, source=source, fresh=fresh, say=say)
-    return whole(search(replace(question, profiles=profiles), seconds=seconds, heard=heard))
+    ranking = search(replace(question, profiles=profiles), seconds=seconds, heard=heard)
+    return whole(cut_inside(task, ranking, say, source=source))
 
 
 def _with_overheads(
@@ -109,7 +111,7 @@ def _with_overheads(
     """The profiles with what the plans' executors add to blocks and messages; failing that, with what replicas took."""
     if not profiles or question.available < REHEARSING or not wanted(plans):
         return dict(profiles)
-    (samples, _), start = min(profiles.items(), key=lambda one: abs(one[0][1] - REHEARSING))
+    (samples, nearest), start = min(profiles.items(), key=lambda one: abs(one[0][1] - REHEARSING))
     facts, found = facts_for(question.facts, samples), None
     try:
         found = kept_rehearsals(task, facts, start, wanted(plans), source=source, fresh=fresh)
@@ -118,7 +120,14 @@ def _with_overheads(
     if found is None:
         return {(size, busy): with_collectives(question, one, busy) for (size, busy), one in profiles.items()}
     added = overheads(question, found, REHEARSING)
-    return {key: replace(profile, overheads=added) for key, profile in profiles.items()}
+
+    def among(profile: Profile, busy: int) -> Profile:
+        if busy <= REHEARSING:
+            return replace(profile, overheads=added)
+        pair = start if nearest == REHEARSING else profile
+        return replace(with_collectives(question, profile, busy), overheads=carried(added, pair, profile))
+
+    return {(size, busy): among(one, busy) for (size, busy), one in profiles.items()}
 
 
 def _with_splits(
@@ -288,13 +297,51 @@ def predicted(
     """What one plan takes on this machine, priced from what its own number of workers measures, or measured before.
 
     ``plan`` is resolved, ``facts`` are of its microbatch, and ``split`` says how it splits layers, if it does. With
-    ``recut`` its stages are cut anew by what was measured, and the price's plan has these. Raises ClusterError,
-    DataError and WorkerFailed when measuring fails.
+    ``recut`` its stages are cut anew by what was measured, inside of blocks where that is clearly better, and the
+    price's plan has these. Raises ClusterError, DataError and WorkerFailed when measuring fails.
     """
     say = note or _nothing
+    say(f"predicting a step of {plan} from what was measured, measuring what was not")
+    question, found = _measured_here(task, plan, facts, split, quick=quick, source=source)
+    cut: Finer | None = None
+    if found:
+        if recut:
+            plan, cut = best_cut(task, plan, replace(question, profiles=found), say, source=source)
+        for kind in {one.split_kind for one in wanted([plan])} - set(question.splits):
+            with suppress(SheafError):  # what cannot be split so is not rehearsed
+                splits = {**question.splits, kind: rehearsed(task, facts, *kind)} if kind[0] > 1 else question.splits
+                question = replace(question, splits=splits)
+        found = _with_overheads(task, question, found, [plan], source=source, say=say)
+    question = replace(question, profiles=found)
+    return question.price(plan) if cut is None else cut.asked(question).price(cut.plan)
+
+
+def cut_here(
+    task: Task,
+    plan: Plan,
+    facts: ModelFacts,
+    *,
+    split: SplitFacts | None = None,
+    quick: bool = True,
+    source: FromFile | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Plan:
+    """The plan with its stages cut anew by what was measured, as ``predicted`` cuts them; arguments and errors too."""
+    say = note or _nothing
+    say(f"balancing the stages of {plan} by what was measured, measuring what was not")
+    question, found = _measured_here(task, plan, facts, split, quick=quick, source=source)
+    if not found:
+        return plan
+    plan, cut = best_cut(task, plan, replace(question, profiles=found), say, source=source)
+    return plan if cut is None else cut.plan
+
+
+def _measured_here(
+    task: Task, plan: Plan, facts: ModelFacts, split: SplitFacts | None, *, quick: bool, source: FromFile | None
+) -> tuple[Question, dict[tuple[int, int], Profile]]:
+    """What is asked of this machine about one plan, and the times of blocks by samples and busy workers."""
     if plan.cp > 1:
         split = sequences(task, plan.cp, samples=facts.samples)
-    say(f"predicting a step of {plan} from what was measured, measuring what was not")
     cluster = measure(plan.workers, quick=quick)
     profiles = measured_profiles(task, [facts], plan.workers, source=source)
     question = Question(
@@ -305,15 +352,7 @@ def predicted(
         precision=task.precision,
         splits={plan.split_kind: split} if split is not None else {},
     )
-    found = {(one.samples, plan.workers): one for one in profiles}
-    if found:
-        plan = measured_cut(task, plan, replace(question, profiles=found), say) if recut else plan
-        for kind in {one.split_kind for one in wanted([plan])} - set(question.splits):
-            with suppress(SheafError):  # what cannot be split so is not rehearsed
-                splits = {**question.splits, kind: rehearsed(task, facts, *kind)} if kind[0] > 1 else question.splits
-                question = replace(question, splits=splits)
-        found = _with_overheads(task, question, found, [plan], source=source, say=say)
-    return replace(question, profiles=found).price(plan)
+    return question, {(one.samples, plan.workers): one for one in profiles}
 
 
 def _is_here(cluster: Cluster, *, given: bool) -> bool:

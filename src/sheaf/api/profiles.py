@@ -113,6 +113,7 @@ def median(profiles: Sequence[Profile]) -> Profile:
         fetch_seconds=statistics.median(one.fetch_seconds for one in profiles),
         host_seconds=statistics.median(one.host_seconds for one in profiles),
         exposed_seconds=statistics.median(one.exposed_seconds for one in profiles),
+        uneven_seconds=statistics.median(one.uneven_seconds for one in profiles),
     )
 
 
@@ -120,7 +121,8 @@ def in_a_real_step(task: Task, facts: ModelFacts, found: Profile, budget_seconds
     """The profile, put right by a few real steps of the replicated plan among the workers that are here.
 
     Blocks keep their proportions and add up to what computing took in the steps; host and optimizer are what they
-    took; ``exposed_seconds`` is what the workers waited for each other's gradients. A model whose training state does
+    took; ``exposed_seconds`` is what the workers waited for each other's gradients, ``uneven_seconds`` for the last
+    of them to be done computing. A model whose training state does
     not fit comfortably keeps the profile as it is.
     """
     workers = found.concurrency
@@ -160,6 +162,7 @@ def in_a_real_step(task: Task, facts: ModelFacts, found: Profile, budget_seconds
         optimizer_seconds_per_byte=term("optimizer") / max(1, facts.trainable_bytes),
         host_seconds=max(0.0, term("host") - number * found.fetch_seconds),
         exposed_seconds=term("communicate") if workers > 1 else 0.0,
+        uneven_seconds=term("wait") if workers > 1 else 0.0,
     )
 
 

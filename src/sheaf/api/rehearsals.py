@@ -3,7 +3,7 @@
 import json
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -81,8 +81,7 @@ def wanted(plans: Iterable[Plan]) -> list[Plan]:
 
 def alone(plans: Iterable[Plan]) -> list[Plan]:
     """What one worker can rehearse for these plans: recomputation, beside doing without."""
-    again = dict.fromkeys(Plan(recompute=plan.recompute) for plan in plans if plan.recompute != "none")
-    return [Plan(), *again] if again else []
+    return [Plan(), Plan(recompute="full")] if any(plan.again for plan in plans) else []
 
 
 def kept_rehearsals(
@@ -245,10 +244,33 @@ def overheads(question: Question, found: Rehearsals, busy: int) -> dict[str, flo
     return {str(_of_two(Plan.parse(text))): one for text, one in (each(more, MICROBATCHES) | computed).items()}
 
 
+def carried(added: Mapping[str, float], pair: Profile, more: Profile) -> dict[str, float]:
+    """What executors add among more workers of the same machine than the two that rehearsed them, by rehearsed plan.
+
+    It is work of the same cores, and takes longer by as much as blocks do: ``pair`` are the times of two busy workers,
+    ``more`` those of these. What replicas add to each step is left out, and with it what others add like them: a real
+    step of so many replicas says it (``exposed_seconds``, ``uneven_seconds``).
+    """
+    before, now = (block_seconds(one) / one.samples for one in (pair, more))
+    slower = now / before if before else 1.0
+    replicas = added.get(str(REPLICAS), 0.0)
+    found: dict[str, float] = {}
+    for text, seconds in added.items():
+        plan = Plan.parse(text)
+        like_replicas = not in_microbatches(plan) and not plan.server
+        if plan != REPLICAS:
+            found[text] = slower * (seconds - replicas if like_replicas else seconds)
+    return found
+
+
+def block_seconds(profile: Profile) -> float:
+    """Forward and backward of all blocks, for one microbatch."""
+    return sum(time.forward_seconds + time.backward_seconds for time in profile.blocks.values())
+
+
 def _running(found: Rehearsals, plan: Plan) -> float:
     """The share of the time in which a computing thread ran: 1, or less on a machine whose cores others use too."""
-    one_seconds = sum(time.forward_seconds + time.backward_seconds for time in found.profile.blocks.values())
-    wall_seconds = MICROBATCHES * one_seconds
+    wall_seconds = MICROBATCHES * block_seconds(found.profile)
     running = found.processor_seconds[str(Plan(dp=plan.workers))] / wall_seconds if wall_seconds else 1.0
     return min(1.0, running) or 1.0
 

@@ -62,7 +62,7 @@ def train(
     if resume and out is None:
         raise RunError("resume needs the directory of the run to continue: give --out")
     world = launch.join()
-    note = _say_nothing if quiet else _say
+    note = say_nothing if quiet else say
     training.first_sample(task)
     if world is None and out is not None and not resume:
         training.check(Path(out), {}, resume=False)
@@ -207,11 +207,12 @@ def _progress(steps: int, title: str, first_step: int) -> Callable[[StepReport],
     return Progress(steps, title=title, first_step=first_step)
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Tell on standard error what is under way."""
     print(f"{line} ...", file=sys.stderr, flush=True)
 
 
-def _say_nothing(_line: str) -> None:
+def say_nothing(_line: str) -> None:
     """Tell nobody."""
 
 

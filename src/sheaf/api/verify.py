@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from sheaf import launch
-from sheaf.api.choice import checked
+from sheaf.api.choice import Checked, balanced, checked
+from sheaf.api.train import say_nothing
 from sheaf.errors import PlanError, RunError, SheafError
 from sheaf.parallel import with_microbatch
 from sheaf.parity.observation import Observation
@@ -23,7 +24,14 @@ from sheaf.training.checks import affordable, memory_bytes
 
 
 def verify(
-    task: Task, plan: Plan | str, *, steps: int = 3, workers: int | None = None, keep: str | Path | None = None
+    task: Task,
+    plan: Plan | str,
+    *,
+    steps: int = 3,
+    workers: int | None = None,
+    keep: str | Path | None = None,
+    predict: bool = True,
+    note: Callable[[str], None] | None = None,
 ) -> Verdict:
     """Train the same task ``steps`` steps by plain PyTorch in this process and under the plan, and compare them.
 
@@ -31,6 +39,10 @@ def verify(
     as ``relaxed``. A plan of several workers runs on
     new processes of this machine; ``workers`` is how many there may be at most. With ``keep`` the observations stay
     in that directory (about three times weights and gradients per step), else they go.
+
+    Stages that the plan does not name are those that ``sheaf.train`` takes, balanced by measured times (the first time
+    that measures for some seconds, which ``note`` is told); without ``predict`` operations are counted. The verdict's
+    plan names them.
 
     Raises PlanError for a plan that does not fit, TaskError and DataError for a task that cannot be run, and RunError
     for a ``keep`` that holds something, all before any worker starts; NonFiniteLoss naming step and microbatch, and
@@ -40,7 +52,8 @@ def verify(
     task = with_microbatch(task, plan)
     microbatch = task.microbatch or task.batch
     with undisturbed():
-        blueprint, plan = _refused(task, plan, microbatch, steps, workers)
+        blueprint, found = _refused(task, plan, microbatch, steps, workers)
+        plan = balanced(task, found, world=None, source=None, note=note or say_nothing) if predict else found.plan
     parameters = frozenset(blueprint.names)
     aliases = frozenset(alias for others in blueprint.names.values() for alias in others)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -64,7 +77,7 @@ def verify(
             return verdict.of(exact=plan.exact)
 
 
-def _refused(task: Task, plan: Plan, microbatch: int, steps: int, workers: int | None) -> tuple[Blueprint, Plan]:
+def _refused(task: Task, plan: Plan, microbatch: int, steps: int, workers: int | None) -> tuple[Blueprint, Checked]:
     if workers is not None and plan.workers > workers:
         raise PlanError(
             f"{plan} needs {plan.workers} workers, {workers} were given: use a smaller plan or give more workers"
@@ -77,7 +90,7 @@ def _refused(task: Task, plan: Plan, microbatch: int, steps: int, workers: int |
             arguments(task, fetch(task, each.samples, key(task.seed, "data", step, each.index)))
     blueprint = Blueprint(task)
     affordable(blueprint, plan, memory_bytes())
-    return blueprint, checked(task, plan).plan
+    return blueprint, checked(task, plan)
 
 
 def _empty(directory: str | Path) -> Path:

@@ -40,7 +40,7 @@ State = tuple[dict[str, Tensor], dict[str, Any]]  # as ``state`` gives it
 
 @runtime_checkable
 class Relaying(Saveable, Protocol):
-    """A step that can go on from checkpoints of some other plans; ``sheaf.parallel.server`` has it."""
+    """A step that can go on from checkpoints of some other plans: of other shards, of a server or of ZeRO."""
 
     def relaid(self, saved: str, read: Callable[[int], State]) -> State | None: ...
 

@@ -15,9 +15,11 @@ from rich.text import Text
 from sheaf.cli.answer import Answer, leads, note
 from sheaf.cli.options import file_argument, json_option, workers_option
 from sheaf.cli.show import described
+from sheaf.errors import RunError
 from sheaf.units import pretty_bytes, pretty_seconds
 
 if TYPE_CHECKING:
+    from sheaf.api.trial import TimeToLoss
     from sheaf.cluster import Cluster
     from sheaf.search import Progress, Ranking
 
@@ -40,6 +42,9 @@ _NUMBERS, _REASON = 30, 20  # columns that a plan's numbers take, and that what 
 @click.option("--target-samples", type=click.IntRange(min=1), metavar="N",
               help="What training is to see in all, for its cost (price_per_hour in the cluster file).")  # fmt: skip
 @click.option("--target-tokens", type=click.IntRange(min=1), metavar="N", help="The same in tokens.")
+@click.option("--trial", type=click.Path(path_type=Path, file_okay=False, exists=True), metavar="DIR",
+              help="Also rank by time to a loss: what `sheaf train --compare` left; with --allow-relaxed.")  # fmt: skip
+@click.option("--target-loss", type=float, metavar="X", help="That loss (default: the trial's exact run's last).")
 @click.option("--all", "everything", is_flag=True, help="Show every plan, and every reason for refusing one.")
 @json_option
 def plan(
@@ -52,19 +57,24 @@ def plan(
     seconds: float | None,
     target_samples: int | None,
     target_tokens: int | None,
+    trial: Path | None,
+    target_loss: float | None,
     everything: bool,
     as_json: bool,
 ) -> None:
     """Rank the plans for a task, with the step time and memory that each is expected to take, and why."""
     with Answer(as_json=as_json) as answer:
+        _check_trial(trial, target_loss, allow_relaxed=allow_relaxed)
         from sheaf.api.measure import measure
         from sheaf.api.plan import plan as rank
+        from sheaf.api.trial import read_trial, time_to_loss
         from sheaf.api.verdicts import sweeps, tokens_per_sample, what_if
         from sheaf.cli.files import load, own_source
         from sheaf.cluster import read
         from sheaf.search.change import parse
 
         task = load(file)
+        tried = None if trial is None else read_trial(task, trial)
         note(f"the cluster: {source or 'this machine, measured'}")
         cluster = measure(workers) if source is None else read(source)
         if changes is not None:
@@ -91,6 +101,9 @@ def plan(
             drawn = sweeps(ranking)
             draw_chart(drawn, chart, f"{Path(file.partition(':')[0]).stem} on {cluster.name}, batch {ranking.batch}")
         values = ranking.to_dict()
+        learnt = None if tried is None else time_to_loss(ranking, tried, target_loss)
+        if learnt is not None:
+            values["to_loss"] = learnt.to_dict()
         if other is not None:
             values["what_if"] = {"changes": changes, **other.to_dict()}
         if drawn is not None:
@@ -101,6 +114,8 @@ def plan(
             show(ranking, cluster, console, rows=rows)
             if other is not None:
                 _say_what_if(ranking, other, changes or "", console, rows)
+            if learnt is not None:
+                _say_to_loss(learnt, console, rows)
             if drawn is not None:
                 console.print(f"\nstrategies by workers and bandwidth: {chart}", markup=False, soft_wrap=True)
 
@@ -155,6 +170,34 @@ def _say_what_if(before: "Ranking", after: "Ranking", changes: str, console: Con
         console.print(f"{new.plan} leads as before, and takes {times:.2f} times as long", soft_wrap=True)
 
 
+def _check_trial(trial: Path | None, target_loss: float | None, *, allow_relaxed: bool) -> None:
+    broken = ["--target-loss needs --trial: how many steps a loss takes is seen in one"] * (
+        trial is None and target_loss is not None
+    )
+    if trial is not None and not allow_relaxed:
+        broken.append("--trial tells relaxed plans apart, and none is looked at: add --allow-relaxed")
+    if broken:
+        raise RunError("; ".join(broken))
+
+
+def _say_to_loss(learnt: "TimeToLoss", console: Console, rows: int | None) -> None:
+    """Plans by time to a loss, and how many the trial says nothing of."""
+    console.print(Text.assemble("\n", (f"to a loss of {learnt.loss:.4g}, by the steps of the trial", "bold")))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("plan", overflow="fold")
+    for heading in ("to the loss", "steps"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("as in the trial", overflow="fold")
+    for place, one in enumerate(learnt.plans[:rows]):
+        reached = ("not reached", "") if one.seconds is None else (pretty_seconds(one.seconds), str(one.steps))
+        table.add_row(one.plan, *reached, one.tried, style="bold green" if place == 0 else None)
+    console.print(table)
+    if learnt.untried:
+        some = ", ".join(learnt.untried[:3]) + (" ..." if len(learnt.untried) > 3 else "")
+        console.print(f"nothing is known of {len(learnt.untried)} relaxed plans that the trial has no like of: {some}",
+                      style="dim", markup=False, soft_wrap=True)  # fmt: skip
+
+
 def show(ranking: "Ranking", cluster: "Cluster | None", console: Console, *, rows: int | None = _ROWS) -> None:
     """Print the cluster, the table, the winner's reason, and the refused plans; at most ``rows`` plans."""
     if cluster is not None:
@@ -165,8 +208,11 @@ def show(ranking: "Ranking", cluster: "Cluster | None", console: Console, *, row
         hidden = len(ranking.ranked) - rows if rows is not None else 0
         if hidden > 0:
             console.print(f"and {hidden} more; `sheaf plan --all` shows every one", style="dim")
+        console.print(f"looked at {ranking.looked_at} plans in {pretty_seconds(ranking.seconds)}", style="dim")
         best = ranking.ranked[0]
         console.print(Text.assemble("\n", (str(best.plan), "bold green"), f" leads: {best.reason}"))
+        if best.price.begins:
+            console.print(f"its stages begin with {', '.join(best.price.begins)}", markup=False, soft_wrap=True)
         _say_why(ranking, console)
         _say_split(ranking, console)
         _say_cautions(ranking, rows, console)

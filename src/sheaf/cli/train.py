@@ -63,7 +63,7 @@ def train(
         task = load(file)
         if ways is not None:
             _refuse_with_compare(resume=resume, save_every=save_every)
-            _compare(answer, task, ways, plan, steps, out, workers, own_source(task, file))
+            _compare(answer, task, ways, plan, steps, out, workers, own_source(task, file), predict=not no_predict)
             return
         done = run(
             task,
@@ -128,6 +128,8 @@ def _compare(
     out: Path | None,
     workers: int | None,
     source: "FromFile | None",
+    *,
+    predict: bool,
 ) -> None:
     from sheaf.api.compare import compare
     from sheaf.api.measure import default_workers
@@ -136,7 +138,7 @@ def _compare(
     if not isinstance(plan, Plan):
         plan = Plan(dp=workers or default_workers())
     place = out or run_directory(task, None)
-    done = compare(task, ways, plan, steps=steps, out=place, quiet=not leads(), source=source)
+    done = compare(task, ways, plan, steps=steps, out=place, quiet=not leads(), source=source, predict=predict)
     answer.give({"rows": done.rows, "picture": str(done.picture)}, lambda console: _show_rows(done, console))
 
 

@@ -42,40 +42,41 @@ class Pending:
             self._finish = None
 
 
-def start_reduce_scatter(output: Tensor, given: Tensor, group: dist.ProcessGroup | None = None) -> Pending:
+def start_reduce_scatter(
+    output: Tensor, given: Tensor, group: dist.ProcessGroup | None = None, sizes: Sequence[int] = ()
+) -> Pending:
     """``output`` (k elements) becomes this rank's k-th part of the sum of all ranks' ``given`` (ranks * k elements).
 
-    On gloo the parts are added in rank order, so the sum does not depend on what arrived first. Raises ValueError
-    when the sizes do not fit.
+    With ``sizes``, the same on all ranks, parts have so many elements by rank. Where they differ they go pairwise on
+    every backend, in as many messages. Pairwise the parts are added in rank order, so the sum does not depend on what
+    arrived first. Raises ValueError when the sizes do not fit.
     """
-    ranks = dist.get_world_size(group)
-    _require_fit(part=output, whole=given, ranks=ranks)
-    traffic.collective("reduce_scatter", given.nbytes, ranks, gloo=_pairwise(given, group))
-    if ranks > 1 and not _pairwise(given, group):
+    rank, sizes = dist.get_rank(group), _fitting(output, given, group, sizes)
+    if _native(given, group, sizes):
+        traffic.collective("reduce_scatter", given.nbytes, len(sizes))
         return Pending([_work(dist.reduce_scatter_tensor(output, given, group=group, async_op=True))])
-    rank = dist.get_rank(group)
-    parts = given.view(ranks, -1)
-    received = torch.empty_like(parts)
-    works = _exchange(list(parts), list(received), rank, group)
+    parts = given.view(-1).split(sizes)
+    received = given.new_empty(len(sizes), output.numel())
     received[rank].copy_(parts[rank])
-    return Pending(works, lambda: torch.sum(received, 0, out=output.view(-1)))
+    return start_swap(list(received), parts, group).then(lambda: torch.sum(received, 0, out=output.view(-1)))
 
 
-def start_all_gather(output: Tensor, given: Tensor, group: dist.ProcessGroup | None = None) -> Pending:
+def start_all_gather(
+    output: Tensor, given: Tensor, group: dist.ProcessGroup | None = None, sizes: Sequence[int] = ()
+) -> Pending:
     """``output`` (ranks * k elements) becomes every rank's ``given`` (k elements) in rank order.
 
-    ``given`` may be this rank's own part of ``output``. Raises ValueError when the sizes do not fit.
+    ``given`` may be this rank's own part of ``output``. ``sizes`` as for ``start_reduce_scatter``. Raises ValueError
+    when the sizes do not fit.
     """
-    ranks = dist.get_world_size(group)
-    _require_fit(part=given, whole=output, ranks=ranks)
-    traffic.collective("all_gather", output.nbytes, ranks, gloo=_pairwise(given, group))
-    if ranks > 1 and not _pairwise(given, group):
+    rank, sizes = dist.get_rank(group), _fitting(given, output, group, sizes)
+    if _native(given, group, sizes):
+        traffic.collective("all_gather", output.nbytes, len(sizes))
         return Pending([_work(dist.all_gather_into_tensor(output, given, group=group, async_op=True))])
-    rank = dist.get_rank(group)
-    parts = output.view(ranks, -1)
+    parts = output.view(-1).split(sizes)
     if parts[rank].data_ptr() != given.data_ptr():
         parts[rank].copy_(given.view(-1))
-    return Pending(_exchange([given] * ranks, list(parts), rank, group))
+    return start_swap(parts, [given.view(-1)] * len(sizes), group)
 
 
 def start_all_to_all(received: Tensor, given: Tensor, group: dist.ProcessGroup | None = None) -> Pending:
@@ -83,20 +84,29 @@ def start_all_to_all(received: Tensor, given: Tensor, group: dist.ProcessGroup |
 
     Raises ValueError when the sizes do not fit.
     """
-    ranks = dist.get_world_size(group)
-    _require_fit(part=given[0], whole=received, ranks=ranks)
-    traffic.collective("all_to_all", given.nbytes, ranks, gloo=_pairwise(given, group))
-    if ranks > 1 and not _pairwise(given, group):
+    rank, sizes = dist.get_rank(group), _fitting(given[0], received, group)
+    if _native(given, group, sizes):
+        traffic.collective("all_to_all", given.nbytes, len(sizes))
         return Pending([_work(dist.all_to_all_single(received, given, group=group, async_op=True))])
-    rank = dist.get_rank(group)
     received[rank].copy_(given[rank])
-    return Pending(_exchange(list(given), list(received), rank, group))
+    return start_swap(list(received), list(given), group)
 
 
 def start_all_reduce(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Pending:
     """``tensor`` becomes the sum of all ranks' ``tensor``."""
     traffic.collective("all_reduce", tensor.nbytes, dist.get_world_size(group), gloo=_pairwise(tensor, group))
     return Pending([_work(dist.all_reduce(tensor, group=group, async_op=True))])
+
+
+def start_swap(received: Sequence[Tensor], given: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> Pending:
+    """``received[i]`` becomes what rank i gives this one of its ``given``, for every other rank; tensors as in a trade.
+
+    Each rank starts with another neighbour, so that none is everyone's first target.
+    """
+    rank, ranks = dist.get_rank(group), len(given)
+    later = [(rank + distance) % ranks for distance in range(1, ranks)]
+    before = [(rank - distance) % ranks for distance in range(1, ranks)]
+    return start_trade([(given[to], to) for to in later], [(received[origin], origin) for origin in before], group)
 
 
 def start_trade(
@@ -108,8 +118,10 @@ def start_trade(
     """
     on_gloo = sum(_pairwise(one, group) for one, _ in sent if one.numel())
     traffic.message(sum(one.nbytes for one, _ in sent), gloo=on_gloo)
-    operations = [dist.P2POp(dist.isend, one, group=group, group_peer=to) for one, to in sent if one.numel()]
-    operations += [dist.P2POp(dist.irecv, one, group=group, group_peer=of) for one, of in received if one.numel()]
+    # Gloo tells the other side that a message may come on the line on which it sends: were sends first, the one that
+    # starts last would send what it has before the other may, and a link that carries both ways at once carried one.
+    operations = [dist.P2POp(dist.irecv, one, group=group, group_peer=of) for one, of in received if one.numel()]
+    operations += [dist.P2POp(dist.isend, one, group=group, group_peer=to) for one, to in sent if one.numel()]
     return Pending(dist.batch_isend_irecv(operations) if operations else [])
 
 
@@ -127,16 +139,9 @@ def _pairwise(tensor: Tensor, group: dist.ProcessGroup | None) -> bool:
     return tensor.device.type == "cpu" and "gloo" in dist.get_backend(group)
 
 
-def _exchange(
-    sent: list[Tensor], received: list[Tensor], rank: int, group: dist.ProcessGroup | None
-) -> list[dist.Work]:
-    ranks = len(sent)
-    operations: list[dist.P2POp] = []
-    for distance in range(1, ranks):  # each rank starts with another neighbour, so none is everyone's first target
-        to, origin = (rank + distance) % ranks, (rank - distance) % ranks
-        operations.append(dist.P2POp(dist.isend, sent[to].view(-1), group=group, group_peer=to))
-        operations.append(dist.P2POp(dist.irecv, received[origin], group=group, group_peer=origin))
-    return dist.batch_isend_irecv(operations) if operations else []
+def _native(tensor: Tensor, group: dist.ProcessGroup | None, sizes: Sequence[int]) -> bool:
+    """Whether the backend's own collective is called: it knows equal parts only."""
+    return len(sizes) > 1 and len(set(sizes)) == 1 and not _pairwise(tensor, group)
 
 
 def _work(work: dist.Work | None) -> dist.Work:
@@ -145,12 +150,18 @@ def _work(work: dist.Work | None) -> dist.Work:
     return work
 
 
-def _require_fit(*, part: Tensor, whole: Tensor, ranks: int) -> None:
+def _fitting(part: Tensor, whole: Tensor, group: dist.ProcessGroup | None, sizes: Sequence[int] = ()) -> list[int]:
+    """Elements of every rank's part: equal parts where no ``sizes`` are given."""
     # gloo ends the process, with no exception, on a message of another length than expected
-    if part.numel() * ranks != whole.numel() or part.dtype != whole.dtype:
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    if len(sizes) not in (0, ranks) or (sizes and sizes[rank] != part.numel()):
+        raise ValueError(f"rank {rank} of {ranks} has a part of {part.numel()} elements, and sizes by rank {sizes}")
+    found = list(sizes) or [part.numel()] * ranks
+    if sum(found) != whole.numel() or part.dtype != whole.dtype:
         raise ValueError(
-            f"{ranks} parts of {part.numel()} {part.dtype} elements do not make {whole.numel()} of {whole.dtype}: "
-            "pad the whole to a multiple of the ranks, and use one dtype"
+            f"parts of {', '.join(map(str, found))} {part.dtype} elements do not make {whole.numel()} of "
+            f"{whole.dtype}: pad the whole to a multiple of the ranks, or give every part's size, and use one dtype"
         )
     if not (part.is_contiguous() and whole.is_contiguous()):
         raise ValueError("a strided tensor cannot be sent in place: call contiguous() first")
+    return found

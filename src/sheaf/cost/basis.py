@@ -5,9 +5,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from sheaf.cluster.cluster import Cluster
+from sheaf.cost.again import narrowed
 from sheaf.cost.communication import Fabric
 from sheaf.cost.compute import Pace, Pacer, block_seconds
-from sheaf.cost.placement import Seat
+from sheaf.cost.placement import Seat, Seats
 from sheaf.cost.portion import Portion, bounded, in_part, portion, scoped, together
 from sheaf.cost.seating import Seating
 from sheaf.cost.tensor import Crossing
@@ -54,6 +55,7 @@ class Basis:
 
         ``seating`` is that of another basis on the same cluster, to be shared.
         """
+        facts, profile = narrowed(plan, facts, profile)
         return cls(
             facts, profile, cluster, precision, scoped(plan, facts, split), seating or Seating(cluster, precision)
         )
@@ -63,7 +65,7 @@ class Basis:
         kept = {key: value for key, value in self._known.items() if _of_the_model(key)}
         return replace(self, cluster=cluster, seating=seating, _known=kept)
 
-    def seats(self, workers: int) -> tuple[Seat, ...]:
+    def seats(self, workers: int) -> Seats:
         """One seat per rank; raises PlanError when the cluster has fewer."""
         return self.seating.seats(workers)
 
@@ -91,9 +93,13 @@ class Basis:
     @property
     def whole(self) -> Portion:
         """The model in one piece, as one of the workers that split its layers has it."""
-        if self.split is None:
-            return self.once("whole", lambda: Portion(self.facts, self.profile))
-        return self.stage(tuple(block.name for block in placed(self.facts)), 0, 1)
+
+        def made() -> Portion:
+            if self.split is None:
+                return Portion(self.facts, self.profile)
+            return self.stage(tuple(block.name for block in placed(self.facts)), 0, 1)
+
+        return self.once("whole", made)
 
     def stage(self, names: tuple[str, ...], number: int, stages: int, turn: int = 0) -> Portion:
         """Stage ``number`` of a pipeline, made of the blocks of these names.
@@ -182,7 +188,7 @@ class Basis:
         """
 
         def made() -> tuple[float, ...]:
-            again = plan.recompute == "full"
+            again = plan.again
             whole, seat = self.whole, self.seats(plan.workers)[0]
             seconds = block_seconds(whole.facts, whole.profile, seat, again=again)
             crossing = self.crossing(whole, self.fabric(plan, "tp"))

@@ -1,27 +1,27 @@
 """How long a pipeline's schedule takes, for pricing many plans: the simulation's clock without its drawing.
 
-Who waits for whom does not depend on how long anything takes, so a schedule is worked out once for each number of
-stages and microbatches, and played against many clocks.
+Who waits for whom does not depend on how long anything takes: what repeats itself is counted, not played.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from math import inf
 from typing import NamedTuple
+
+import numpy as np
 
 from sheaf.errors import PlanError
 from sheaf.plans.schedule import (
     BACKWARD,
     FORWARD,
-    WEIGHTS,
     Action,
     actions,
-    carried_out,
     held,
     interleaved_order,
 )
 from sheaf.plans.timeline import Timeline, simulate
 
-KINDS = (FORWARD, BACKWARD, WEIGHTS)
+LEAST_LEAPT = 8  # waves; fewer are quicker one by one
 
 
 class Course(NamedTuple):
@@ -41,54 +41,90 @@ class Course(NamedTuple):
 
 
 def course_seconds(course: Course) -> float:
-    """From the first forward to the last backward; the same as ``timeline(course).seconds``."""
-    if course.schedule in ("1f1b", "zero-bubble"):
-        return _in_turn_seconds(course)
+    """From the first forward to the last backward; the same as ``timeline(course).seconds``, up to rounding."""
+    if course.schedule == "gpipe":
+        return _one_way(course, course.forward_seconds) + _one_way(course, course.backward_seconds)
     if course.schedule == "interleaved" and course.stages > course.workers:
         return _interleaved_seconds(course)
-    costs = (course.forward_seconds, course.backward_seconds, course.weight_seconds)
-    free = [0.0] * course.workers
-    done: list[float] = []
-    for worker, kind, stage, far in _steps(course.schedule, course.workers, course.stages, course.num_microbatches):
-        start = free[worker]
-        for before in far:
-            start = max(start, done[before] + course.transfer_seconds)
-        free[worker] = start + costs[kind][stage]
-        done.append(free[worker])
-    return max(free)
+    return _in_turn_seconds(course)
+
+
+def _one_way(course: Course, seconds: Sequence[float]) -> float:
+    """All microbatches through all stages, none waiting for another way: the slowest stage, or link, never pauses."""
+    passing = (course.transfer_seconds,) * (course.stages - 1)
+    return sum(seconds) + sum(passing) + (course.num_microbatches - 1) * max((*seconds, *passing))
 
 
 def _in_turn_seconds(course: Course) -> float:
     """``1f1b`` wave by wave: stage *s* of *n* forwards microbatch ``i + n - 1 - s``, then takes the backward of *i*.
 
-    ``zero-bubble`` then takes the backward of weights of microbatch ``i - s``.
+    ``zero-bubble`` then takes the backward of weights of microbatch ``i - s``. Waves in which every stage does all that
+    are leapt over, where messages do not queue: no stage makes them faster than they are passed on.
     """
     stages, count, passing = course.stages, course.num_microbatches, course.transfer_seconds
     ahead, back, weights = course.forward_seconds, course.backward_seconds, course.weight_seconds
     free = [0.0] * stages
-    sent = [-inf] * (stages + 1)  # when the stage before was done with its last forward; the first waits for nobody
-    for wave in range(1 - stages, count):
+    come = [-inf] * stages  # when the last forward of the stage before is there; the first waits for nobody
+    back_there = [-inf] * stages  # when the last gradient of the stage behind is
+    wave, last_full = -stages, count - stages
+    leaping = stages - 1 if weights else 0  # the first full wave
+    quick = any(one + other < passing for one, other in zip(ahead, back, strict=True))
+    while wave < count - 1:
+        wave += 1
         first, end = max(0, wave + stages - count), min(stages, wave + stages)
         made = [
-            max(now, before + passing) + cost
-            for now, before, cost in zip(free[first:end], sent[first:end], ahead[first:end], strict=True)
+            max(now, before) + cost
+            for now, before, cost in zip(free[first:end], come[first:end], ahead[first:end], strict=True)
         ]
-        free[first:end] = sent[first + 1 : end + 1] = made
+        free[first:end] = made
+        sent = slice(first + 1, min(end + 1, stages))
+        come[sent] = [max(done, before) + passing for done, before in zip(made, come[sent], strict=False)]
         if wave < 0:
             continue
-        done, later = -inf, free
-        free = []
-        for now, cost in zip(reversed(later), reversed(back), strict=True):
-            ready = done + passing
-            done = max(now, ready) + cost
-            free.append(done)
-        free.reverse()
+        if leaping < wave < last_full - LEAST_LEAPT and not (quick or _queued(free, come, passing)):
+            free = _leapt(course, free, last_full - wave)
+            come = [-inf, *(done + passing for done in free[:-1])]
+            back_there = [-inf] * stages
+            wave = last_full
+        for stage in range(stages - 1, -1, -1):
+            free[stage] = done = max(free[stage], back_there[stage]) + back[stage]
+            if stage:
+                back_there[stage - 1] = max(done, back_there[stage - 1]) + passing
         for stage in range(min(stages, wave + 1)) if weights else ():
             free[stage] += weights[stage]
     for stage in range(stages) if weights else ():
         for _ in range(min(stage, count)):
             free[stage] += weights[stage]
     return max(free)
+
+
+def _queued(forwarded: Sequence[float], come: Sequence[float], passing: float) -> bool:
+    """Whether a message had to wait for the one before it."""
+    return any(there > done + passing for done, there in zip(forwarded, come[1:], strict=False))
+
+
+def _leapt(course: Course, forwarded: Sequence[float], waves: int) -> list[float]:
+    """When each stage is done with its last forward, so many full waves after it was at ``forwarded``.
+
+    A wave is a product with one matrix where sums are maxima and products sums, so many are one with a power of it
+    (Baccelli, Cohen, Olsder, Quadrat, *Synchronization and Linearity*, 1992).
+    """
+    stages, passing = course.stages, course.transfer_seconds
+    ahead = np.asarray(course.forward_seconds)[:, None]
+    later = np.asarray(course.weight_seconds or (0.0,) * stages)[:, None]
+    ends = np.concatenate(([0.0], np.cumsum(course.backward_seconds))) + passing * np.arange(stages + 1)
+    # Before a stage forwards again it has taken the backward that came back from any stage after it.
+    back = ends[None, 1:] - ends[:-1, None] - passing
+    wave = np.where(np.arange(stages)[None, :] >= np.arange(stages)[:, None], back + later, -np.inf)
+    wave[np.arange(1, stages), np.arange(stages - 1)] = passing
+    wave += ahead
+    done = np.asarray(forwarded)
+    while waves:
+        if waves % 2 or waves <= 2 * stages:  # two waves at once take as long as all stages' waves one by one
+            done, waves = (wave + done).max(axis=1), waves - 1
+        else:
+            wave, waves = (wave[:, :, None] + wave[None, :, :]).max(axis=1), waves // 2
+    return done.tolist()
 
 
 def _interleaved_seconds(course: Course) -> float:
@@ -98,8 +134,9 @@ def _interleaved_seconds(course: Course) -> float:
     total, last = len(order), stages - 1
     passing = course.transfer_seconds if workers > 1 else 0.0  # nobody passes anything to itself
     ahead, back = course.forward_seconds, course.backward_seconds
-    done = [[[-1.0] * count for _ in range(stages)] for _ in (FORWARD, BACKWARD)]
-    forwarded, backwarded = done
+    # when what a stage made of a microbatch is with the next, or here where nobody waits for it
+    forwarded, backwarded = ([[-1.0] * count for _ in range(stages)] for _ in (FORWARD, BACKWARD))
+    sent = [[-inf] * workers for _ in (FORWARD, BACKWARD)]  # when the last message of a worker was there
     free = [0.0] * workers
     steps = [(0, 0)] * workers  # forwards and backwards that each has done
     warmups = [2 * (workers - 1 - worker) + (stages // workers - 1) * largest for worker in range(workers)]
@@ -116,8 +153,10 @@ def _interleaved_seconds(course: Course) -> float:
                     before = forwarded[stage - 1][microbatch] if stage else 0.0
                     if before < 0:
                         break
-                    now = max(now, before + passing if stage else 0.0) + ahead[stage]
-                    forwarded[stage][microbatch] = now
+                    now = max(now, before) + ahead[stage]
+                    if stage < last:
+                        sent[0][worker] = max(now, sent[0][worker]) + passing
+                    forwarded[stage][microbatch] = sent[0][worker] if stage < last else now
                     forwards += 1
                 else:
                     turn, microbatch = order[backwards]
@@ -125,8 +164,10 @@ def _interleaved_seconds(course: Course) -> float:
                     after = backwarded[stage + 1][microbatch] if stage < last else 0.0
                     if after < 0 or forwarded[stage][microbatch] < 0:
                         break
-                    now = max(now, after + passing if stage < last else 0.0) + back[stage]
-                    backwarded[stage][microbatch] = now
+                    now = max(now, after) + back[stage]
+                    if stage:
+                        sent[1][worker] = max(now, sent[1][worker]) + passing
+                    backwarded[stage][microbatch] = sent[1][worker] if stage else now
                     backwards += 1
             moved = moved or steps[worker] != (forwards, backwards)
             free[worker], steps[worker] = now, (forwards, backwards)
@@ -167,19 +208,3 @@ def kept(schedule: str, workers: int, stages: int, num_microbatches: int) -> tup
 @lru_cache(maxsize=256)
 def _listed(schedule: str, workers: int, stages: int, num_microbatches: int) -> tuple[tuple[Action, ...], ...]:
     return actions(schedule, workers=workers, stages=stages, microbatches=num_microbatches)
-
-
-@lru_cache(maxsize=128)
-def _steps(
-    schedule: str, workers: int, stages: int, num_microbatches: int
-) -> tuple[tuple[int, int, int, tuple[int, ...]], ...]:
-    """Worker, kind, stage, and by place what others must have done before."""
-    places: dict[Action, tuple[int, int]] = {}
-    steps: list[tuple[int, int, int, tuple[int, ...]]] = []
-    for worker, action, needed in carried_out(_listed(schedule, workers, stages, num_microbatches)):
-        before = [places[one] for one in needed]
-        # What the worker did itself is done once it is free.
-        far = tuple(place for place, other in before if other != worker)
-        places[action] = (len(steps), worker)
-        steps.append((worker, KINDS.index(action.kind), action.stage, far))
-    return tuple(steps)

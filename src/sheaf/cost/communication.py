@@ -8,7 +8,7 @@ import numpy as np
 from sheaf.cluster.cluster import Cluster, Link
 from sheaf.cluster.links import collective_seconds
 from sheaf.cluster.traffic import CONTROL_BYTES, messages, share
-from sheaf.cost.placement import Seat
+from sheaf.cost.placement import Seats
 from sheaf.graph.facts import GLUE, LOSS, ModelFacts
 from sheaf.plans import Plan, layout
 from sheaf.plans.layout import Held
@@ -26,13 +26,17 @@ class Fabric:
     workers: int
     factor: float = 1.0  # of what a collective takes alone
     gloo: bool = False  # which says something about each message
+    fullest: float = 0.0  # the part of what is sharded that one worker has, where parts differ
     _known: dict[tuple[str, int], float] = field(default_factory=dict[tuple[str, int], float], compare=False)
 
     def seconds(self, operation: str, size_bytes: int) -> float:
         """One collective over all workers; no time for nothing or for one worker.
 
-        An all-to-all sends what an all-gather of the same size does, and is not measured by itself.
+        An all-to-all sends what an all-gather of the same size does, and is not measured by itself. Where shards
+        differ, the others wait for what the fullest sends, or gets, as if all were as full.
         """
+        if self.fullest and operation in (REDUCE_SCATTER, ALL_GATHER):
+            size_bytes = round(size_bytes * self.fullest * self.workers)
         operation = ALL_GATHER if operation == ALL_TO_ALL else operation
         if operation == TRADE:  # of pairs, each with one message each way
             return self.passing_seconds(size_bytes)
@@ -45,8 +49,15 @@ class Fabric:
         return self._known[operation, size_bytes]
 
     def sent_bytes(self, operation: str, size_bytes: int) -> float:
-        """What one worker sends in a collective, as ``sheaf.cluster.traffic`` counts it where it is sent."""
-        return share(operation, self.workers) * size_bytes + CONTROL_BYTES * self.messages(operation, size_bytes)
+        """What one worker sends in a collective, as ``sheaf.cluster.traffic`` counts it where it is sent: the fullest,
+        where shards differ.
+        """
+        part = share(operation, self.workers)
+        if self.fullest and operation == REDUCE_SCATTER:
+            part = 1 - self.fullest
+        elif self.fullest and operation == ALL_GATHER:
+            part = (self.workers - 1) * self.fullest
+        return part * size_bytes + CONTROL_BYTES * self.messages(operation, size_bytes)
 
     def messages(self, operation: str, size_bytes: int) -> float:
         """How many messages of gloo that is."""
@@ -63,7 +74,7 @@ class Fabric:
         return self._known["", size_bytes]
 
 
-def fabric(cluster: Cluster, placed: tuple[Seat, ...], factor: float = 1.0) -> Fabric:
+def fabric(cluster: Cluster, placed: Seats, factor: float = 1.0) -> Fabric:
     """The links that workers on the first seats of a cluster use."""
     return Neighbourhood.of(cluster, placed).fabric(np.arange(len(placed))[None, :], factor)
 
@@ -81,16 +92,15 @@ class Neighbourhood:
     gloo: bool = False
 
     @classmethod
-    def of(cls, cluster: Cluster, placed: tuple[Seat, ...]) -> "Neighbourhood":
+    def of(cls, cluster: Cluster, placed: Seats) -> "Neighbourhood":
         """That of the workers on the first seats of a cluster."""
-        machine = np.fromiter((seat.machine for seat in placed), dtype=np.int64, count=len(placed))
-        ranks = np.arange(len(placed))
+        ranks = np.arange(len(placed), dtype=np.int32)
         largest = max(host.workers for host in cluster.hosts)
         tiers = sorted(cluster.tiers, key=lambda tier: tier.workers)
         inner = [tier for tier in tiers if tier.workers < largest]
         outer = [tier for tier in tiers if tier.workers >= largest]
         return cls(
-            (*(ranks // tier.workers for tier in inner), machine, *(ranks // tier.workers for tier in outer)),
+            (*(ranks // tier.workers for tier in inner), placed.machines, *(ranks // tier.workers for tier in outer)),
             (
                 *(tier.link for tier in inner),
                 cluster.intra,
@@ -105,6 +115,15 @@ class Neighbourhood:
         """The links of groups (rows) of as many ranks each, which communicate at once and wait for the slowest."""
         levels = np.unique(self.levels(groups)) if groups.shape[1] > 1 else (self.inside,)
         return Fabric(tuple(self.links[level] for level in levels), groups.shape[1], factor, self.gloo)
+
+    def apart(self, stride: int) -> np.ndarray:
+        """Over which link each rank reaches the one ``stride`` ranks on; the last ones, which have none, over the
+        first.
+        """
+        found = np.zeros(len(self.units[0]), dtype=np.int8)
+        for unit in self.units:
+            found[:-stride] += unit[:-stride] != unit[stride:]
+        return found
 
     def levels(self, groups: np.ndarray) -> np.ndarray:
         """Over which link each rank of a group reaches the next: that of the smallest tier that holds both."""

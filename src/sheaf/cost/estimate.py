@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import cache
 
 from sheaf.cluster.cluster import Cluster
 from sheaf.cost import rows
@@ -12,9 +12,10 @@ from sheaf.cost.compute import Pace
 from sheaf.cost.copies import add_copies
 from sheaf.cost.experts import expert_times, replicated
 from sheaf.cost.memory import memory
-from sheaf.cost.overheads import microbatch_seconds, with_meetings
+from sheaf.cost.overheads import microbatch_seconds, uneven_seconds, with_meetings
 from sheaf.cost.parts import held, part_times
-from sheaf.cost.pipeline import Pipeline, kept_stages, pipeline_times, slowest_clock, workers
+from sheaf.cost.piped import pipeline_times, slowest_clock
+from sheaf.cost.pipeline import Pipeline, kept_stages, stage_names, workers
 from sheaf.cost.placement import Seat
 from sheaf.cost.portion import Portion
 from sheaf.cost.price import Price
@@ -23,16 +24,6 @@ from sheaf.graph.facts import ModelFacts, Profile
 from sheaf.plans import Plan
 from sheaf.plans.mesh import Mesh
 from sheaf.plans.split import SplitFacts
-
-
-@lru_cache(maxsize=256)
-def microbatch_sizes(batch: int, microbatch: int) -> tuple[int, ...]:
-    """Samples of each microbatch of a full step; the last may be smaller.
-
-    >>> microbatch_sizes(10, 4)
-    (4, 4, 2)
-    """
-    return tuple(min(microbatch, batch - start) for start in range(0, batch, microbatch))
 
 
 def price(
@@ -61,8 +52,20 @@ def price(
 
 def priced(plan: Plan, basis: Basis, sizes: Sequence[int], *, drawn: bool = False) -> Price:
     """``price`` on a basis made for plans that split the same; ``drawn`` adds a pipeline's timeline."""
+    found = replace(timed(plan, basis, sizes, apart=True), memory=holding(plan, basis, sizes))
+    if plan.pp == 1:
+        return found
+    stages = stage_names(plan, basis)
+    rows = slowest_clock(Pipeline.of(plan, basis), basis, sizes).rows if drawn else ()
+    return replace(found, stages=tuple(map(len, stages)), begins=tuple(one[0] for one in stages), timeline=rows)
+
+
+def timed(plan: Plan, basis: Basis, sizes: Sequence[int], *, apart: bool = False) -> Price:
+    """The price as far as seconds go, which is quicker: without memory, and but for ``apart`` what a pipeline idles and
+    what it passes on are not told apart.
+    """
     if plan.pp > 1:
-        return _piped(plan, basis, sizes, drawn=drawn)
+        return _price(plan, basis, pipeline_times(Pipeline.of(plan, basis), basis, sizes, apart=apart))
     if plan.split_parts:
         times = part_times(plan, basis, sizes)
     elif plan.expert_parts:
@@ -73,7 +76,7 @@ def priced(plan: Plan, basis: Basis, sizes: Sequence[int], *, drawn: bool = Fals
         times = step_times(plan, summed, paces, fabric, basis.cluster.overlap, sizes)
         add_copies(times, plan, basis, basis.whole, len(sizes))
     rows.add_rows(times, plan, basis, sizes)
-    return _price(plan, basis, times, holding(plan, basis, sizes))
+    return _price(plan, basis, times)
 
 
 def _met_over(plan: Plan, basis: Basis) -> Fabric:
@@ -110,7 +113,8 @@ def worker_seconds(plan: Plan, basis: Basis, size: int) -> tuple[float, ...]:
         return tuple(own_seconds(plan, pace, size) for pace in _paces(plan, basis))
     pipeline = Pipeline.of(plan, basis)
     return tuple(
-        max(pipeline.busy_seconds(replica, worker, [size]) for worker in range(plan.pp)) for replica in range(plan.dp)
+        max(pipeline.busy_seconds(replica, worker, [size]) for worker in pipeline.unlike_workers(replica))
+        for replica in range(plan.dp)
     )
 
 
@@ -121,33 +125,28 @@ def _paces(plan: Plan, basis: Basis) -> list[Pace]:
 
     @cache
     def paced(seat: Seat) -> Pace:
-        adding = microbatch_seconds(basis.profile, plan, stages=False, speed=seat.speed)
+        adding = microbatch_seconds(basis.profile, plan, speed=seat.speed)
         return replace(basis.pace(basis.whole, seat), crossing=crossing, dispatch_seconds=adding)
 
     if basis.alike(plan.workers):
         return [paced(seats[0])] * plan.dp
-    paces: list[Pace] = []
-    for replica in range(plan.dp):
-        ranks = [mesh.rank(pp=0, dp=replica, tp=part) for part in range(mesh.tp)]
-        there = [paced(seat) for seat in dict.fromkeys(seats[rank] for rank in ranks)]
-        paces.append(max(there, key=lambda one: own_seconds(plan, one, basis.facts.samples)))
-    return paces
+
+    @cache
+    def slowest(numbers: tuple[int, ...]) -> Pace:
+        there = [paced(seats.kinds[number]) for number in numbers]
+        return max(there, key=lambda one: own_seconds(plan, one, basis.facts.samples))
+
+    by_replica = seats.numbers[: mesh.workers].reshape(plan.dp, mesh.tp).tolist()
+    return [slowest(tuple(dict.fromkeys(numbers))) for numbers in by_replica]
 
 
-def _piped(plan: Plan, basis: Basis, sizes: Sequence[int], *, drawn: bool) -> Price:
-    pipeline = Pipeline.of(plan, basis)
-    times = pipeline_times(pipeline, basis, sizes)
-    found = _price(plan, basis, times, holding(plan, basis, sizes))
-    counts = tuple(len(names) for names in pipeline.names)
-    return replace(found, stages=counts, timeline=slowest_clock(pipeline, basis, sizes).rows if drawn else ())
-
-
-def _price(plan: Plan, basis: Basis, times: StepTimes, holds: dict[str, int]) -> Price:
+def _price(plan: Plan, basis: Basis, times: StepTimes) -> Price:
     times.seconds["host"] += basis.cluster.host_seconds
+    times.seconds["wait"] += uneven_seconds(basis.profile, plan)
     return Price(
         plan=plan,
         seconds=with_meetings(times.seconds, basis.profile, plan),
-        memory=holds,
+        memory={},
         traffic_bytes=times.traffic_bytes,
         messages=times.messages,
         hidden_seconds=times.hidden_seconds,

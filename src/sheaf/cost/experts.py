@@ -33,7 +33,7 @@ def expert_times(plan: Plan, basis: Basis, paces: Sequence[Pace], sizes: Sequenc
     stepped = basis.whole.trainable_bytes
     times.seconds["optimizer"] = stepped * max(pace.optimizer_seconds_per_byte for pace in paces)
     times.seconds["host"] += max(pace.host_seconds for pace in paces)
-    told(times, rest, replicas, len(sizes))
+    told(times, plan, rest, replicas, len(sizes))
     return times
 
 

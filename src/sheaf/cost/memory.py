@@ -1,18 +1,21 @@
 """What the fullest worker holds at its peak, term by term.
 
 Sharding follows ZeRO (Rajbhandari, Rasley, Ruwase, He 2020): stage 1 shards the optimizer's state, stage 2 gradients
-too, stage 3 parameters too. Recomputation keeps each block's input and one block's activations (Chen, Xu, Zhang,
-Guestrin 2016). Masters, gradients and optimizer state are as wide as the parameters; copies cast by autocast are
-activations, and in the facts already.
+too, stage 3 parameters too. Shards follow weighted shares: with ``shares=2:1`` the fullest worker has two of three.
+Recomputation keeps each block's input and one block's activations (Chen, Xu, Zhang, Guestrin 2016). Masters, gradients
+and optimizer state are as wide as the parameters; copies cast by autocast are activations, and in the facts already.
 """
 
+import math
 from collections.abc import Sequence
 
 from sheaf.cost.compute import STATE_BYTES_PER_BYTE
 from sheaf.cost.portion import Portion
+from sheaf.cost.sizes import Sizes
 from sheaf.graph.facts import Profile
 from sheaf.plans import Plan
 from sheaf.plans.local import OUTER
+from sheaf.plans.shards import shard
 
 MARGIN = 1.1  # allocators, fragments and what no model foresees
 PROCESS_BYTES = 300 * 2**20  # a CPU worker's Python and torch, before any tensor
@@ -36,18 +39,16 @@ def memory(
     given), ``kept`` how many microbatches it keeps for backward at once.
     """
     facts, replicated = portion.facts, shared or portion
-    scale = max(sizes, default=facts.samples) / facts.samples
+    scale = (Sizes.of(sizes).largest if sizes else facts.samples) / facts.samples
     state = profile.optimizer_state_bytes_per_byte if profile else STATE_BYTES_PER_BYTE
-    sharded = plan.alike if plan.zero >= 1 else 1
     own = portion.trainable_bytes - replicated.trainable_bytes
+    stepped = shard(plan, replicated.trainable_bytes) if plan.zero else replicated.trainable_bytes
     served = _served(plan, replicated.trainable_bytes, state) if plan.server else 0
     apart = plan.serves.apart
     held = {
         "parameters": _parameters(plan, portion),
         "gradients": own + _gradients(plan, replicated),
-        "optimizer_state": (0 if apart else served)
-        if plan.server
-        else round(replicated.trainable_bytes * state / sharded + own * state),
+        "optimizer_state": (0 if apart else served) if plan.server else round(stepped * state + own * state),
         "activations": round(activation_bytes(plan, portion, kept) * scale),
         "buffers": sum(buffer.size_bytes for buffer in facts.buffers),
         "workspace": _workspace(plan, portion, replicated, scale),
@@ -64,7 +65,7 @@ def needed_bytes(peak_bytes: int, device_kind: str) -> int:
 
 def activation_bytes(plan: Plan, portion: Portion, microbatches: float = 1.0) -> float:
     """What is kept from forward for backward, for so many microbatches of the portion's facts at once."""
-    kept, most = portion.kept_again if plan.recompute != "none" else portion.kept_once
+    kept, most = portion.kept_again if plan.again else portion.kept_once
     return kept * microbatches + most
 
 
@@ -74,18 +75,18 @@ def _parameters(plan: Plan, portion: Portion) -> int:
     held = portion.units(plan.bucket_bytes)
     gathered = sum(sorted(held.block_bytes, reverse=True)[:GATHERED_BLOCKS])
     # The glue's own shard is counted beside its gathered copy: the optimizer steps on the shard.
-    return -(-portion.parameter_bytes // plan.alike) + held.glue_bytes + gathered
+    return math.ceil(shard(plan, portion.parameter_bytes)) + held.glue_bytes + gathered
 
 
 def _gradients(plan: Plan, portion: Portion) -> int:
     trainable_bytes = portion.trainable_bytes
-    shard = -(-trainable_bytes // plan.alike) if plan.zero else 0
+    own = math.ceil(shard(plan, trainable_bytes)) if plan.zero else 0
     if plan.zero < 2:
-        return trainable_bytes + shard
+        return trainable_bytes + own
     if plan.zero == 2:
-        return shard + max(portion.buckets(plan.bucket_bytes), default=0)
+        return own + max(portion.buckets(plan.bucket_bytes), default=0)
     held = portion.units(plan.bucket_bytes)
-    return shard + max(held.block_trainable_bytes, default=0) + held.glue_trainable_bytes
+    return own + max(held.block_trainable_bytes, default=0) + held.glue_trainable_bytes
 
 
 def _served(plan: Plan, trainable_bytes: int, state: float) -> int:
@@ -109,7 +110,7 @@ def _workspace(plan: Plan, portion: Portion, replicated: Portion, scale: float) 
         largest = sorted(sent if plan.zero == 3 else replicated.buckets(plan.bucket_bytes), reverse=True)[
             :BUCKETS_IN_FLIGHT
         ]
-        travelling = sum(largest) + -(-sum(largest) // plan.alike)
+        travelling = sum(largest) + math.ceil(shard(plan, sum(largest)))
     # A block's backward holds the gradients of its output and of its input at once.
     return travelling + round((portion.passing_bytes + BATCHES_HELD * portion.facts.batch_bytes) * scale)
 

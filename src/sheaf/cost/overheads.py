@@ -9,16 +9,20 @@ shares, recomputation) a worker goes on while messages travel, so that steps of 
 go on with, say too much: their overhead is the processor time that they take beside replicas of the same model.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+from sheaf.cost.again import EVERY_BLOCK
 from sheaf.graph.facts import Profile
 from sheaf.plans import Plan
+from sheaf.plans.again import AGAIN
 from sheaf.plans.local import of_two
 from sheaf.plans.server import beside
 
 REPLICAS = Plan(dp=2)
 MEETING = 2  # steps between meetings of weights, in a rehearsal
+REHEARSED_STAGES = 2
 _GRADIENT_TERMS = ("server", "all_reduce", "reduce_scatter", "all_gather")
 
 
@@ -34,15 +38,15 @@ def in_microbatches(plan: Plan) -> tuple[Plan, ...]:
     if plan.cp > 1:
         found.append(Plan(cp=2))
     if plan.pp > 1:
-        found.append(Plan(pp=2, schedule=plan.schedule, virtual=plan.virtual))
+        found += _stages(plan)
     if plan.zero > 1:
         found.append(Plan(dp=2, zero=plan.zero))
     if plan.stolen:
         found.append(Plan(dp=2, shares=plan.shares))
     if plan.parts and plan.by_parts:
-        found.append(Plan(dp=2, parts=plan.parts))
-    if plan.recompute != "none":
-        found.append(Plan(dp=2, recompute=plan.recompute))
+        found.append(Plan(dp=2, parts=tuple(part for part in plan.parts if part[1] != AGAIN)))
+    if plan.again:
+        found.append(EVERY_BLOCK)
     return tuple(found)
 
 
@@ -76,15 +80,47 @@ def goes_on(rehearsed: Plan) -> bool:
     return rehearsed.pp > 1 or rehearsed.stolen or rehearsed.recompute != "none"
 
 
-def microbatch_seconds(profile: Profile | None, plan: Plan, *, stages: bool, speed: float = 1.0) -> float:
-    """What one worker spends on each microbatch beside what is priced; of pipelines' executors, or of the others.
+def microbatch_seconds(profile: Profile | None, plan: Plan, *, speed: float = 1.0) -> float:
+    """What one worker spends on each microbatch beside what is priced, but for what stages add.
 
     ``speed`` is that worker's, relative to the first.
     """
     if profile is None or not profile.overheads:
         return 0.0
-    known = (one for one in in_microbatches(plan) if (one.pp > 1) == stages)
+    known = (one for one in in_microbatches(plan) if one.pp == 1)
     return sum(max(0.0, profile.overheads.get(str(one), 0.0)) / (speed if goes_on(one) else 1.0) for one in known)
+
+
+def stage_seconds(profile: Profile | None, plan: Plan, *, first: bool, speed: float = 1.0) -> float:
+    """What one stage of a pipeline adds to each microbatch; ``speed`` is its worker's, relative to the first.
+
+    ``zero-bubble`` tells the backward of inputs from that of weights, and the ``first`` stage has no inputs to tell
+    apart: what that adds to ``1f1b`` is of the others alone, in a rehearsal on two workers of the second.
+
+    >>> profile = Profile(1, 2, 1, "fp32", {}, 0.0, 2.0, 0.0, 0.0, overheads={"pp=2": 1.0, "pp=2:zero-bubble": 1.5})
+    >>> plan = Plan.parse("pp=4:zero-bubble")
+    >>> stage_seconds(profile, plan, first=True), stage_seconds(profile, plan, first=False)
+    (1.0, 2.0)
+    """
+    if profile is None or not profile.overheads:
+        return 0.0
+    plain, *apart = (max(0.0, profile.overheads.get(str(one), 0.0)) for one in _stages(plan))
+    more = max(0.0, apart[0] - plain) if apart else 0.0
+    return (plain + (0.0 if first else REHEARSED_STAGES * more)) / speed
+
+
+def _stages(plan: Plan) -> tuple[Plan, ...]:
+    """What is rehearsed of a plan's stages: their schedule, and ``1f1b`` beside one that tells backwards apart."""
+    plain = Plan(pp=REHEARSED_STAGES, schedule=plan.schedule, virtual=plan.virtual)
+    if plan.schedule != "zero-bubble":
+        return (plain,)
+    together = replace(plain, schedule="1f1b")
+    return (together, plain) if tells_apart(plan) else (together,)
+
+
+def tells_apart(plan: Plan) -> bool:
+    """Whether stages compute the gradients of their inputs first and those of their weights later."""
+    return plan.schedule == "zero-bubble" and not plan.again and plan.zero < 2
 
 
 def with_meetings(seconds: dict[str, float], profile: Profile | None, plan: Plan) -> dict[str, float]:
@@ -97,6 +133,22 @@ def with_meetings(seconds: dict[str, float], profile: Profile | None, plan: Plan
     more = sum(known.get(str(one), 0.0) / every for one in in_steps(plan))
     longest = max(_GRADIENT_TERMS, key=lambda term: seconds[term])
     return seconds | {longest: max(0.0, seconds[longest] + more)}
+
+
+def uneven_seconds(profile: Profile | None, plan: Plan) -> float:
+    """What replicas that are equally fast wait for the last of them in a step: no two take equally long each time.
+
+    Most where workers share cores and take turns. Over steps between meetings it is made up for, as random steps are.
+
+    >>> profile = Profile(1, 4, 1, "fp32", {}, 0.0, 2.0, 0.0, 0.0, uneven_seconds=0.5)
+    >>> [uneven_seconds(profile, Plan.parse(text)) for text in ("dp=4", "dp=4,local=4", "pp=4", "dp=4,server=1:async")]
+    [0.5, 0.25, 0.0, 0.0]
+    """
+    if profile is None or plan.dp < 2 or plan.meets_locally.rounds:
+        return 0.0
+    if plan.server and plan.serves.staleness is None:
+        return 0.0
+    return profile.uneven_seconds / math.sqrt(max(1, plan.meets_locally.every))
 
 
 def each(more: Mapping[str, float], num_microbatches: int) -> dict[str, float]:

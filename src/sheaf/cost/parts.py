@@ -23,7 +23,7 @@ def part_times(plan: Plan, basis: Basis, sizes: Sequence[int]) -> StepTimes:
     placed_there = basis.seats(plan.workers)
     paces = [basis.pace(outside, seat) for seat in placed_there]
     # Data is fetched, and the host's work done, once: outside.
-    adding = microbatch_seconds(basis.profile, plan, stages=False)
+    adding = microbatch_seconds(basis.profile, plan)
     shared = [
         replace(basis.pace(inside, seat), crossing=crossing, dispatch_seconds=adding / plan.dp) for seat in placed_there
     ]
@@ -47,7 +47,7 @@ def part_times(plan: Plan, basis: Basis, sizes: Sequence[int]) -> StepTimes:
     stepped = summed.trainable_bytes / (plan.dp if plan.zero else 1) + inside.trainable_bytes
     times.seconds["optimizer"] = stepped * max(pace.optimizer_seconds_per_byte for pace in paces)
     times.seconds["host"] += max(pace.host_seconds for pace in paces)
-    told(times, outside, replicas, len(sizes))
+    told(times, plan, outside, replicas, len(sizes))
     return times
 
 

@@ -1,6 +1,9 @@
 """Which seat of the cluster each worker of a plan takes: hosts in the cluster's order, each filled before the next."""
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, repeat
 
 import numpy as np
 
@@ -10,14 +13,13 @@ from sheaf.errors import PlanError
 
 @dataclass(frozen=True)
 class Seat:
-    """Where one worker runs: ``machine`` counts machines over all hosts; ``busy`` workers of the plan share it.
+    """Where one worker runs; ``busy`` workers of the plan share its machine.
 
     Rates are what this worker reaches while the others are busy too.
     """
 
     host_name: str
     device_kind: str
-    machine: int = field(compare=False)
     busy: int
     flops_per_second: float
     memory_bytes_per_second: float
@@ -26,7 +28,48 @@ class Seat:
     available_bytes: int  # for this worker
 
 
-def seats(cluster: Cluster, workers: int, precision: str = "fp32") -> tuple[Seat, ...]:
+@dataclass(frozen=True, eq=False)
+class Seats:
+    """One seat per rank, as runs of machines that are filled alike: a hundred thousand take no more room than ten.
+
+    ``runs`` are the seat of each run and how many machines it has, each with as many ranks as are ``busy``.
+    """
+
+    runs: tuple[tuple[Seat, int], ...]
+
+    def __len__(self) -> int:
+        return sum(machines * seat.busy for seat, machines in self.runs)
+
+    def __iter__(self) -> Iterator[Seat]:
+        return chain.from_iterable(repeat(seat, machines * seat.busy) for seat, machines in self.runs)
+
+    def __getitem__(self, rank: int) -> Seat:
+        left = rank
+        for seat, machines in self.runs:
+            if 0 <= left < machines * seat.busy:
+                return seat
+            left -= machines * seat.busy
+        raise IndexError(f"rank {rank} of {len(self)}")
+
+    @cached_property
+    def kinds(self) -> tuple[Seat, ...]:
+        """The seats that differ, in order."""
+        return tuple(dict.fromkeys(seat for seat, _ in self.runs))
+
+    @cached_property
+    def numbers(self) -> np.ndarray:
+        """By rank, which of the ``kinds`` its seat is."""
+        places = [self.kinds.index(seat) for seat, _ in self.runs]
+        return np.repeat(places, [machines * seat.busy for seat, machines in self.runs])
+
+    @cached_property
+    def machines(self) -> np.ndarray:
+        """By rank, the number of its machine."""
+        busy = [seat.busy for seat, machines in self.runs for _ in range(machines)]
+        return np.repeat(np.arange(len(busy), dtype=np.int32), busy)
+
+
+def seats(cluster: Cluster, workers: int, precision: str = "fp32") -> Seats:
     """One seat per worker, by rank.
 
     Raises PlanError when the cluster has fewer seats.
@@ -35,25 +78,13 @@ def seats(cluster: Cluster, workers: int, precision: str = "fp32") -> tuple[Seat
         raise PlanError(
             f"the plan needs {workers} workers and {cluster.name} has {cluster.workers}: lower dp, or give more workers"
         )
-    taken: list[Seat] = []
-    first = 0
-    for host, count, busy in _filled(cluster, workers):
-        seat = _seat(cluster, host, first, busy, precision)
-        for machine in range(first, first + count):
-            taken.extend([seat if machine == first else replace(seat, machine=machine)] * busy)
-        first += count
-    return tuple(taken)
-
-
-def last(cluster: Cluster, workers: int, precision: str = "fp32") -> Seat:
-    """The last of so many seats, whose host may not be full; its machine is not counted."""
-    host, _, busy = _filled(cluster, workers)[-1]
-    return _seat(cluster, host, 0, busy, precision)
+    filled = _filled(cluster, workers)
+    return Seats(tuple((_seat(cluster, host, busy, precision), count) for host, count, busy in filled))
 
 
 def kinds(cluster: Cluster, workers: int, precision: str = "fp32") -> tuple[Seat, ...]:
-    """The seats of ``seats`` that differ by more than their machine, in order; quick for any number of workers."""
-    found = (_seat(cluster, host, 0, busy, precision) for host, _, busy in _filled(cluster, workers))
+    """The seats of ``seats`` that differ, in order."""
+    found = (_seat(cluster, host, busy, precision) for host, _, busy in _filled(cluster, workers))
     return tuple(dict.fromkeys(found))
 
 
@@ -71,7 +102,7 @@ def _filled(cluster: Cluster, workers: int) -> list[tuple[Host, int, int]]:
     return filled
 
 
-def _seat(cluster: Cluster, host: Host, machine: int, busy: int, precision: str) -> Seat:
+def _seat(cluster: Cluster, host: Host, busy: int, precision: str) -> Seat:
     device = host.device
     rates = device.flops_per_second
     rate = rates.get(precision) or rates.get("fp32") or max(rates.values())
@@ -79,7 +110,6 @@ def _seat(cluster: Cluster, host: Host, machine: int, busy: int, precision: str)
     return Seat(
         host_name=host.name,
         device_kind=device.kind,
-        machine=machine,
         busy=busy,
         flops_per_second=rate * reached,
         memory_bytes_per_second=device.memory_bytes_per_second * reached,

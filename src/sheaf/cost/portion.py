@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from sheaf.cost.communication import Units, buckets, units
-from sheaf.graph.facts import GLUE, LOSS, BlockFact, BlockTime, ModelFacts, ParameterFact, Profile
+from sheaf.graph.facts import GLUE, LOSS, BlockFact, BlockTime, ModelFacts, ParameterFact, Profile, within
 from sheaf.plans import Plan
 from sheaf.plans.split import Move, SplitFacts
 
@@ -47,7 +47,8 @@ class Portion:
         saved = [block.saved_bytes + block.saved_input_bytes for block in real]
         kept = [block.fresh_input_bytes if block.composite else size for block, size in zip(real, saved, strict=True)]
         rest = self.facts.saved_bytes - sum(saved)
-        return float(sum(kept) + rest), float(max(saved, default=0))
+        again = [size for block, size in zip(real, saved, strict=True) if block.composite]
+        return float(sum(kept) + rest), float(max(again, default=0))
 
     @cached_property
     def passing_bytes(self) -> int:
@@ -94,6 +95,7 @@ def scoped(plan: Plan, facts: ModelFacts, split: SplitFacts | None) -> SplitFact
             f"{plan} splits layers among {degree} workers; pricing it needs their split facts, and {there}"
         )
     moves = [replace(move, block=_owner(facts, move.block)) for move in split.moves]
+    split = _inherited(split, facts)
     if plan.cp > 1:
         return replace(split, moves=tuple(moves))
     if plan.expert_parts:
@@ -220,6 +222,22 @@ def _owner(facts: ModelFacts, module: str) -> str:
     return next((name for name in inner if name in names), GLUE)
 
 
+def _inherited(split: SplitFacts, facts: ModelFacts) -> SplitFacts:
+    """The split with what it says of a block said of the modules that the facts tell of in its place."""
+    if not facts.begins:
+        return split
+
+    def passed_on(shares: dict[str, float]) -> dict[str, float]:
+        found = dict(shares)
+        for block in facts.blocks:
+            around = (name for name in shares if within(block.name, name))
+            if block.name not in shares and (name := next(around, None)) is not None:
+                found[block.name] = shares[name]
+        return found
+
+    return replace(split, work=passed_on(split.work), activations=passed_on(split.activations))
+
+
 def _scaled(block: BlockFact, work: float, kept: float, *, along: bool = False) -> BlockFact:
     if work == 1.0 and kept == 1.0:
         return block
@@ -229,6 +247,7 @@ def _scaled(block: BlockFact, work: float, kept: float, *, along: bool = False) 
             input_bytes=round(block.input_bytes * kept),
             output_bytes=round(block.output_bytes * kept),
             fresh_input_bytes=round(block.fresh_input_bytes * kept),
+            crossing_bytes=None if block.crossing_bytes is None else round(block.crossing_bytes * kept),
         )
     return replace(
         block,

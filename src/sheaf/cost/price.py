@@ -37,8 +37,9 @@ class Price:
     from stage to stage adds, ``server`` what pushing gradients to shards and pulling values takes, ``rows`` what
     tables take whose gradients travel as rows, and ``bubble`` what the busiest worker of a pipeline idles for the
     others. ``wait`` is the time the fastest replica idles for the slowest. ``stages`` counts the blocks of a
-    pipeline's stages; ``timeline`` is its slowest replica's. ``traffic_bytes`` are handed to the network, in so many
-    ``messages`` of gloo, with what that says about each; ``wire_bytes`` is what the links carry.
+    pipeline's stages, ``begins`` names the first of each; ``timeline`` is its slowest replica's. ``traffic_bytes`` are
+    handed to the network, in so many ``messages`` of gloo, with what that says about each; ``wire_bytes`` is what the
+    links carry.
     """
 
     plan: Plan
@@ -47,6 +48,7 @@ class Price:
     traffic_bytes: float  # sent by one worker per step
     hidden_seconds: float = 0.0
     stages: tuple[int, ...] = ()
+    begins: tuple[str, ...] = ()
     timeline: tuple[Row, ...] = ()
     messages: float = 0.0
 

@@ -6,8 +6,9 @@ the step.
 
 import heapq
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 from sheaf.cost.communication import (
     ALL_GATHER,
@@ -22,8 +23,12 @@ from sheaf.cost.compute import Pace
 from sheaf.cost.paced import until_met
 from sheaf.cost.portion import Portion
 from sheaf.cost.price import SECONDS_TERMS
+from sheaf.cost.sizes import Sizes
 from sheaf.plans import Plan
 from sheaf.plans.layout import apportion, soonest
+from sheaf.plans.shards import shard
+
+STATISTICS = 2  # times as wide as running statistics are those of a microbatch when they are summed, in float64
 
 
 @dataclass
@@ -57,7 +62,11 @@ def step_times(
     ``portion`` is what one of the workers that share a replica computes; ``paces`` by replica, each that of its slowest
     worker; ``fabric`` is between the replicas; ``sizes`` are the samples of each microbatch in order.
     """
-    times = StepTimes()
+    times, fabric = StepTimes(), sharing(plan, fabric)
+    known = dict(zip(map(id, paces), paces, strict=True))
+    unlike = set(zip(plan.weights, map(id, paces), strict=True))
+    rates = [(weight, known[one].optimizer_seconds_per_byte) for weight, one in unlike]
+    updating = update_seconds(plan, portion.trainable_bytes, rates)
     shares = _stolen(plan, paces, sizes) if plan.stolen else dealt(plan, sizes, paces)
     everyone = total_all(plan, paces, shares) if plan.server and plan.serves.staleness is None else 0.0
     rounds = plan.meets_locally.rounds
@@ -72,16 +81,26 @@ def step_times(
         times.seconds["wait"] = max(0.0, everyone - own)
     if rounds:
         _by_own_pace(times, plan, alone)
-    stepped = portion.trainable_bytes / (plan.alike if plan.zero else 1)
-    updating = stepped * max(pace.optimizer_seconds_per_byte for pace in paces)
     if plan.server:  # shards update, and workers wait for them
         times.seconds["server"] += updating / plan.serves.shards
     else:
         times.seconds["optimizer"] = updating
     times.seconds["host"] += max(pace.host_seconds for pace in paces)
     if not rounds:
-        told(times, portion, fabric, len(sizes))
+        told(times, plan, portion, fabric, len(sizes))
     return times
+
+
+def sharing(plan: Plan, fabric: Fabric) -> Fabric:
+    """The links between replicas, which know how full the fullest shard is where shards differ."""
+    return replace(fabric, fullest=shard(plan, 1.0)) if plan.zero and ":" in plan.shares else fabric
+
+
+def update_seconds(plan: Plan, trained_bytes: int, rates: Iterable[tuple[int, float]]) -> float:
+    """The update on the replica that it takes longest: of each, its weight, and seconds for a byte of parameters."""
+    if not plan.zero:
+        return trained_bytes * max(rate for _, rate in rates)
+    return shard(plan, trained_bytes, max(weight * rate for weight, rate in rates))
 
 
 def _by_own_pace(times: StepTimes, plan: Plan, alone: Sequence[float]) -> None:
@@ -95,19 +114,25 @@ def _by_own_pace(times: StepTimes, plan: Plan, alone: Sequence[float]) -> None:
 
 def _unlike(paces: Sequence[Pace], shares: list[list[int]]) -> tuple[list[Pace], list[list[int]]]:
     """One replica of each kind, in order: those with the same pace and the same microbatches do the same."""
+    same = dict(zip(zip(map(id, paces), map(id, shares), strict=True), zip(paces, shares, strict=True), strict=True))
     kinds: dict[tuple[int, ...], tuple[Pace, list[int]]] = {}
-    for pace, share in zip(paces, shares, strict=True):
+    for pace, share in same.values():
         kinds.setdefault((id(pace), len(share), sum(share), share[-1] if share else 0), (pace, share))
     return [pace for pace, _ in kinds.values()], [share for _, share in kinds.values()]
 
 
-def told(times: StepTimes, portion: Portion, fabric: Fabric, num_microbatches: int) -> None:
-    """What replicas tell each other each step: losses, which parameters were used, batch statistics to merge."""
+def told(times: StepTimes, plan: Plan, portion: Portion, fabric: Fabric, num_microbatches: int) -> None:
+    """What replicas tell each other each step: losses, which parameters were used, batch statistics to merge.
+
+    Beside a server losses travel with what is pushed, and out of lock-step nothing is merged.
+    """
     facts, replicas = portion.facts, fabric.workers
-    sizes = [8 * (2 * num_microbatches + replicas + 1), 4 * (len(facts.parameters) + replicas)]
+    sizes: list[int] = []
+    if not plan.server:
+        sizes += [8 * (2 * num_microbatches + replicas + 1), 4 * (len(facts.parameters) + replicas)]
     merged = sum(buffer.size_bytes for buffer in facts.buffers if buffer.updated)
-    if merged:
-        sizes.append(num_microbatches * merged)
+    if merged and (plan.exact or not plan.server):
+        sizes.append(num_microbatches * STATISTICS * merged)
     for size in sizes:
         times.seconds["all_reduce"] += fabric.seconds(ALL_REDUCE, size)
         if fabric.gloo:  # elsewhere they are nothing beside gradients
@@ -116,7 +141,7 @@ def told(times: StepTimes, portion: Portion, fabric: Fabric, num_microbatches: i
 
 def own_seconds(plan: Plan, pace: Pace, size: int) -> float:
     """What one worker spends on one microbatch, fetching it and talking to those who split its layers included."""
-    again = pace.again.seconds(size) if plan.recompute == "full" else 0.0
+    again = pace.again.seconds(size) if plan.again else 0.0
     counter = COUNTER_SECONDS if plan.stolen else 0.0
     computing = pace.forward.seconds(size) + pace.backward.seconds(size) + again
     fetching = pace.fetch.seconds(size) + pace.dispatch_seconds
@@ -137,16 +162,30 @@ def total_all(plan: Plan, paces: Sequence[Pace], shares: Sequence[Sequence[int]]
 
 def dealt(plan: Plan, sizes: Sequence[int], paces: Sequence[Pace] = ()) -> list[list[int]]:
     """Contiguous runs in proportion to the plan's weights, or to how fast the replicas' ``paces`` are."""
-    shares: list[list[int]] = []
-    begin = 0
-    if plan.balanced and paces:
-        counts = soonest(len(sizes), [own_seconds(plan, pace, sizes[0]) for pace in paces])
-    else:
-        counts = apportion(len(sizes), plan.weights)
-    for count in counts:
-        shares.append(list(sizes[begin : begin + count]))
-        begin += count
-    return shares
+    if not (plan.balanced and paces):
+        return [share for replicas, share in in_runs(plan, sizes) for _ in replicas]
+    return _cut(sizes, soonest(len(sizes), [own_seconds(plan, pace, sizes[0]) for pace in paces]))
+
+
+def in_runs(plan: Plan, sizes: Sequence[int]) -> list[tuple[range, list[int]]]:
+    """Replicas in a row that are dealt the same by the plan's weights, and what each of them is dealt."""
+    first, last = sizes[0], sizes[-1]
+    if ":" in plan.shares or not Sizes.of(sizes).even:
+        shares = _cut(sizes, apportion(len(sizes), plan.weights))
+        return [(range(replica, replica + 1), share) for replica, share in enumerate(shares)]
+    each, more = divmod(len(sizes), plan.dp)
+    end = plan.dp if each else more  # of those that are dealt anything
+    runs = [(range(more), [first] * (each + 1)), (range(more, plan.dp), [first] * each)]
+    if last != first:
+        runs = [(range(replicas.start, min(replicas.stop, end - 1)), share) for replicas, share in runs]
+        runs += [(range(end - 1, end), [first] * (max(1, each) - 1) + [last]), (range(end, plan.dp), [])]
+    return [(replicas, share) for replicas, share in runs if replicas]
+
+
+def _cut(sizes: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
+    """The sizes in order, so many to each."""
+    ends = accumulate(counts)
+    return [list(sizes[end - count : end]) for count, end in zip(counts, ends, strict=True)]
 
 
 def _stolen(plan: Plan, paces: Sequence[Pace], sizes: Sequence[int]) -> list[list[int]]:
@@ -164,7 +203,7 @@ def _stolen(plan: Plan, paces: Sequence[Pace], sizes: Sequence[int]) -> list[lis
 
 def own_terms(times: StepTimes, plan: Plan, pace: Pace, sizes: Sequence[int]) -> None:
     """Add what ``own_seconds`` of these microbatches is made of."""
-    again = plan.recompute == "full"
+    again = plan.again
     times.seconds["host"] += COUNTER_SECONDS * len(sizes) if plan.stolen else 0.0
     for size, count in Counter(sizes).items():
         times.seconds["compute"] += count * (pace.forward.seconds(size) + pace.backward.seconds(size))
@@ -317,7 +356,7 @@ def after_rounds(times: StepTimes, plan: Plan, portion: Portion, fabric: Fabric)
 
 def backward_seconds(plan: Plan, pace: Pace, size: int) -> float:
     """Seconds of computing in a microbatch's backward, recomputation included."""
-    return pace.backward.seconds(size) + (pace.again.seconds(size) if plan.recompute == "full" else 0.0)
+    return pace.backward.seconds(size) + (pace.again.seconds(size) if plan.again else 0.0)
 
 
 def _beside(

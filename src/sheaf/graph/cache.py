@@ -116,6 +116,7 @@ def _read(path: Path, facts: ModelFacts) -> Profile | None:
             fetch_seconds=float(values["fetch_seconds"]),
             host_seconds=float(values["host_seconds"]),
             exposed_seconds=float(values["exposed_seconds"]),
+            uneven_seconds=float(values.get("uneven_seconds", 0.0)),
             overheads={str(plan): float(seconds) for plan, seconds in values.get("overheads", {}).items()},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):

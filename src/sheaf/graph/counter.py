@@ -6,7 +6,7 @@ mode and profiler link forward and backward in the same way).
 """
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from sheaf.graph import ops
+from sheaf.graph.crossings import Crossings
 from sheaf.graph.facts import GLUE
 
 
@@ -55,10 +56,23 @@ class Counter(TorchDispatchMode):
 
     ``draws`` and ``batch_dependent`` collect names of modules, ``changed`` storages that the forward wrote to.
     ``place`` is the name of the innermost module that runs, or that raised.
+
+    ``opened`` are modules whose own modules are blocks: what they do between those counts with the block before.
+    ``crossings`` is told of what forward makes and uses.
     """
 
-    def __init__(self, model: nn.Module, blocks: dict[str, nn.Module]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: dict[str, nn.Module],
+        opened: Collection[nn.Module] = (),
+        crossings: Crossings | None = None,
+    ) -> None:
         super().__init__()
+        self._opened = {id(module) for module in opened}
+        self._depth = 0  # how many of the opened modules run
+        self._resting = False  # whether the owner has returned, and what its opened module does counts with it
+        self._crossings = crossings
         self.tallies: dict[str, Tally] = {name: Tally() for name in blocks}
         self.order: list[str] = []
         self.draws: dict[str, None] = {}
@@ -141,7 +155,7 @@ class Counter(TorchDispatchMode):
         return result
 
     def _count(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        backward = _in_backward()
+        backward = in_backward()
         tally = self.tally(self._owner_in_backward() if backward else self._owner)
         work = tally.backward if backward else tally.forward
         work.flops += ops.flops(func, args, kwargs, result)
@@ -149,6 +163,8 @@ class Counter(TorchDispatchMode):
         work.kernels += 1
         if backward:
             return
+        if self._crossings is not None:
+            self._crossings.note((args, kwargs), result, len(self.order))
         if ops.draws(func, args, kwargs):
             tally.draws = True
             self.draws[self.place] = None
@@ -184,27 +200,51 @@ class Counter(TorchDispatchMode):
     def _hooks(self, name: str, module: nn.Module) -> list[RemovableHandle]:
         block = self._block_of.get(id(module))
 
-        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._modules.append((id(module), name))
-            if block is not None and (self._owner == self._default or _in_backward()):
+            if block is not None and (self._owner == self._default or self._resting or in_backward()):
                 self._enter(block, (args, kwargs))
+                return None if in_backward() else self._given_to(block, module, args, kwargs)
+            if id(module) in self._opened and not in_backward():
+                self._depth += 1
+            return None
 
-        def after(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        def after(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
             while self._modules and self._modules.pop()[0] != id(module):
                 pass
+            given = None
             if block is not None and self._owner == block:
-                if not _in_backward():
+                if not in_backward():
+                    given = self._gives(block, output)
+                    output = output if given is None else given
                     self.tally(block).output_bytes += sum(ops.stored_bytes(tensor) for tensor in ops.tensors(output))
-                self._switch(self._default)
+                self._resting = self._depth > 0 and not in_backward()
+                if not self._resting:
+                    self._switch(self._default)
+            elif id(module) in self._opened and not in_backward():
+                self._depth -= 1
+                if not self._depth and self._resting:
+                    self._resting = False
+                    self._switch(self._default)
+            return given
 
         return [
             module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
             module.register_forward_hook(after, with_kwargs=True),
         ]
 
+    def _given_to(self, block: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
+        """A block is about to run: other arguments for it, or None."""
+        return None
+
+    def _gives(self, block: str, output: Any) -> Any:  # noqa: ARG002
+        """A block has run: another output in place of its own, or None."""
+        return None
+
     def _enter(self, block: str, values: Any) -> None:
+        self._resting = False
         self._switch(block)
-        if _in_backward():  # the model recomputes a part of itself
+        if in_backward():  # the model recomputes a part of itself
             return
         tally = self.tally(block)
         if not tally.calls:
@@ -222,11 +262,17 @@ class Counter(TorchDispatchMode):
     def _pack(self, tensor: Tensor) -> Tensor:
         tally = self.tally(self._owner)
         for key, size in ops.storage_bytes([tensor]).items():
-            if key not in self._lasting and key not in self._counted:
-                self._counted.add(key)
+            if self._keep(tally, key, size):
                 self._alive.append(tensor)
-                (tally.saved_inputs if key in tally.inputs else tally.saved)[key] = size
         return tensor
+
+    def _keep(self, tally: Tally, key: int, size: int) -> bool:
+        """Count a storage that autograd keeps; False where it lasts anyway, or was counted before."""
+        if key in self._lasting or key in self._counted:
+            return False
+        self._counted.add(key)
+        (tally.saved_inputs if key in tally.inputs else tally.saved)[key] = size
+        return True
 
     def _parameter_owners(self, blocks: dict[str, nn.Module]) -> dict[int, str]:
         owner: dict[int, str] = {}
@@ -236,5 +282,6 @@ class Counter(TorchDispatchMode):
         return owner
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Whether autograd runs backward."""
     return torch._C._current_graph_task_id() != -1

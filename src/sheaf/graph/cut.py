@@ -1,14 +1,17 @@
 """Where a model is cut: the modules that are measured, recomputed, sharded and placed as one piece."""
 
+from collections.abc import Collection, Iterator
+
 from torch import nn
 from torch.nn.utils import parametrize
 
-from sheaf.graph.facts import GLUE
+from sheaf.graph.facts import GLUE, within
 
 MOST = 0.5  # of the model's parameters
+_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # torch's own that call what they are made of
 
 
-def cut(model: nn.Module) -> dict[str, nn.Module]:
+def cut(model: nn.Module, begins: Collection[str] = ()) -> dict[str, nn.Module]:
     """The model's blocks by module name, in the order in which the model defines them.
 
     Lists, dicts and chains of modules are opened. One of several modules of a class in such a container is a block
@@ -17,18 +20,101 @@ def cut(model: nn.Module) -> dict[str, nn.Module]:
     Blocks never overlap, and a module that is used under two names is in one block. What an opened module holds
     directly belongs to no block: see ``owners``.
 
+    A block inside of which one of ``begins`` is gives way to the modules that it is made of, as far down as that
+    module; ``opened`` names such blocks.
+
     >>> from torch import nn
     >>> list(cut(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))))
     ['0', '1', '2']
     >>> layer = lambda: nn.TransformerEncoderLayer(4, 2, 8)
-    >>> list(cut(nn.ModuleDict({"embed": nn.Embedding(9, 4), "layers": nn.ModuleList([layer(), layer()])})))
+    >>> model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "layers": nn.ModuleList([layer(), layer()])})
+    >>> list(cut(model))
     ['embed', 'layers.0', 'layers.1']
+    >>> [name for name in cut(model, ["layers.1.norm1"]) if "norm" in name]
+    ['layers.1.norm1', 'layers.1.norm2']
     """
-    finder = _Finder(model)
+    return _refined(model, begins)[0]
+
+
+def opened(model: nn.Module, begins: Collection[str]) -> dict[str, nn.Module]:
+    """The modules that gave way to what they are made of, by name, the blocks first.
+
+    >>> list(opened(nn.Sequential(*(nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(2))), ["1.1"]))
+    ['1']
+    """
+    return _refined(model, begins)[1]
+
+
+def finer(model: nn.Module) -> tuple[str, ...]:
+    """One module inside of each block that calls what it is made of, and inside of each chain or large module of it:
+    ``begins`` for the finest cut that is looked at.
+    """
+    found: list[str] = []
+    for name, block in _blocks(model).items():
+        if is_openable(block):
+            inside = _opened({name: block}, name)
+            found += list(inside)[:1]
+            for path, piece in inside.items():
+                large = _num_elements(piece) > MOST * _num_elements(block)
+                if is_openable(piece) and (isinstance(piece, nn.Sequential) or large):
+                    found += list(_opened({path: piece}, path))[:1]
+    return tuple(found)
+
+
+def is_openable(block: nn.Module) -> bool:
+    """Whether a block may give way to the modules it is made of: its forward is Python that calls them."""
+    if not is_composite(block) or parametrize.is_parametrized(block):
+        return False
+    own = type(block).__module__.startswith("torch.")
+    return not own or isinstance(block, (nn.Sequential, *_LAYERS))
+
+
+def _refined(model: nn.Module, begins: Collection[str]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """The blocks, and the modules that gave way to theirs."""
+    blocks, gone = _blocks(model), dict[str, nn.Module]()
+    for name in begins:
+        while (around := _around(name, blocks)) is not None and is_openable(blocks[around]):
+            gone[around] = blocks[around]
+            blocks = _opened(blocks, around)
+    return blocks, gone
+
+
+def _blocks(model: nn.Module) -> dict[str, nn.Module]:
     if _is_whole(model) and not _repeats(model):
         return {"": model}
+    finder = _Finder(model)
     finder.open("", model)
     return finder.blocks
+
+
+def _around(name: str, blocks: Collection[str]) -> str | None:
+    """The block that a module of that name is inside of, if any."""
+    return next((block for block in blocks if within(name, block)), None)
+
+
+def _opened(blocks: dict[str, nn.Module], name: str) -> dict[str, nn.Module]:
+    """The blocks with one of them replaced by the modules it is made of."""
+    seen = {id(inner) for other, block in blocks.items() if other != name for inner in block.modules()}
+    made: dict[str, nn.Module] = {}
+    for other, block in blocks.items():
+        if other != name:
+            made[other] = block
+            continue
+        for path, piece in _pieces(block, name):
+            if id(piece) not in seen:
+                made[path] = piece
+                seen.update(id(inner) for inner in piece.modules())
+    return made
+
+
+def _pieces(block: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules that a block is made of; those in lists and dicts, which do nothing themselves, one by one."""
+    for child_name, child in block.named_children():
+        path = f"{name}.{child_name}" if name else child_name
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _pieces(child, path)
+        else:
+            yield path, child
 
 
 def is_composite(block: nn.Module) -> bool:
@@ -36,7 +122,7 @@ def is_composite(block: nn.Module) -> bool:
     return any(True for _ in block.children())
 
 
-def owners(model: nn.Module) -> dict[str, tuple[str, ...]]:
+def owners(model: nn.Module, begins: Collection[str] = ()) -> dict[str, tuple[str, ...]]:
     """Which parameters each block owns, by canonical name; GLUE owns what is in no block.
 
     Every parameter is owned once: a shared one by the first block, in the model's order, that holds it.
@@ -48,7 +134,7 @@ def owners(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """
     canonical = {id(parameter): name for name, parameter in model.named_parameters()}
     owned: dict[str, tuple[str, ...]] = {}
-    for name, module in cut(model).items():
+    for name, module in cut(model, begins).items():
         held = [id(parameter) for parameter in module.parameters()]
         owned[name] = tuple(canonical.pop(key) for key in held if key in canonical)
     owned[GLUE] = tuple(canonical.values())
@@ -66,11 +152,12 @@ class _Finder:
     def open(self, name: str, module: nn.Module) -> None:
         """Cut what is inside a module."""
         self._seen.add(id(module))
+        sizes = [(type(other), _num_elements(other)) for other in module.children()]
         for child_name, child in module.named_children():
             path = f"{name}.{child_name}" if name else child_name
             if id(child) in self._seen:
                 continue
-            alike = [_num_elements(other) for other in module.children() if type(other) is type(child)]
+            alike = [size for kind, size in sizes if kind is type(child)]
             if self._opens(child, alike, in_list=_is_container(module)):
                 self.open(path, child)
             else:

@@ -8,6 +8,15 @@ LOSS = "<loss>"  # the name of the block that stands for the loss function
 GLUE = "<glue>"  # the name of the block that stands for work done in no block: the root's own operations
 
 
+def within(module: str, block: str) -> bool:
+    """Whether a module is inside of a block, by their names; the model's own is empty.
+
+    >>> within("a.1", "a"), within("ab", "a"), within("a", "a"), within("a", "")
+    (True, False, False, True)
+    """
+    return module != block and (not block or module.startswith(f"{block}."))
+
+
 @dataclass(frozen=True)
 class ParameterFact:
     """One parameter: its canonical name, shape, and the other names under which modules share it."""
@@ -97,6 +106,9 @@ class BlockFact:
     saved_input_bytes: int = 0  # of its inputs, what it keeps for backward and no earlier block has counted
     composite: bool = True  # made of other modules; one that is not keeps little but its input, and is not recomputed
     fresh_input_bytes: int = 0  # of its inputs, what is no earlier block's input: kept when a block is recomputed
+    crossing_bytes: int | None = (
+        None  # what was computed up to here and is used later, whoever gave it; None: not known
+    )
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,8 @@ class ModelFacts:
     """Everything the planner knows of a task's model at one microbatch size.
 
     ``blocks`` are in forward order and end with GLUE and LOSS. ``draws`` and ``batch_dependent`` name modules.
+    ``begins`` are modules inside of blocks, which are told of as what they are made of (see ``graph.cut``); their
+    ``output_bytes`` are what crosses behind them.
     """
 
     samples: int  # per microbatch
@@ -114,6 +128,7 @@ class ModelFacts:
     batch_dependent: tuple[str, ...]
     batch_bytes: int  # one collated microbatch
     tables: tuple[TableFact, ...] = ()  # parameters whose rows are looked up
+    begins: tuple[str, ...] = ()
 
     @cached_property
     def num_parameters(self) -> int:
@@ -191,5 +206,8 @@ class Profile:
     fetch_seconds: float
     host_seconds: float
     exposed_seconds: float = 0.0  # communication of a real dp step that nothing hid; 0: not measured
+    uneven_seconds: float = (
+        0.0  # of a real dp step, in which its workers, all equally fast, waited for the last of them
+    )
     collective_factor: float = 1.0  # how much longer a collective takes in a step than when it was measured alone
     overheads: dict[str, float] = field(default_factory=dict[str, float])  # seconds by rehearsed plan: cost.overheads

@@ -5,6 +5,7 @@ rows that training will ask for, and nothing else is computed.
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -159,12 +160,16 @@ def _leaves(values: Sequence[Any]) -> Iterator[Any]:
             yield value
 
 
+def _copied(value: Any) -> Any:
+    return value.copy() if type(value) in (dict, OrderedDict, list, set) else copy.copy(value)
+
+
 @contextmanager
 def put_back(model: nn.Module) -> Iterator[None]:
     """Give modules back what a forward changed in them."""
     modules = [(module, dict(module.__dict__)) for module in model.modules()]
     plain = [
-        (value, copy.copy(value))
+        (value, _copied(value) if value else ())
         for _, attributes in modules
         for value in attributes.values()
         if isinstance(value, dict | list | set)
@@ -176,6 +181,8 @@ def put_back(model: nn.Module) -> Iterator[None]:
             module.__dict__.clear()
             module.__dict__.update(attributes)
         for value, before in plain:
+            if not value and not before:
+                continue
             if isinstance(value, list):
                 value[:] = before
             else:

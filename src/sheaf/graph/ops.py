@@ -182,10 +182,17 @@ def _recurrent_backward(sequence: Tensor, *weights: Any, **_named: Any) -> float
     return 2 * _recurrent(sequence, weights[0], weights[1])
 
 
+def _grouped(left: Tensor, right: Tensor, *_rest: Any, **_named: Any) -> float:
+    # rows sorted by group meet one matrix each, whichever of the operands holds them; of two stacks each pair is one
+    pairs = left.shape[0] if left.ndim == right.ndim == 3 else 1
+    return 2.0 * pairs * left.shape[-2] * left.shape[-1] * right.shape[-1]
+
+
 _Formula = Callable[..., float]
 _OWN: dict[Any, _Formula] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    aten._grouped_mm: _grouped,
     aten.mkldnn_rnn_layer: _recurrent,
     aten.mkldnn_rnn_layer_backward: _recurrent_backward,
 }

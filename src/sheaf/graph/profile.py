@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sheaf.errors import TaskError
 from sheaf.graph.alone import record_calls, time_block, time_loss
-from sheaf.graph.cut import cut
+from sheaf.graph.cut import cut, opened
 from sheaf.graph.example import example, global_streams_kept, num_samples, precision
 from sheaf.graph.facts import LOSS, BlockFact, BlockTime, ModelFacts, Profile
 from sheaf.graph.stopwatch import Clock, Stopwatch
@@ -98,7 +98,8 @@ class _WholeModel:
         self._batch = moved(example(task, facts.samples), device)
         self._count = num_samples(task, facts.samples)
         self._clock = Clock(device)
-        self._stopwatch = Stopwatch(cut(self._model), self._clock)
+        around = opened(self._model, facts.begins)
+        self._stopwatch = Stopwatch(cut(self._model, facts.begins), self._clock, around.values())
 
     def times(self, budget_seconds: float) -> dict[str, BlockTime]:
         """Seconds of every block; they sum to what the plain model takes."""
@@ -159,7 +160,7 @@ class _Blocks:
         self._task, self._facts, self._device = task, facts, device
         self._blueprint = Blueprint(task)
         self._batch = example(task, facts.samples)
-        modules = cut(self._blueprint.model)
+        modules = cut(self._blueprint.model, facts.begins)
         self._distinct: dict[str, BlockFact] = {}
         for block in facts.blocks:
             if block.calls and block.name in modules:

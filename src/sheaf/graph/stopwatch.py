@@ -3,7 +3,7 @@
 import bisect
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,10 +41,16 @@ class Clock:
 
 
 class Stopwatch:
-    """Splits a microbatch's time among blocks, GLUE and LOSS, by noting when the work passes from one to the next."""
+    """Splits a microbatch's time among blocks, GLUE and LOSS, by noting when the work passes from one to the next.
 
-    def __init__(self, blocks: dict[str, nn.Module], clock: Clock) -> None:
+    ``opened`` are modules whose own modules are blocks: what they do between those counts with the block before.
+    """
+
+    def __init__(self, blocks: dict[str, nn.Module], clock: Clock, opened: Collection[nn.Module] = ()) -> None:
         self._clock = clock
+        self._opened = tuple(opened)
+        self._depth = 0  # how many of the opened modules run
+        self._resting = False  # whether the owner has returned, and its opened module goes on
         self._blocks = blocks
         self._owner = GLUE
         self._notes: list[tuple[str, bool, Any]] = []  # owner, in backward, moment
@@ -58,6 +64,8 @@ class Stopwatch:
         handles: list[RemovableHandle] = []
         for name, module in self._blocks.items():
             handles += self._hooks(name, module)
+        for module in self._opened:
+            handles += [module.register_forward_pre_hook(self._open), module.register_forward_hook(self._leave)]
         try:
             yield
         finally:
@@ -103,19 +111,32 @@ class Stopwatch:
 
     def _hooks(self, name: str, module: nn.Module) -> list[RemovableHandle]:
         def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            if self._owner == GLUE and not self._in_backward:
+            if (self._owner == GLUE or self._resting) and not self._in_backward:
+                self._resting = False
                 self._mark_nodes((args, kwargs))
                 self._switch(name)
 
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
             if self._owner == name and not self._in_backward:
-                self._switch(GLUE)
+                self._resting = self._depth > 0
+                if not self._resting:
+                    self._switch(GLUE)
                 self._mark_nodes(output)
 
         return [
             module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
             module.register_forward_hook(after),
         ]
+
+    def _open(self, _module: nn.Module, _args: Any) -> None:
+        self._depth += not self._in_backward
+
+    def _leave(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        self._depth -= not self._in_backward
+        if not self._depth and self._resting:
+            self._resting = False
+            self._switch(GLUE)
+            self._mark_nodes(output)
 
     def _mark_nodes(self, value: Any) -> None:
         """When backward reaches the node that made a tensor at a block's edge, its work passes to that node's block."""

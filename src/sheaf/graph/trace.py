@@ -16,11 +16,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from sheaf.errors import SheafError, TaskError
 from sheaf.graph import ops
+from sheaf.graph.alike import Again
 from sheaf.graph.counter import Counter, Tally
-from sheaf.graph.cut import cut, is_composite, owners
+from sheaf.graph.crossings import Crossings
+from sheaf.graph.cut import cut, is_composite, opened, owners
 from sheaf.graph.drawn import Drawn
 from sheaf.graph.example import converted, example, global_streams_kept, num_samples, precision
 from sheaf.graph.facts import GLUE, LOSS, BlockFact, BufferFact, ModelFacts, ParameterFact, TableFact
+from sheaf.graph.kinds import kinds
 from sheaf.graph.lookups import tables
 from sheaf.task import Task, arguments, as_loss
 from sheaf.task.blueprint import Blueprint
@@ -34,14 +37,20 @@ _HERE = ("<", *(str(path) for path in _TOOLS))  # files that are never the user'
 
 
 def trace(
-    task: Task, samples: int, *, known: tuple[TableFact, ...] | None = None, drawn: Drawn | None = None
+    task: Task,
+    samples: int,
+    *,
+    known: tuple[TableFact, ...] | None = None,
+    drawn: Drawn | None = None,
+    begins: tuple[str, ...] = (),
 ) -> ModelFacts:
     """The facts of the task's model for microbatches of ``samples`` samples.
 
     ``known`` are its tables, where an earlier trace has counted their rows; ``drawn`` is its model, where others look
-    at it too.
+    at it too. Blocks inside of which one of ``begins`` is are told of as what they are made of (see ``cut``).
 
-    Model, loss and backward run once on fake tensors: nothing is allocated, however large the model. A model whose
+    Model, loss and backward run once on fake tensors: nothing is allocated, however large the model. Of many blocks
+    that do the same, most are only checked to do so (see ``alike``). A model whose
     path depends on values (``if x.sum() > 0``) is run for real when its parameters weigh less than 2 GiB.
 
     Raises TaskError naming the module and the line when the model or the loss fails, and DataError when the samples
@@ -52,10 +61,8 @@ def trace(
     fakes = drawn.blueprint.parameters.values()
     weight_bytes = sum(fake.numel() * drawn.blueprint.dtype_of(fake).itemsize for fake in fakes)
     try:
-        with drawn.lent() as blueprint:
-            if task.precision == "fp64":
-                widen(blueprint.model, blueprint.mode)
-            found = _facts(task, samples, blueprint.model, blueprint.names, batch, blueprint.mode)
+        found = (None if begins else _alike(task, samples, drawn, batch)) or _lent(task, samples, drawn, batch, begins)
+        blueprint = drawn.blueprint
         if known is None:  # a model that writes to its buffers is built anew
             known = tables(task, samples, None if any(one.updated for one in found.buffers) else blueprint)
         return replace(found, tables=known)
@@ -66,9 +73,29 @@ def trace(
             raise TaskError(_too_large(failure, weight_bytes)) from failure.__cause__
     try:
         blueprint = Blueprint(task)
-        return _facts(task, samples, blueprint.fill(CPU), blueprint.names, batch, None)
+        return _facts(task, samples, blueprint.fill(CPU), blueprint.names, batch, None, begins)
     except _Failure as failure:
         raise TaskError(failure.told()) from failure.__cause__
+
+
+def _alike(task: Task, samples: int, drawn: Drawn, batch: Any) -> ModelFacts | None:
+    """The facts with most blocks of a kind checked only; None where there are none, or where they are not alike."""
+    model = drawn.blueprint.model
+    if not kinds(model, cut(model)):
+        return None
+    try:
+        return _lent(task, samples, drawn, batch, (), again=True)
+    except (_Failure, SheafError):  # if it is the model's, the trace of every block for itself tells it
+        return None
+
+
+def _lent(
+    task: Task, samples: int, drawn: Drawn, batch: Any, begins: tuple[str, ...], *, again: bool = False
+) -> ModelFacts:
+    with drawn.lent() as blueprint:
+        if task.precision == "fp64":
+            widen(blueprint.model, blueprint.mode)
+        return _facts(task, samples, blueprint.model, blueprint.names, batch, blueprint.mode, begins, again=again)
 
 
 class _Failure(Exception):
@@ -98,12 +125,16 @@ def _facts(
     names: dict[str, tuple[str, ...]],
     batch: Any,
     mode: FakeTensorMode | None,
+    begins: tuple[str, ...],
+    *,
+    again: bool = False,
 ) -> ModelFacts:
     count = num_samples(task, samples)
     model.train()
-    blocks = cut(model)
-    owned = owners(model)
-    counter = Counter(model, blocks)
+    around = opened(model, begins)
+    blocks, crossings = cut(model, begins), Crossings(model)
+    kind = Again if again else Counter
+    counter = kind(model, blocks, around.values(), crossings)
     buffers = {name: (id(buffer), buffer._version) for name, buffer in model.named_buffers()}
     part = "the model's forward"
     with ExitStack() as stack:
@@ -131,7 +162,23 @@ def _facts(
         finally:
             model.zero_grad(set_to_none=True)
     updated = _updated(model, buffers, counter.changed)
-    return _gather(count, model, names, batch, counter, owned, updated)
+    found = _gather(count, model, names, batch, counter, begins, updated)
+    return _crossed(found, crossings, counter.order, tuple(around))
+
+
+def _crossed(facts: ModelFacts, crossings: Crossings, order: list[str], around: tuple[str, ...]) -> ModelFacts:
+    """The facts with what crosses behind each block; behind a module inside of a block that is what the module gives."""
+    inner = tuple(f"{name}." if name else "" for name in around)
+    behind = dict(zip(order, crossings.behind(len(order)), strict=True))
+
+    def told(block: BlockFact) -> BlockFact:
+        crosses = behind.get(block.name)
+        if crosses is None or block.name == LOSS:
+            return block
+        gives = crosses if block.name.startswith(inner) else block.output_bytes
+        return replace(block, output_bytes=gives, crossing_bytes=crosses)
+
+    return replace(facts, blocks=tuple(map(told, facts.blocks)))
 
 
 def _gather(
@@ -140,11 +187,11 @@ def _gather(
     names: dict[str, tuple[str, ...]],
     batch: Any,
     counter: Counter,
-    owned: dict[str, tuple[str, ...]],
+    begins: tuple[str, ...],
     updated: frozenset[str],
 ) -> ModelFacts:
     parameters = dict(model.named_parameters())
-    modules = cut(model)
+    modules, owned = cut(model, begins), owners(model, begins)
     kinds = {name: type(module).__name__ for name, module in modules.items()} | {GLUE: "Glue", LOSS: "Loss"}
     composite = {name for name, module in modules.items() if is_composite(module)}
     order = [name for name in counter.order if name != LOSS]
@@ -161,6 +208,7 @@ def _gather(
         draws=tuple(counter.draws),
         batch_dependent=tuple(counter.batch_dependent),
         batch_bytes=sum(ops.stored_bytes(tensor) for tensor in ops.tensors(batch)),
+        begins=begins,
     )
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sheaf.errors import PlanError
-from sheaf.graph import cut, is_composite
+from sheaf.graph import cut
 from sheaf.parallel.exchange import Exchange
 from sheaf.parallel.experts import ExpertsRunner, calling, come_home, expert_facts, lists, shared
 from sheaf.parallel.gathered import Gathered
@@ -25,7 +25,7 @@ from sheaf.parallel.pipeline import Pipeline
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.post import Post
 from sheaf.parallel.precision import LossScale
-from sheaf.parallel.recompute import recompute
+from sheaf.parallel.recompute import again, recompute
 from sheaf.parallel.replicated import Replicated
 from sheaf.parallel.rows import Tables, tables
 from sheaf.parallel.rows.pulling import Pulling, pulling
@@ -81,7 +81,7 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
         )
     blueprint = Blueprint(task)
     task = blueprint.task = with_microbatch(task, plan, blueprint.model)
-    blocks = cut(blueprint.model)
+    blocks = cut(blueprint.model, plan.begins)
     splits = split_facts(task, plan, world)
     found = segments(plan, blueprint, blocks) if plan.split_parts else None
     rows = tables(task, plan, blueprint)
@@ -105,15 +105,13 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
     holding = _apart(task, plan, spread, portion, factor, exchange, expectation, stages.tied if stages else ())
     if holding is None:
         held = found.apart if found else tuple(splits.slices) if splits and plan.expert_parts else ()
-        holding = _hold(portion, plan, spread.replicas, factor, blocks, held, stages, spread.place.pp, rows)
+        holding = _hold(portion, plan, spread, factor, blocks, held, stages, rows)
     splitting = _splitting(plan, holding.model, portion, spread, splits)
     streams = Streams(holding.model, task.seed, world.device)
     sending = _sending(holding.model, portion, spread, splits, blocks)
     sending = sending or calling(holding.model, portion, spread.experts, splits, streams, untouched)
     pulled = _pulled(task, spread, holding, rows, deals := _dealer(plan, spread), found)
-    if plan.recompute == "full":
-        around = _around(sending or splitting or nullcontext(), pulled)
-        recompute([block for block in blocks.values() if is_composite(block)], streams, around)
+    recompute(again(plan, blocks).values(), streams, _around(sending or splitting or nullcontext(), pulled))
     parts = Parts(
         task=task,
         spread=spread,
@@ -142,7 +140,7 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
     stand_ins = StandIns(blueprint.mode, untouched)
     ledger = Ledger(homes, post, stand_ins, splitting)
     complete = stages.complete if stages else True
-    together = Together(streams, holding.model, untouched if found else {}, draws=plan.recompute == "none")
+    together = Together(streams, holding.model, untouched if found else {}, draws=not plan.again)
     passing = Passing(blocks, placing.blocks, count, ledger, stand_ins, complete=complete)
     if parts.statistics is not None:
         parts.statistics.follow(passing.runs)
@@ -164,7 +162,8 @@ def refuse(task: Task, plan: Plan) -> SplitFacts | None:
     """
     blueprint, world = Blueprint(task), World.alone()
     task = blueprint.task = with_microbatch(task, plan, blueprint.model)
-    blocks = cut(blueprint.model)
+    blocks = cut(blueprint.model, plan.begins)
+    again(plan, blocks)
     rows = tables(task, plan, blueprint)
     _refuse_scaled(task, plan)
     if plan.server:
@@ -223,7 +222,7 @@ def _splitting(
 ) -> Splitting | None:
     if plan.cp > 1 and spread.layers is not None:
         lengthwise = Lengthwise(spread.layers, model.parameters())
-        lengthwise.lends = plan.recompute == "none"  # what runs again gathers again
+        lengthwise.lends = not plan.again  # what runs again gathers again
         return lengthwise
     if splits is None or spread.layers is None:
         return None
@@ -260,7 +259,7 @@ def _around(
 
 def _statistics(plan: Plan, spread: Spread, model: nn.Module) -> BatchStatistics | None:
     """Batch statistics, where they are set aside while microbatches run: of all, or of each replica by itself."""
-    if plan.workers == 1 and plan.recompute == "none":
+    if plan.workers == 1 and not plan.again:
         return None
     return BatchStatistics(model, spread.world if plan.serves.exact else spread.replica, tells=spread.leads)
 
@@ -368,20 +367,20 @@ def _apart(
 def _hold(
     portion: Portion,
     plan: Plan,
-    replicas: World,
+    spread: Spread,
     factor: Factor,
     blocks: dict[str, nn.Module],
     apart: Collection[str],
     stages: Stages | None,
-    first: int,
     rows: Tables,
 ) -> AbstractHolding:
+    replicas, first = spread.replicas, spread.place.pp
     if plan.zero == 0:
         return Replicated(portion, replicas, factor, plan.bucket_bytes, (*apart, *rows.dealt), plan.compression, rows)
     if plan.zero == 3:
         calls, mine = (stages.blocks, range(first, plan.num_stages, plan.pp)) if stages else (None, (0,))
-        return Gathered(portion, replicas, factor, blocks, plan, calls, mine)
-    return Sharded(portion, replicas, factor, plan.bucket_bytes, shard_gradients=plan.zero == 2)
+        return Gathered(portion, replicas, factor, blocks, plan, calls, mine, spread.weights)
+    return Sharded(portion, replicas, factor, plan.bucket_bytes, spread.weights, shard_gradients=plan.zero == 2)
 
 
 def _refuse_scaled(task: Task, plan: Plan) -> None:

@@ -133,10 +133,10 @@ def expert_facts(task: Task, plan: Plan, samples: int) -> SplitFacts:
     unmet = _unmet(plan, lists) if lists.slices else unmet
     if unmet:
         raise PlanError(_nothing(task, plan, samples, unmet, stacks.closed | lists.closed))
-    if plan.recompute != "none":
+    if plan.again:
         raise PlanError(
             f"{holders(lists.dealt)[0]} lies in a list of modules, whose rows would travel again in backward: use "
-            "recompute=none"
+            "recompute=none, and no part that runs again"
         )
     return lists
 
@@ -160,7 +160,9 @@ def _nothing(task: Task, plan: Plan, samples: int, part: str, closed: Mapping[st
     return (
         f"{part} holds no experts to send tokens to, and neither does the rest of the model{because}: experts are "
         "parameters stacked along their first dimension that bmm, matmul or einsum multiplies with one row of tokens "
-        "each, or modules in a list, each called with rows that no other of them computed; "
+        "each, or grouped_mm with tokens sorted by expert (of transformers' ways the default, "
+        "experts_implementation='grouped_mm'), or modules in a list, each called with rows that no other of them "
+        "computed; "
         f"use dp={plan.dp} with zero=3, or tp={plan.dp}"
     )
 

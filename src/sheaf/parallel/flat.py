@@ -18,9 +18,9 @@ class FlatTensors:
         self.dtype = getattr(torch, flat.parameters[0].dtype)
         self.whole = torch.zeros(flat.padded_elements, dtype=self.dtype, device=device)
         self._whole_bytes = self.whole.untyped_storage().nbytes()
-        own = self.whole.narrow(0, rank * flat.shard_elements, flat.shard_elements)
+        own = self.whole.narrow(0, flat.start(rank), flat.sizes[rank])
         self.shard = torch.zeros_like(own) if apart else own
-        self.gradient_shard = torch.zeros(flat.shard_elements if self.trained else 0, dtype=self.dtype, device=device)
+        self.gradient_shard = torch.zeros(flat.sizes[rank] if self.trained else 0, dtype=self.dtype, device=device)
         self.views = {name: part.view(shapes[name]) for name, part in self.split(self.whole).items()}
         self.names = [parameter.name for parameter in flat.parameters]
         self.pieces: tuple[Piece, ...] = flat.pieces(rank)

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from sheaf.cluster.primitives import Pending
 from sheaf.errors import PlanError
-from sheaf.graph import is_composite
 from sheaf.graph.facts import GLUE
 from sheaf.parallel.flat import FlatTensors
 from sheaf.parallel.holding import AbstractHolding, Factor, Touched
 from sheaf.parallel.optimizers import sliced_optimizer
 from sheaf.parallel.portion import Portion
+from sheaf.parallel.recompute import again
 from sheaf.parallel.rehearsal import orders_of, rehearse, tensors_in, unit_members, watching
 from sheaf.parallel.rounds import Round, Unit
 from sheaf.parallel.sharded import gathered
@@ -54,29 +54,30 @@ class Gathered(AbstractHolding):
         plan: Plan,
         calls: Mapping[str, tuple[int, ...]] | None = None,
         stages: Sequence[int] = (0,),
+        weights: tuple[int, ...] = (),
     ) -> None:
         self._world, self._factor = world, factor
         rehearsal = rehearse(portion, blocks)
         named = unit_members(portion, blocks, rehearsal, plan.bucket_bytes)
         shapes = {name: fake.shape for name, fake in portion.parameters.items()}
-        self._flats = [
+        self.flats = [
             FlatTensors(flat, world.rank, shapes, world.device, apart=True)
-            for flat in flats(named.items(), world.workers)
+            for flat in flats(named.items(), world.workers, weights)
         ]
-        self._units = {name: Unit(name, [flat for flat in self._flats if flat.flat.unit == name]) for name in named}
+        self._units = {name: Unit(name, [flat for flat in self.flats if flat.flat.unit == name]) for name in named}
         self._unit_of_storage = {
             flat.storage: unit for name, unit in self._units.items() if name != GLUE for flat in unit.parts
         }
         self._fill(portion)
         self.slices: dict[str, tuple[Tensor, Piece]] = {
             piece.name: (flat.part_of(flat.shard, piece), piece)
-            for flat in self._flats
+            for flat in self.flats
             if flat.trained
             for piece in flat.pieces
         }
         self._gradients = {
             piece.name: flat.part_of(flat.gradient_shard, piece)
-            for flat in self._flats
+            for flat in self.flats
             if flat.trained
             for piece in flat.pieces
         }
@@ -91,7 +92,7 @@ class Gathered(AbstractHolding):
             for stage, order in orders.items()
         }
         self._round = self._rounds[stages[0]]
-        self._trained = [flat for flat in self._flats if flat.trained]
+        self._trained = [flat for flat in self.flats if flat.trained]
         self._reduced: set[int] = set()
         self._pending: deque[tuple[Pending, Tensor | None, Tensor]] = deque()
         self._used = set[str]()
@@ -100,9 +101,10 @@ class Gathered(AbstractHolding):
         self._complete = rehearsal.complete
         self._touched = Touched(self.parameters.items(), self._ready)
         self._wrapped: list[tuple[nn.Module, Any]] = []
+        repeated = again(plan, blocks)
         for name, block in blocks.items():
             if name in self._units:
-                self._wrap(block, self._units[name], recomputed=plan.recompute == "full" and is_composite(block))
+                self._wrap(block, self._units[name], recomputed=name in repeated)
 
     @property
     def sharded(self) -> bool:
@@ -196,11 +198,11 @@ class Gathered(AbstractHolding):
 
     def full_parameters(self) -> dict[str, Tensor]:
         """Whole parameters on every worker."""
-        return gathered(self._world, self._flats, [flat.shard for flat in self._flats], self.parameters)
+        return gathered(self._world, self.flats, [flat.shard for flat in self.flats], self.parameters)
 
     def kept(self) -> dict[str, Tensor]:
         """This worker's shards."""
-        return {f"shard {index}": flat.shard for index, flat in enumerate(self._flats)}
+        return {f"shard {index}": flat.shard for index, flat in enumerate(self.flats)}
 
     def optimizer_names(self) -> dict[int, str]:
         """The parameter name of each slice that the optimizer steps."""
@@ -216,7 +218,7 @@ class Gathered(AbstractHolding):
         self._wrapped.clear()
 
     def _fill(self, portion: Portion) -> None:
-        flat_of = {name: flat for flat in self._flats for name in flat.names}
+        flat_of = {name: flat for flat in self.flats for name in flat.names}
 
         def parameter(name: str) -> Tensor:
             flat_of[name].put(name, portion.value(name))
@@ -352,7 +354,8 @@ class Gathered(AbstractHolding):
         self._arrive(unit)
         self._gathering = True
         unit.gathers = [
-            self._world.all_gather(flat.whole, flat.shard, f"parameters of {unit.name}") for flat in unit.parts
+            self._world.all_gather(flat.whole, flat.shard, f"parameters of {unit.name}", flat.flat.sizes)
+            for flat in unit.parts
         ]
         self._gathering = False
 
@@ -384,7 +387,7 @@ class Gathered(AbstractHolding):
             self._done.append(unit)
         self._release_done(unit)
         target = flat.gradient_shard if first else torch.empty_like(flat.gradient_shard)
-        pending = self._world.reduce_scatter(target, laid, f"gradients of {flat.flat.unit}")
+        pending = self._world.reduce_scatter(target, laid, f"gradients of {flat.flat.unit}", flat.flat.sizes)
         self._pending.append((pending, None if first else flat.gradient_shard, target))
 
     def _collect(self) -> None:

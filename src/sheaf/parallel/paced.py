@@ -15,14 +15,14 @@ from torch import Tensor
 
 from sheaf.cluster.traffic import traffic
 from sheaf.errors import NonFiniteLoss, PlanError, TaskError
-from sheaf.graph import cut, is_composite
+from sheaf.graph import cut
 from sheaf.parallel.board import Board, Closed
 from sheaf.parallel.exchange import Exchange
 from sheaf.parallel.optimizers import load_named_state, named_state
 from sheaf.parallel.own_pace import OwnPace
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.precision import LossScale
-from sheaf.parallel.recompute import recompute
+from sheaf.parallel.recompute import again, recompute
 from sheaf.parallel.runner import AbstractRunner, Expectation, Parts, WholeModel
 from sheaf.parallel.shares import REMEMBERED, Dealt
 from sheaf.parallel.spread import Spread
@@ -375,8 +375,7 @@ def pace(task: Task, plan: Plan, spread: Spread, portion: Portion) -> PacedStep:
 
     holding = OwnPace(portion, everyone, factor, plan)
     streams = Streams(holding.model, task.seed, world.device)
-    if plan.recompute == "full":
-        recompute([block for block in cut(holding.model).values() if is_composite(block)], streams)
+    recompute(again(plan, cut(holding.model)).values(), streams)
     parts = Parts(
         task=task,
         spread=spread,

@@ -23,7 +23,7 @@ class Pipeline(AbstractStaged):
         super().__init__(parts, passing, post)
         self._plan = plan
         self._later: dict[tuple[int, int], Later] = {}
-        self._apart = plan.schedule == "zero-bubble" and plan.recompute == "none" and not parts.holding.lockstep
+        self._apart = plan.schedule == "zero-bubble" and not plan.again and not parts.holding.lockstep
         passing.notes_hooks = self._apart
         self._mine: tuple[Microbatch, ...] = ()
 
@@ -50,7 +50,8 @@ class Pipeline(AbstractStaged):
         final = max((place for place, action in enumerate(mine) if action.kind in "BW"), default=-1)
         ready = [False] * len(mine)
         for place, action in enumerate(mine):
-            for soon in range(place, min(place + 2, len(mine))):
+            # Whoever sends is told on the line on which this worker sends: it must know before that is taken.
+            for soon in [soon for soon in range(place, len(mine)) if mine[soon].kind != "W"][:2]:
                 ready[soon] = ready[soon] or self._expect(mine[soon])
                 if not ready[soon]:  # messages come in order: what comes first must be received first
                     break

@@ -4,7 +4,7 @@ Chen et al., 2016, "Training Deep Nets with Sublinear Memory Cost" (arXiv:1604.0
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -13,7 +13,10 @@ import torch._C._autograd as autograd_internals
 from torch import nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from sheaf.errors import PlanError
+from sheaf.errors import PlanError, nearest
+from sheaf.graph import is_composite
+from sheaf.plans import Plan
+from sheaf.plans.again import AGAIN, is_again, matches
 from sheaf.task import Streams
 from sheaf.task.streams import Position
 
@@ -28,6 +31,29 @@ _again = _Again()
 def running_again() -> bool:
     """Whether a block of the plan is being recomputed now, on this thread."""
     return _again.running
+
+
+def again(plan: Plan, blocks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The blocks that run forward again under a plan, by name: of those that it names, all that keep more than their
+    input.
+
+    Raises PlanError for a part that names no block, or none such.
+    """
+    for glob in (glob for glob, answer in plan.parts if answer == AGAIN):
+        named = [name for name in blocks if matches(glob, name)]
+        if not named:
+            around = next((name for name in blocks if name and matches(f"{name}.*", glob)), None)
+            hint = f"is inside of {around}: use {around}={AGAIN}" if around else nearest(glob, blocks)
+            raise PlanError(f"{glob}={AGAIN} names no block of the model, and blocks run again whole; {hint}")
+        pieces = bool(plan.begins)  # a cut inside of a block leaves what it was made of
+        if not pieces and not any(is_composite(blocks[name]) for name in named):
+            most = next((name for name, block in blocks.items() if is_composite(block)), "")
+            hint = f", or {most}={AGAIN}" if most else ""
+            raise PlanError(
+                f"{glob}={AGAIN}: {named[0]} is one module, which keeps no more than its input and what it computes, "
+                f"so nothing is spared by running it again: drop it{hint}"
+            )
+    return {name: block for name, block in blocks.items() if is_again(plan, name) and is_composite(block)}
 
 
 def recompute(

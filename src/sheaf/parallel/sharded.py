@@ -24,7 +24,14 @@ class Sharded(AbstractHolding):
     """Optimizer state in shards; with ``shard_gradients`` (ZeRO-2) gradients too, reduced in every backward."""
 
     def __init__(
-        self, portion: Portion, world: World, factor: Factor, bucket_bytes: int, *, shard_gradients: bool
+        self,
+        portion: Portion,
+        world: World,
+        factor: Factor,
+        bucket_bytes: int,
+        weights: tuple[int, ...] = (),
+        *,
+        shard_gradients: bool,
     ) -> None:
         self._world, self._factor = world, factor
         self.lockstep = shard_gradients
@@ -35,11 +42,12 @@ class Sharded(AbstractHolding):
         ]
         sizes = {member.dtype: getattr(torch, member.dtype).itemsize for member in held}
         shapes = {name: fake.shape for name, fake in fakes.items()}
-        self._flats = [
-            FlatTensors(Flat(bucket[-1].name, bucket, world.workers), world.rank, shapes, world.device, apart=False)
+        self.flats = [
+            FlatTensors(flat, world.rank, shapes, world.device, apart=False)
             for bucket in buckets(held, sizes, bucket_bytes)
+            for flat in [Flat(bucket[-1].name, bucket, world.workers, weights)]
         ]
-        views = {name: view for flat in self._flats for name, view in flat.views.items()}
+        views = {name: view for flat in self.flats for name, view in flat.views.items()}
 
         def parameter(name: str) -> Tensor:
             value = portion.value(name)
@@ -48,17 +56,17 @@ class Sharded(AbstractHolding):
         self.model = portion.install(world.device, parameter)
         self.parameters = portion.own(self.model)
         self.slices: dict[str, tuple[Tensor, Piece]] = {
-            piece.name: (flat.part_of(flat.shard, piece), piece) for flat in self._flats for piece in flat.pieces
+            piece.name: (flat.part_of(flat.shard, piece), piece) for flat in self.flats for piece in flat.pieces
         }
         self._gradients = {
-            piece.name: flat.part_of(flat.gradient_shard, piece) for flat in self._flats for piece in flat.pieces
+            piece.name: flat.part_of(flat.gradient_shard, piece) for flat in self.flats for piece in flat.pieces
         }
         self.optimizer = sliced_optimizer(portion, self.slices)
-        self._flat_of = {name: index for index, flat in enumerate(self._flats) for name in flat.names}
+        self._flat_of = {name: index for index, flat in enumerate(self.flats) for name in flat.names}
         self._pending: deque[tuple[Pending, Tensor | None, Tensor]] = deque()
         self._launched = 0
         self._used: set[str] = set()
-        self._turnstile = Turnstile([flat.names for flat in self._flats], self._launch)
+        self._turnstile = Turnstile([flat.names for flat in self.flats], self._launch)
         self._touched = Touched(self.parameters.items(), self._turnstile.ready)
 
     @property
@@ -87,7 +95,7 @@ class Sharded(AbstractHolding):
         self._turnstile.flush()
 
     def flush(self) -> None:
-        if self._turnstile.armed or self._launched < len(self._flats):
+        if self._turnstile.armed or self._launched < len(self.flats):
             if not self._turnstile.armed:
                 self._turnstile.arm()
             self._turnstile.flush()
@@ -97,7 +105,7 @@ class Sharded(AbstractHolding):
             self._collect()
         if self.lockstep:
             factor = self._factor()
-            for flat in self._flats:
+            for flat in self.flats:
                 flat.gradient_shard.mul_(factor)
         self._used = used
         for name, (tensor, _) in self.slices.items():
@@ -108,13 +116,14 @@ class Sharded(AbstractHolding):
 
     def after_update(self) -> None:
         gathers = [
-            self._world.all_gather(flat.whole, flat.shard, f"parameters of {flat.flat.unit}") for flat in self._flats
+            self._world.all_gather(flat.whole, flat.shard, f"parameters of {flat.flat.unit}", flat.flat.sizes)
+            for flat in self.flats
         ]
         for gather in gathers:
             self._world.wait(gather)
 
     def full_gradients(self) -> dict[str, Tensor]:
-        whole = gathered(self._world, self._flats, [flat.gradient_shard for flat in self._flats], self.parameters)
+        whole = gathered(self._world, self.flats, [flat.gradient_shard for flat in self.flats], self.parameters)
         return {name: value for name, value in whole.items() if name in self._used}
 
     def full_parameters(self) -> dict[str, Tensor]:
@@ -122,21 +131,21 @@ class Sharded(AbstractHolding):
 
     def kept(self) -> dict[str, Tensor]:
         frozen = {name: value.detach() for name, value in self.parameters.items() if name not in self._flat_of}
-        return frozen | {f"shard {index}": flat.shard for index, flat in enumerate(self._flats)}
+        return frozen | {f"shard {index}": flat.shard for index, flat in enumerate(self.flats)}
 
     def optimizer_names(self) -> dict[int, str]:
         return {id(tensor): name for name, (tensor, _) in self.slices.items()}
 
     def _launch(self, index: int) -> None:
-        flat = self._flats[index]
+        flat = self.flats[index]
         while len(self._pending) >= _IN_FLIGHT:
             self._collect()
-        first = self._launched < len(self._flats)
+        first = self._launched < len(self.flats)
         self._launched += 1
         laid = torch.empty_like(flat.whole)
         flat.gradients_into(laid, self.parameters, 1.0 if self.lockstep else self._factor())
         target = flat.gradient_shard if first else torch.empty_like(flat.gradient_shard)
-        pending = self._world.reduce_scatter(target, laid, f"gradients of {flat.flat.unit}")
+        pending = self._world.reduce_scatter(target, laid, f"gradients of {flat.flat.unit}", flat.flat.sizes)
         self._pending.append((pending, None if first else flat.gradient_shard, target))
 
     def _collect(self) -> None:
@@ -152,8 +161,8 @@ def gathered(
     """Whole tensors by parameter name, from every worker's shards laid out like ``flats`` (collective)."""
     whole: dict[str, Tensor] = {}
     for flat, shard in zip(flats, shards, strict=True):
-        if shard.numel():
-            out = torch.empty_like(shard).repeat(world.workers)
-            world.wait(world.all_gather(out, shard.contiguous(), f"all of {flat.flat.unit}"))
+        if flat.flat.num_elements:
+            out = shard.new_empty(flat.flat.padded_elements)
+            world.wait(world.all_gather(out, shard.contiguous(), f"all of {flat.flat.unit}", flat.flat.sizes))
             whole.update({name: part.view(shapes[name].shape) for name, part in flat.split(out).items()})
     return whole

@@ -58,7 +58,7 @@ def placed(task: Task, plan: Plan, blueprint: Blueprint, blocks: dict[str, nn.Mo
     samples = min(task.microbatch, task.num_samples)
 
     def found() -> dict[str, Any]:
-        named = stages_of(plan, trace(task, samples))
+        named = stages_of(plan, trace(task, samples, begins=plan.begins))
         rehearsal = rehearse(Portion(blueprint), blocks)
         where = {name: stage for stage, names in enumerate(named) for name in names}
         _refuse_leaks(rehearsal, _by_call(where, rehearsal))
@@ -82,7 +82,7 @@ def refuse_stages(task: Task, plan: Plan) -> None:
     """Raise PlanError where the model cannot be cut into the plan's stages, without workers."""
     blueprint = Blueprint(task)
     task = blueprint.task = with_microbatch(task, plan, blueprint.model)
-    placed(task, plan, blueprint, cut(blueprint.model), World.alone())
+    placed(task, plan, blueprint, cut(blueprint.model, plan.begins), World.alone())
 
 
 def _refuse_leaks(rehearsal: Rehearsal, where: dict[str, tuple[int, ...]]) -> None:

@@ -95,8 +95,9 @@ class _Layer:
             running.copy_(kept * running.double().cpu() + weights @ rows)
 
     def moments(self) -> Tensor:
-        """Mean and variance that the last call left."""
-        return torch.cat([self.scratch[key].reshape(-1) for key in (self.kind.mean, self.kind.variance)])
+        """Mean and variance that the microbatch's call left; zeros where it had none, whatever ran again since."""
+        left = torch.cat([self.scratch[key].reshape(-1) for key in (self.kind.mean, self.kind.variance)])
+        return left if self.trained else torch.zeros_like(left)
 
     def _factors(self, count: int) -> list[float]:
         """How much of each new batch's statistics goes into the running ones; the batches are counted."""

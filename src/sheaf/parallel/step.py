@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -14,6 +14,7 @@ from sheaf.parallel.agreement import Agreement
 from sheaf.parallel.exchange import Told
 from sheaf.parallel.optimizers import load_named_state, named_state
 from sheaf.parallel.portion import Portion
+from sheaf.parallel.resharding import State, resharded
 from sheaf.parallel.runner import AbstractRunner
 from sheaf.parallel.ties import Ties
 from sheaf.parallel.values import decoded, encoded
@@ -231,6 +232,13 @@ class Step:
         self._expectation.weight = values["expected_weight"]
         self._scale.value, self._scale.good_steps = values["loss_scale"], values["good_steps"]
         self._holding.loaded()
+
+    def relaid(self, saved: str, read: Callable[[int], State]) -> State | None:
+        """What to ``load`` of a checkpoint of the plan ``saved``, of which ``read`` gives each worker's part.
+
+        None where the plans differ in more than how ZeRO cuts its shards.
+        """
+        return resharded(self.plan, saved, self._holding, read)
 
     def full_state(self) -> dict[str, Tensor]:
         """Whole weights and persistent buffers on worker 0, for ``load_state_dict`` (collective; {} elsewhere).

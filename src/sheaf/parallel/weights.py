@@ -7,7 +7,7 @@ from what was kept, to the weights. Nothing is computed twice but what PyTorch c
 
 It is not done, and all is computed at once, where a weight is used by two nodes of which one leads to the other (its
 gradient would count twice), where such a node is a custom autograd.Function, and where a tensor has a gradient hook
-(both would run twice); nor under recompute=full, nor with ZeRO-2 and 3, whose rounds are one backward each.
+(both would run twice); nor where blocks run again, nor with ZeRO-2 and 3, whose rounds are one backward each.
 """
 
 from collections.abc import Sequence

@@ -87,15 +87,15 @@ class World:
         with self.explained("all_reduce", what, tensor):
             return primitives.start_all_reduce(tensor, self.group)
 
-    def reduce_scatter(self, output: Tensor, given: Tensor, what: str) -> Pending:
-        """Start summing ``given`` over all workers; this worker's part of it goes to ``output``."""
+    def reduce_scatter(self, output: Tensor, given: Tensor, what: str, sizes: Sequence[int] = ()) -> Pending:
+        """Start summing ``given`` over all workers; this worker's part, of ``sizes`` or equal, goes to ``output``."""
         with self.explained("reduce_scatter", what, given):
-            return primitives.start_reduce_scatter(output, given, self.group)
+            return primitives.start_reduce_scatter(output, given, self.group, sizes)
 
-    def all_gather(self, output: Tensor, given: Tensor, what: str) -> Pending:
-        """Start gathering every worker's ``given`` into ``output``, in rank order."""
+    def all_gather(self, output: Tensor, given: Tensor, what: str, sizes: Sequence[int] = ()) -> Pending:
+        """Start gathering every worker's ``given``, of ``sizes`` or equal, into ``output``, in rank order."""
         with self.explained("all_gather", what, output):
-            return primitives.start_all_gather(output, given, self._gathers or self.group)
+            return primitives.start_all_gather(output, given, self._gathers or self.group, sizes)
 
     def all_to_all(self, received: Tensor, given: Tensor, what: str) -> Pending:
         """Start sending row i of ``given`` to worker i; its row for this worker becomes row i of ``received``."""
@@ -113,11 +113,8 @@ class World:
 
     def swap(self, received: Sequence[Tensor], given: Sequence[Tensor], what: str) -> Pending:
         """Start sending ``given[i]`` to worker i; ``received[i]``, of a size that both know, becomes what it gives."""
-        others = [(self.rank + distance) % self.workers for distance in range(1, self.workers)]
         with self.explained("swap", what, given[self.rank]):
-            return primitives.start_trade(
-                [(given[other], other) for other in others], [(received[other], other) for other in others], self.group
-            )
+            return primitives.start_swap(received, given, self.group)
 
     def wait(self, pending: Pending) -> None:
         """Finish a collective, and count the time."""

@@ -1,4 +1,4 @@
-"""Which slice of which tensor each worker holds: parameters laid end to end, cut into equal shards.
+"""Which slice of which tensor each worker holds: parameters laid end to end, cut into shards.
 
 The executors move these slices, the memory estimate counts them, and checkpoints name them: one definition.
 """
@@ -7,6 +7,7 @@ import heapq
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 
@@ -37,26 +38,41 @@ class Piece:
 
 @dataclass(frozen=True)
 class Flat:
-    """Parameters of one dtype laid end to end and padded so that every worker's shard has the same length."""
+    """Parameters of one dtype laid end to end, and cut into one shard for each worker.
+
+    Shards are of one length, which padding makes, or in proportion to ``weights`` (one per worker) that differ.
+    """
 
     unit: str
     parameters: tuple[Held, ...]
     workers: int
+    weights: tuple[int, ...] = ()
 
     @property
     def num_elements(self) -> int:
         """Numbers in it, without padding."""
         return sum(parameter.num_elements for parameter in self.parameters)
 
-    @property
-    def shard_elements(self) -> int:
-        """Numbers in one worker's shard."""
-        return -(-self.num_elements // self.workers)
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers in each worker's shard, padding included.
+
+        >>> held = (Held("a", 10, "float32"),)
+        >>> Flat("block", held, 3).sizes, Flat("block", held, 3, (3, 1, 2)).sizes
+        ((4, 4, 4), (5, 2, 3))
+        """
+        if len(set(self.weights)) > 1:
+            return apportion(self.num_elements, self.weights)
+        return (-(-self.num_elements // self.workers),) * self.workers
 
     @property
     def padded_elements(self) -> int:
         """Numbers in all shards together."""
-        return self.shard_elements * self.workers
+        return sum(self.sizes)
+
+    def start(self, worker: int) -> int:
+        """Where a worker's shard begins."""
+        return sum(self.sizes[:worker])
 
     @property
     def offsets(self) -> dict[str, int]:
@@ -75,7 +91,7 @@ class Flat:
         >>> flat.pieces(0), flat.pieces(1)[0].start
         ((Piece(name='a', start=0, stop=3, offset=0), Piece(name='b', start=0, stop=1, offset=3)), 1)
         """
-        low, high = worker * self.shard_elements, (worker + 1) * self.shard_elements
+        low, high = self.start(worker), self.start(worker + 1)
         found: list[Piece] = []
         for name, begin in self.offsets.items():
             size = next(parameter.num_elements for parameter in self.parameters if parameter.name == name)
@@ -85,14 +101,14 @@ class Flat:
         return tuple(found)
 
 
-def flats(units: Iterable[tuple[str, Sequence[Held]]], workers: int) -> tuple[Flat, ...]:
+def flats(units: Iterable[tuple[str, Sequence[Held]]], workers: int, weights: tuple[int, ...] = ()) -> tuple[Flat, ...]:
     """One flat per unit, dtype and trained or frozen; every parameter is in exactly one."""
     made: list[Flat] = []
     for unit, parameters in units:
         kinds = sorted({(parameter.dtype, parameter.trained) for parameter in parameters})
         for dtype, trained in kinds:
             chosen = tuple(held for held in parameters if (held.dtype, held.trained) == (dtype, trained))
-            made.append(Flat(unit, chosen, workers))
+            made.append(Flat(unit, chosen, workers, weights))
     return tuple(made)
 
 

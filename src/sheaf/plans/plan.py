@@ -3,13 +3,14 @@
 import re
 import tomllib
 from dataclasses import dataclass, fields, replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 
 import tomli_w
 
 from sheaf.errors import PlanError, nearest
 from sheaf.plans import text
+from sheaf.plans.again import AGAIN, as_text, from_text, matches, unrepeatable
+from sheaf.plans.begins import begins_of, counts_of, uncuttable
 from sheaf.plans.compression import Compression, uncodable
 from sheaf.plans.local import Local, unmeetable
 from sheaf.plans.rows import ROWS, named, unmixable
@@ -34,11 +35,13 @@ class Plan:
     ``pp``          stages into which the layers of a replica are cut (pipeline); ``pp=4:gpipe`` names the schedule
     ``schedule``    ``gpipe``, ``1f1b``, ``interleaved`` or ``zero-bubble``: the order of a stage's work
     ``virtual``     stages per worker of an interleaved pipeline
-    ``stages``      blocks per stage, such as ``3:4:5``; open: balanced by what blocks cost
+    ``stages``      blocks per stage, such as ``3:4:5``, or the module with which each later stage begins, which may be
+                    inside of a block: ``layers.4.norm``; open: balanced by what blocks cost
     ``sequence``    1: between split layers, norms and what adds up are split along the sequence
     ``shares``      how the batch is split: ``equal``, weights such as ``11:5`` (one per replica), ``stolen`` from a
                     common queue, or ``balanced``: dealt by how fast each replica was in the last steps
-    ``zero``        0: all state on every worker; 1: optimizer state sharded; 2: gradients too; 3: parameters too
+    ``zero``        0: all state on every worker; 1: optimizer state sharded; 2: gradients too; 3: parameters too.
+                    Shards are as large as weighted shares, and equal under all others
     ``recompute``   ``none``, or ``full``: each block keeps only its input and runs forward again in backward
     ``local``       steps between meetings of weights, and how they meet: ``16``, ``16:diloco``, ``1:adasum``,
                     ``1:ring``, ``1:backup:quorum=3``; settings of ``plans.local.Local`` follow. Relaxed, not serial
@@ -54,7 +57,8 @@ class Plan:
                     ``dp`` workers that else hold replicas, ``head=whole`` keeps them whole under ``tp``,
                     ``*.experts=ep`` deals their stacked experts out over the replicas, who send each other tokens;
                     ``words=sparse``: the gradient of a table travels as its touched rows, ``words=rows``: so do its
-                    values, from the replicas among whom its rows are dealt out
+                    values, from the replicas among whom its rows are dealt out. ``h.[0-3]=recompute``: of all blocks
+                    these alone run forward again in backward
 
     >>> Plan.parse("dp=4,zero=3")
     Plan(dp=4,zero=3)
@@ -110,7 +114,12 @@ class Plan:
     @cached_property
     def stage_blocks(self) -> tuple[int, ...]:
         """Blocks per stage where the plan says so; empty where they are balanced when the plan is built."""
-        return tuple(int(part) for part in self.stages.split(":")) if self.stages else ()
+        return counts_of(self.stages)
+
+    @cached_property
+    def begins(self) -> tuple[str, ...]:
+        """The modules with which the second stage and each later one begin, where the plan names them."""
+        return begins_of(self.stages)
 
     @cached_property
     def split_parts(self) -> bool:
@@ -121,6 +130,11 @@ class Plan:
     def expert_parts(self) -> bool:
         """Whether replicas hold experts for each other, and send each other tokens."""
         return any(answer == "ep" for _, answer in self.parts)
+
+    @cached_property
+    def again(self) -> bool:
+        """Whether any block runs forward again in backward."""
+        return self.recompute == "full" or bool(named(self.parts, AGAIN))
 
     @cached_property
     def by_parts(self) -> bool:
@@ -158,7 +172,7 @@ class Plan:
         'tp'
         """
         for glob, answer in self.parts:
-            if fnmatchcase(module, glob) or fnmatchcase(module, glob + ".*"):
+            if answer != AGAIN and matches(glob, module):
                 return answer
         return None
 
@@ -234,7 +248,7 @@ class Plan:
         except tomllib.TOMLDecodeError as error:
             raise PlanError(f"the plan is not TOML: {error}") from None
         parts: dict[str, object] = table.pop("parts", {})
-        return cls.from_pairs([(key, str(value)) for key, value in (*table.items(), *parts.items())])
+        return cls.from_pairs([*((key, str(value)) for key, value in table.items()), *from_text(parts)])
 
     @classmethod
     def from_pairs(cls, pairs: list[tuple[str, str]]) -> "Plan":
@@ -251,7 +265,7 @@ class Plan:
     def to_toml(self) -> str:
         """Every key of the plan as TOML, defaults included (an open microbatch is left out)."""
         table = {field.name: getattr(self, field.name) for field in fields(self)}
-        table["parts"] = dict(self.parts) or None
+        table["parts"] = as_text(self.parts) or None
         return tomli_w.dumps({key: value for key, value in table.items() if value is not None})
 
     def with_text(self, written: str) -> "Plan":
@@ -296,7 +310,7 @@ class Plan:
                 )
             elif not any(int(part) for part in self.shares.split(":")):
                 broken.append(f"shares={self.shares}: at least one weight must be above zero")
-        broken += unmixable(self)
+        broken += unmixable(self) + unrepeatable(self)
         return broken + _broken_pipeline(self) + _broken_relaxed(self) + _illegal_mixes(self)
 
 
@@ -313,13 +327,7 @@ def _broken_pipeline(plan: Plan) -> list[str]:
         )
     if plan.pp == 1 and (plan.schedule != DEFAULT_SCHEDULE or plan.stages):
         broken.append("schedule and stages are of a pipeline, and pp=1: raise pp or drop them")
-    if plan.stages and not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)*", plan.stages):
-        broken.append(f"stages={plan.stages}: write the number of blocks of each stage, such as 3:4")
-    elif plan.stages and len(plan.stage_blocks) != plan.num_stages:
-        broken.append(
-            f"stages={plan.stages} names {len(plan.stage_blocks)} stages, pp={plan.pp} with virtual={plan.virtual} has "
-            f"{plan.num_stages}: write one number per stage"
-        )
+    broken += uncuttable(plan.stages, pp=plan.pp, virtual=plan.virtual)
     return broken
 
 

@@ -22,7 +22,7 @@ def unmixable(plan: Any) -> list[str]:
     tables = named(plan.parts, *ANSWERS)
     if not tables:
         return []
-    glob, answer = tables[0], dict(plan.parts)[tables[0]]
+    glob, answer = next((glob, answer) for glob, answer in plan.parts if answer in ANSWERS)
     dealt = named(plan.parts, ROWS)
     broken: list[str] = []
     if plan.dp == 1 or plan.computing > plan.dp:

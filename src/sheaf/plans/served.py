@@ -31,7 +31,7 @@ def unservable_replicas(
                 f"server={server} is pushed to by replicas that go on by themselves, and {glob}={answer} needs all of "
                 f"them in every forward: drop it, or split layers inside replicas, as dp={dp},tp=2,server={server} does"
             )
-        elif answer != "whole":
+        elif answer not in ("whole", "recompute"):
             broken.append(
                 f"{glob}={answer} lets rows travel between replicas, and with server={server} gradients meet on "
                 f"shards, where embeddings lie by rows: drop {glob}={answer}"

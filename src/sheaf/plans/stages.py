@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
-from sheaf.errors import PlanError
-from sheaf.graph.facts import LOSS, BlockFact, ModelFacts
+from sheaf.errors import PlanError, nearest
+from sheaf.graph.facts import LOSS, BlockFact, ModelFacts, within
 from sheaf.plans.plan import Plan
 
 OPERATIONS_PER_BYTE = 10.0  # what a common device computes while it moves a byte of memory
@@ -40,13 +41,29 @@ def default_costs(facts: ModelFacts) -> tuple[float, ...]:
     return tuple(costs)
 
 
+def default_cost(flops: float, moved_bytes: float) -> float:
+    """What one direction of a block costs, in operations: the roofline of a common device.
+
+    >>> default_cost(100.0, 5.0), default_cost(100.0, 20.0)
+    (100.0, 200.0)
+    """
+    return max(flops, OPERATIONS_PER_BYTE * moved_bytes)
+
+
 def stages_of(plan: Plan, facts: ModelFacts) -> tuple[tuple[str, ...], ...]:
     """The names of each stage's blocks, in forward order: as the plan says, else balanced by ``default_costs``.
 
-    Raises PlanError where there are fewer blocks than stages, and where the plan's stages name more or fewer blocks
-    than there are.
+    Raises PlanError where there are fewer blocks than stages, where the plan's stages name more or fewer blocks than
+    there are, and where no stage can begin with a module that they name. ``facts`` are traced for what the plan names
+    (``begins``).
     """
     names = [block.name for block in placed(facts)]
+    broken = misplaced(plan, names)
+    if broken:
+        raise PlanError(broken)
+    if plan.begins:
+        starts = [0, *(_place(name, names) or 0 for name in plan.begins), len(names)]
+        return tuple(tuple(names[start:stop]) for start, stop in pairwise(starts))
     counts = plan.stage_blocks or balanced(default_costs(facts), plan.num_stages)
     if sum(counts) != len(names):
         raise PlanError(
@@ -55,6 +72,85 @@ def stages_of(plan: Plan, facts: ModelFacts) -> tuple[tuple[str, ...], ...]:
         )
     starts = [sum(counts[:stage]) for stage in range(len(counts))]
     return tuple(tuple(names[start : start + count]) for start, count in zip(starts, counts, strict=True))
+
+
+def separable(pieces: ModelFacts, whole: ModelFacts) -> tuple[bool, ...]:
+    """Whether each placed piece may be the last of its stage: a block's last may, and one inside of a block where what
+    crosses behind it is no more than what crosses at the block's edges.
+
+    ``pieces`` are facts of what the blocks of ``whole`` are made of. Nothing is cut inside of a block that runs more
+    than once, of whose pieces one with parameters does, or that holds parameters beside those of its pieces.
+    """
+    called = placed(pieces)
+    homes = [_home(piece.name, whole) for piece in called]
+    first = {home: place for place, home in reversed([*enumerate(homes)])}
+    last = {home: place for place, home in enumerate(homes)}
+    sound: dict[str, bool] = {}
+    for block in placed(whole):
+        inside = [piece for piece, home in zip(called, homes, strict=True) if home == block.name]
+        held = {name for piece in inside for name in piece.parameters}
+        once = all(piece.calls == 1 for piece in inside if piece.parameters)
+        sound[block.name] = block.calls == 1 and once and held >= set(block.parameters)
+
+    def legal(place: int) -> bool:
+        home = homes[place]
+        if home != homes[place + 1]:
+            return True
+        entering = passed_on(called[first[home] - 1]) if first[home] else 0
+        edges = max(entering, passed_on(called[last[home]]))
+        return sound.get(home, False) and passed_on(called[place]) <= edges
+
+    return (*(legal(place) for place in range(len(called) - 1)), True)
+
+
+def passed_on(block: BlockFact) -> int:
+    """Bytes that a stage which ends with this block passes on to later ones, for one microbatch of the facts."""
+    return block.output_bytes if block.crossing_bytes is None else block.crossing_bytes
+
+
+def _home(piece: str, whole: ModelFacts) -> str:
+    """The block that a piece is, or is of."""
+    return next((one.name for one in whole.called if piece == one.name or within(piece, one.name)), piece)
+
+
+def misplaced(plan: Plan, names: Sequence[str]) -> list[str]:
+    """Why no stages begin with the modules that the plan names, where ``names`` are the blocks in forward order.
+
+    >>> misplaced(Plan.parse("pp=2,stages=b.1"), ["a", "b.0", "b.1"])
+    []
+    >>> misplaced(Plan.parse("pp=2,stages=a"), ["a", "b"])
+    ['stages=a: the model begins with a, which leaves the first stage nothing: begin the second with b or a later one']
+    """
+    places = {name: _place(name, names) for name in plan.begins}
+    broken = [f"stages={plan.stages}: {_unknown(name, names)}" for name, place in places.items() if place is None]
+    if broken or not places:
+        return broken
+    found = {name: place for name, place in places.items() if place is not None}
+    ordered = sorted(found, key=found.__getitem__)
+    if not found[ordered[0]]:
+        return [
+            f"stages={plan.stages}: the model begins with {ordered[0]}, which leaves the first stage nothing: "
+            + (f"begin the second with {names[1]} or a later one" if len(names) > 1 else "use dp in place of pp")
+        ]
+    if len(set(found.values())) < len(found):
+        return [f"stages={plan.stages}: two of these begin at one place: name one module for each stage but the first"]
+    if ordered != list(found):
+        said = ":".join(ordered)
+        return [f"stages={plan.stages}: forward comes to these modules in another order: write stages={said}"]
+    return []
+
+
+def _place(name: str, names: Sequence[str]) -> int | None:
+    """Where a module begins among the blocks, which it may be made of; None where it does nowhere."""
+    return next((place for place, one in enumerate(names) if one == name or within(one, name)), None)
+
+
+def _unknown(name: str, names: Sequence[str]) -> str:
+    around = next((one for one in names if within(name, one)), None)
+    if around is not None:
+        said = around or "the model"
+        return f"{name} is inside of {said}, whose forward is not seen to call it: name {said}, or what it calls"
+    return f"{name} is no module that the model's forward calls: {nearest(name, names[1:])}"
 
 
 def balanced(
@@ -136,6 +232,6 @@ def slowest(costs: Sequence[float], counts: Sequence[int], speeds: Sequence[floa
 
 
 def _operations(block: BlockFact) -> float:
-    return max(block.forward_flops, OPERATIONS_PER_BYTE * block.forward_bytes) + max(
-        block.backward_flops, OPERATIONS_PER_BYTE * block.backward_bytes
+    return default_cost(block.forward_flops, block.forward_bytes) + default_cost(
+        block.backward_flops, block.backward_bytes
     )

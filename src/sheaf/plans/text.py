@@ -4,8 +4,9 @@ import re
 from collections.abc import Collection, Sequence
 
 from sheaf.errors import PlanError, nearest
+from sheaf.plans.again import AGAIN
 
-PARTS = ("tp", "whole", "ep", "sparse", "rows")  # what a plan may say of a part of the model
+PARTS = ("tp", "whole", "ep", "sparse", "rows", AGAIN)  # what a plan may say of a part of the model
 DEFAULT_SCHEDULE = "1f1b"
 _WORDS = ("shares", "recompute", "schedule", "stages", "local", "compress", "server", "late")  # all others are numbers
 

@@ -48,7 +48,8 @@ def simulate(
     """Play the lists against a clock: each worker takes its next action once free and once what it needs has arrived.
 
     Seconds are by stage, of one action: ``backward_seconds`` of a ``B``, ``weight_seconds`` of a ``W``. What comes from
-    another worker arrives ``transfer_seconds`` after it is done; sending keeps nobody busy.
+    another worker arrives ``transfer_seconds`` after it is done, or after what that worker sent before in the same
+    direction has arrived: messages share a link. Sending keeps nobody busy.
     Raises PlanError where the lists deadlock, or have ``W`` and ``weight_seconds`` is not given.
     """
     seconds = {FORWARD: forward_seconds, BACKWARD: backward_seconds}
@@ -59,14 +60,19 @@ def simulate(
     spans: list[Span] = []
     done: dict[Action, Span] = {}
     free = [0.0] * len(listed)
+    last = max((action.stage for given in listed for action in given), default=0)
+    come: dict[Action, float] = {}  # when what an action made is with another worker
+    sent: dict[tuple[int, str], float] = {}
     for worker, action, needed in carried_out(listed):
         start = free[worker]
         for before in needed:
-            away = transfer_seconds if done[before].worker != worker else 0.0
-            start = max(start, done[before].stop_seconds + away)
+            start = max(start, come[before] if done[before].worker != worker else done[before].stop_seconds)
         free[worker] = start + seconds[action.kind][action.stage]
         spans.append(Span(worker, action, start, free[worker]))
         done[action] = spans[-1]
+        if action.stage != {FORWARD: last, BACKWARD: 0}.get(action.kind, action.stage):
+            way = worker, action.kind
+            come[action] = sent[way] = max(free[worker], sent.get(way, 0.0)) + transfer_seconds
     whole = max(free, default=0.0)
     busy = sum(span.stop_seconds - span.start_seconds for span in spans)
     return Timeline(tuple(spans), whole, max(0.0, 1 - busy / (whole * len(listed))) if whole else 0.0)

@@ -4,6 +4,17 @@ from sheaf.search.families import candidates
 from sheaf.search.question import Question
 from sheaf.search.ranking import Entry, Ranking, Refusal
 from sheaf.search.rules import broken, unmergeable
-from sheaf.search.search import Progress, search
+from sheaf.search.search import Progress, exchanged, search
 
-__all__ = ["Entry", "Progress", "Question", "Ranking", "Refusal", "broken", "candidates", "search", "unmergeable"]
+__all__ = [
+    "Entry",
+    "Progress",
+    "Question",
+    "Ranking",
+    "Refusal",
+    "broken",
+    "candidates",
+    "exchanged",
+    "search",
+    "unmergeable",
+]

@@ -37,7 +37,7 @@ class Bounds:
             return 0.0  # what a part spares is not known before it is priced
         basis, size = self.basis(plan), self.size(plan)
         full = self.batch // size
-        if basis.alike(plan.workers) and not plan.stolen and plan.weights == (1,) * plan.dp:
+        if basis.alike(plan.workers) and not plan.stolen and ":" not in plan.shares:
             count = -(-self.batch // size)
             turns = float(max(0, -(-count // plan.dp) - (1 if self.batch % size else 0)))
         else:
@@ -90,7 +90,7 @@ class Bounds:
     def _whole(self, plan: Plan, basis: Basis, size: int) -> float:
         """What a microbatch takes on the fastest seat."""
         paces = [basis.pace(basis.whole, seat) for seat in basis.seating.kinds(plan.workers)]
-        crossing = basis.crossing(basis.whole, basis.fabric(plan, "tp")).seconds(size, again=plan.recompute == "full")
+        crossing = basis.crossing(basis.whole, basis.fabric(plan, "tp")).seconds(size, again=plan.again)
         return min(own_seconds(plan, pace, size) for pace in paces) + crossing
 
     def _stages(self, plan: Plan, basis: Basis, size: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -30,7 +30,8 @@ def taken_apart(question: Question, best: Price) -> Explanation:
     sending = sum(best.seconds.get(term, 0.0) for term in SENDING)
     binding = max(best.seconds, key=lambda term: best.seconds[term])
     facts = question.basis(best.plan).facts
-    rate = sum(seat.flops_per_second for seat in question.seating.seats(best.plan.workers))
+    seats = question.seating.seats(best.plan.workers)
+    rate = sum(machines * seat.busy * seat.flops_per_second for seat, machines in seats.runs)
     ideal = facts.flops * question.batch / facts.samples / rate
     return Explanation(
         plan=str(best.plan),
@@ -110,7 +111,7 @@ def _crossing(
         if any(-(-asked.batch // asked.size(one.plan)) < one.plan.dp for one in (runner, best)):
             return math.inf  # not enough microbatches to go round
         try:
-            return asked.rough(runner.plan).step_seconds - asked.rough(best.plan).step_seconds
+            return asked.timed(runner.plan).step_seconds - asked.timed(best.plan).step_seconds
         except PlanError:
             return math.inf
 
@@ -145,7 +146,7 @@ def _short_of_memory(question: Question, ranking: Ranking, best: Price) -> list[
         found.append((short, str(price.plan)))
     plans = {str(price.plan): price.plan for price in ranking.starved}
     for short, text in sorted(found)[:RUNNERS]:
-        if question.rough(plans[text]).step_seconds < best.step_seconds:
+        if question.timed(plans[text]).step_seconds < best.step_seconds:
             return [Needed(text, "memory", 1.0, f"{pretty_bytes(short)} more memory for each worker")]
     return []
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from sheaf.cost import worker_seconds
 from sheaf.cost.pipeline import measured_stages
 from sheaf.plans import Plan
-from sheaf.plans.plan import EQUAL
+from sheaf.plans.plan import BALANCED, EQUAL
 from sheaf.plans.split import holders
 from sheaf.plans.stages import placed
 from sheaf.search import rules, space
@@ -122,19 +122,22 @@ def _sequence_families(question: Question) -> Iterator[list[Plan]]:
 def _with_shares(question: Question, strategy: Plan, sizes: Sequence[int | None]) -> Iterator[list[Plan]]:
     if strategy.recompute != "none" and not question.recomputable:
         return
-    same = [_staged(question, replace(strategy, microbatch=size)) for size in sizes]
+    same = [_staged(question, strategy if size is None else replace(strategy, microbatch=size)) for size in sizes]
     yield same
-    if strategy.dp > 1 and not strategy.stolen:
+    if strategy.dp > 1 and not strategy.stolen and strategy.meets_locally.steps != "speed":
         weighted = [plan for one in same if (plan := _weighted(question, one)) is not None]
         if weighted:
             yield weighted
+        if weighted and strategy.zero and strategy.pp == 1:  # as many microbatches each, and shards of equal size
+            yield [replace(plan, shares=BALANCED) for plan in weighted]
 
 
 def _staged(question: Question, plan: Plan) -> Plan:
     """The plan with its stages written in where measured times ask for others than the default."""
     if plan.pp == 1:
         return plan
-    return replace(plan, stages=measured_stages(plan, question.basis(plan)))
+    stages = measured_stages(plan, question.basis(plan))
+    return replace(plan, stages=stages) if stages else plan
 
 
 def _weighted(question: Question, plan: Plan) -> Plan | None:

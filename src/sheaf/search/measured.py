@@ -58,5 +58,6 @@ def _between(low: Profile, high: Profile, samples: int) -> Profile:
         fetch_seconds=mixed(low.fetch_seconds, high.fetch_seconds),
         host_seconds=mixed(low.host_seconds, high.host_seconds),
         exposed_seconds=mixed(low.exposed_seconds, high.exposed_seconds),
+        uneven_seconds=mixed(low.uneven_seconds, high.uneven_seconds),
         collective_factor=mixed(low.collective_factor, high.collective_factor),
     )

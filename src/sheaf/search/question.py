@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from sheaf.cluster.cluster import Cluster
 from sheaf.cost import Price, microbatch_sizes, priced
 from sheaf.cost.basis import Basis
-from sheaf.cost.estimate import holding
+from sheaf.cost.estimate import holding, timed
 from sheaf.cost.seating import Seating
 from sheaf.graph.facts import GLUE, LOSS, ModelFacts, Profile
 from sheaf.plans import Plan
 from sheaf.plans.split import SplitFacts
 from sheaf.plans.stages import default_microbatch
 from sheaf.search.measured import Profiles, facts_for, profile_for
+from sheaf.search.pieces import Pieces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,8 @@ class Question:
     or a few of them. ``profiles`` by (samples, busy workers per host); none: a roofline prices. ``elementwise`` says
     whether the optimizer may step flat slices, ``allow_relaxed`` whether plans count that are not exact. ``splits`` by
     (workers that split a layer, sequence 0 or 1; see ``Plan.split_kind``): what is not there is not proposed.
+    ``pieces`` of plans whose stages begin inside of blocks, by what they name (``Plan.begins``); where they are not
+    there, facts are taken to be traced for the plan.
     """
 
     batch: int
@@ -35,6 +38,7 @@ class Question:
     precision: str = "fp32"
     splits: Mapping[tuple[int, int], SplitFacts] = field(default_factory=dict)
     allow_relaxed: bool = False
+    pieces: Mapping[tuple[str, ...], Pieces] = field(default_factory=dict[tuple[str, ...], Pieces])
     _bases: dict[object, Basis] = field(default_factory=dict[object, Basis], init=False, repr=False, compare=False)
     _seatings: list[Seating] = field(default_factory=list[Seating], init=False, repr=False, compare=False)
 
@@ -64,6 +68,10 @@ class Question:
         """The price without timeline."""
         return priced(plan, self.basis(plan), microbatch_sizes(self.batch, self.size(plan)))
 
+    def timed(self, plan: Plan) -> Price:
+        """The price as far as the step's seconds go, not all of them told apart: without memory."""
+        return timed(plan, self.basis(plan), microbatch_sizes(self.batch, self.size(plan)))
+
     def held(self, plan: Plan) -> Price:
         """The price as far as memory goes: without seconds."""
         holds = holding(plan, self.basis(plan), microbatch_sizes(self.batch, self.size(plan)))
@@ -72,15 +80,16 @@ class Question:
     def basis(self, plan: Plan) -> Basis:
         """What the price of this plan has in common with others."""
         size = self.size(plan)
-        facts = facts_for(self.facts, size)
+        pieces = self.pieces.get(plan.begins)
+        facts = facts_for(self.facts, size) if pieces is None else pieces.facts
         split = self.split_key(plan)
         measured = (size, self._busy(plan)) if self.profiles else None
-        key = (facts.samples, measured, split, plan.parts)
+        key = (facts.samples, measured, split, plan.parts, plan.begins)
         if key not in self._bases:
             self._bases[key] = Basis.of(
                 plan,
                 facts,
-                self.profile(plan),
+                self.profile(plan) if pieces is None else pieces.profile(self.profile(plan)),
                 self.cluster,
                 precision=self.precision,
                 split=self.splits.get(split),

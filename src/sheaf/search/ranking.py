@@ -29,7 +29,9 @@ class Entry:
         return self.price.plan
 
     def to_dict(self) -> dict[str, Any]:
-        """The entry for JSON; times in seconds, sizes in bytes. ``stages`` counts the blocks of a pipeline's."""
+        """The entry for JSON; times in seconds, sizes in bytes. ``stages`` counts the blocks of a pipeline's,
+        ``begins`` names the first of each.
+        """
         words = {"reason": self.reason} if self.reason else {"loses_on": self.loses_on}
         return {
             "text": str(self.plan),
@@ -41,6 +43,7 @@ class Entry:
             "peak_bytes": self.price.peak_bytes,
             "traffic_bytes": self.price.traffic_bytes,
             "stages": list(self.price.stages),
+            "begins": list(self.price.begins),
             **words,
             **({"caution": self.caution} if self.caution else {}),
         }
@@ -96,6 +99,7 @@ class Ranking:
     microbatch: int | None  # the task's; None where each plan says its own
     splits: Mapping[tuple[int, int], dict[str, Any]] = field(default_factory=dict[tuple[int, int], dict[str, Any]])
     looked_at: int = 0  # plans that were priced
+    seconds: float = field(default=0.0, compare=False)  # that the search took
     least_seconds: float | None = None  # what no plan goes below that was not looked at; None: the best is proven
     starved: tuple[Price, ...] = ()  # plans that do not fit, as far as memory goes: without seconds
     asked: Question | None = field(default=None, repr=False, compare=False)
@@ -141,6 +145,7 @@ class Ranking:
             "batch": self.batch,
             "microbatch": self.microbatch or (self.ranked[0].plan.microbatch if self.ranked else None),
             "looked_at": self.looked_at,
+            "search_seconds": self.seconds,
             "proven": self.least_seconds is None,
             "least_seconds": self.least_seconds,
             "explanation": self.explanation and self.explanation.to_dict(),

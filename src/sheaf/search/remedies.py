@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 
 from sheaf.cost import Price
 from sheaf.errors import PlanError
 from sheaf.graph.facts import ModelFacts
 from sheaf.plans import Plan
+from sheaf.plans.plan import BALANCED
 from sheaf.search import rules, space
+from sheaf.search.fewest import fewest
 from sheaf.search.measured import facts_for
 from sheaf.search.question import Question
 from sheaf.search.ranking import Remedy
@@ -25,38 +28,55 @@ class Remedies:
     def __init__(self, question: Question, priced: Sequence[Price]) -> None:
         self._question = question
         self._priced = priced
+        self._fewer: dict[Plan, Price | None] = {}
         self._known: dict[Plan, Price | None] = {_open(one.plan): one for one in reversed(priced)}
 
     def of(self, plan: Plan) -> tuple[Remedy, ...]:
-        """The same plan with recomputation, a higher stage of ZeRO, or both, where that fits: the fastest first.
+        """The same plan with recomputation, a higher stage of ZeRO, equal shards, or several of these, where that fits:
+        the fastest first. The fastest that recomputes all blocks is there with the fewest that do, too.
 
         Where the task leaves the microbatch open, each has the one that suits it best: it may be a smaller one. Where
         no change of the plan is enough, the fastest plan that fits, with as many workers if there is one.
         """
-        there = self._question.rough(plan).step_seconds
+        there = self._question.timed(plan).step_seconds
         found = [one for change in self._changes(plan) if (one := self._fitting(change)) is not None]
         if not found:
             same = [one for one in self._priced if one.plan.workers == plan.workers]
             found = sorted(same or self._priced, key=lambda one: one.step_seconds)[:1]
+        found += self._of_fewer(plan, found)
         found.sort(key=lambda one: one.step_seconds)
         return tuple(Remedy(str(one.plan), one.step_seconds, one.step_seconds / there) for one in found)
 
     def _changes(self, plan: Plan) -> Iterator[Plan]:
         again = (plan.recompute, "full") if self._question.recomputable else (plan.recompute,)
-        for zero in range(plan.zero, MOST_ZERO + 1) if plan.alike > 1 else (plan.zero,):
-            for recompute in dict.fromkeys(again):
-                if (zero, recompute) != (plan.zero, plan.recompute):
+        stages = range(plan.zero, MOST_ZERO + 1) if plan.alike > 1 else (plan.zero,)
+        even = (BALANCED,) if ":" in plan.shares and plan.pp == 1 else ()  # dealt by speed too, shards of equal size
+        for zero, recompute in product(stages, dict.fromkeys(again)):
+            for shares in (plan.shares, *(even if zero else ())):
+                if (zero, recompute, shares) != (plan.zero, plan.recompute, plan.shares):
                     try:
-                        yield replace(plan, zero=zero, recompute=recompute)
+                        yield replace(plan, zero=zero, recompute=recompute, shares=shares)
                     except PlanError:
                         continue
+
+    def _of_fewer(self, plan: Plan, found: Sequence[Price]) -> list[Price]:
+        """The fastest of these that recompute all blocks, with as few of them as will do."""
+        full = [one for one in found if one.plan.recompute == "full" and plan.recompute == "none"]
+        if not full:
+            return []
+        fastest = min(full, key=lambda one: one.step_seconds).plan
+        if fastest not in self._fewer:
+            better = fewest(self._question, replace(fastest, recompute="none"))
+            self._fewer[fastest] = None if better is None else self._question.timed(better)
+        less = self._fewer[fastest]
+        return [] if less is None else [less]
 
     def _fitting(self, plan: Plan) -> Price | None:
         """The price of the plan with the microbatch with which it is fastest, of those that fit."""
         key = _open(plan)
         if key not in self._known:
             fitting = [one for one in self._sized(plan) if self._may_run(one)]
-            prices = [self._question.rough(one) for one in fitting]
+            prices = [self._question.timed(one) for one in fitting]
             self._known[key] = min(prices, key=lambda one: one.step_seconds, default=None)
         return self._known[key]
 

@@ -7,7 +7,7 @@ from sheaf.cost.price import Price
 from sheaf.graph.facts import ModelFacts
 from sheaf.plans import Plan
 from sheaf.plans.server import counted
-from sheaf.plans.stages import default_microbatch, placed
+from sheaf.plans.stages import default_microbatch, misplaced, placed
 from sheaf.search.ranking import Refusal
 from sheaf.search.words import largest_memory
 from sheaf.units import pretty_bytes
@@ -20,12 +20,11 @@ def broken(
 ) -> list[Refusal]:
     """Every rule the plan breaks, memory apart; ``microbatch`` is the task's own, None where it leaves it open."""
     found: list[Refusal] = []
-    text = str(plan)
     size = microbatch or plan.microbatch or default_microbatch(plan, batch)
     if plan.workers > workers:
         found.append(
             Refusal(
-                text,
+                str(plan),
                 f"needs {counted(plan.computing, plan.serves.serving)}, there are {workers}",
                 f"dp={max(1, workers - plan.serves.serving)}, or give more workers",
             )
@@ -33,14 +32,14 @@ def broken(
     if microbatch is not None and plan.microbatch not in (None, microbatch):
         found.append(
             Refusal(
-                text,
+                str(plan),
                 f"asks for microbatch={plan.microbatch}, the task says microbatch={microbatch}",
                 "drop microbatch from the plan: it is part of what is computed",
             )
         )
     if size > batch:
         found.append(
-            Refusal(text, f"a microbatch of {size} is larger than the batch of {batch}", f"use at most {batch}")
+            Refusal(str(plan), f"a microbatch of {size} is larger than the batch of {batch}", f"use at most {batch}")
         )
     count = -(-batch // size)
     if plan.dp > count:
@@ -49,7 +48,7 @@ def broken(
         remedy = f"dp={count}" + (f", or microbatch={smaller} in the task" if smaller else ", or a larger batch")
         found.append(
             Refusal(
-                text,
+                str(plan),
                 f"{count} microbatch{'es' if count > 1 else ''} of {size} do not go round {round_whom}",
                 remedy,
             )
@@ -57,7 +56,7 @@ def broken(
     if plan.zero and not elementwise:
         found.append(
             Refusal(
-                text,
+                str(plan),
                 "the optimizer is not elementwise, and ZeRO steps flat slices of parameters",
                 "zero=0, or an elementwise optimizer such as AdamW or SGD",
             )
@@ -65,7 +64,7 @@ def broken(
     elif not elementwise and plan.server:
         found.append(
             Refusal(
-                text,
+                str(plan),
                 "the optimizer is not elementwise, and shards of a server step pieces of parameters",
                 f"dp={plan.dp} without server, or an elementwise optimizer such as AdamW or SGD",
             )
@@ -74,21 +73,23 @@ def broken(
         what = "split layers step slices of parameters" if _splits(plan) else "cut stages step some parameters each"
         found.append(
             Refusal(
-                text,
+                str(plan),
                 f"the optimizer is not elementwise, and workers that {what}",
                 f"dp={plan.dp} alone, or an elementwise optimizer such as AdamW or SGD",
             )
         )
     if plan.server and plan.serves.shards > (trained := sum(one.requires_grad for one in facts.parameters)):
         found.append(
-            Refusal(text, f"{plan.serves.shards} shards for {trained} trained parameters", f"server={max(1, trained)}")
+            Refusal(
+                str(plan), f"{plan.serves.shards} shards for {trained} trained parameters", f"server={max(1, trained)}"
+            )
         )
     found += _unstageable(plan, facts)
     unmerged = unmergeable(facts)
-    if unmerged and (plan.workers > 1 or plan.recompute != "none"):
+    if unmerged and (plan.workers > 1 or plan.again):
         found.append(
             Refusal(
-                text,
+                str(plan),
                 f"training changes {unmerged[0]}, which can neither be merged between workers nor computed twice",
                 "serial, or a module whose buffers training does not change",
             )
@@ -117,6 +118,9 @@ def _unstageable(plan: Plan, facts: ModelFacts) -> list[Refusal]:
                 remedy,
             )
         ]
+    if plan.begins:
+        remedy = "drop stages, or name modules that forward calls one after the other"
+        return [Refusal(str(plan), why, remedy) for why in misplaced(plan, [block.name for block in placed(facts)])]
     if plan.stages and sum(plan.stage_blocks) != count:
         return [
             Refusal(

@@ -11,6 +11,7 @@ from sheaf.plans import Plan
 from sheaf.search import rules, words
 from sheaf.search.bounds import Bounds
 from sheaf.search.families import Group, families, groups
+from sheaf.search.fewest import instead
 from sheaf.search.measured import facts_for
 from sheaf.search.question import Question
 from sheaf.search.ranking import Entry, Ranking, Refusal
@@ -60,12 +61,12 @@ def search(
                 break
     else:
         _best_first(question, took)
-    prices, refused = took.prices, took.refused
+    prices, refused = [*took.prices, *(fewer := instead(question, took.prices))], took.refused
     ordered = _ordered(prices)
     refused.extend(_starved(question, ordered, took.starved))
     drawn = set[int]()
     for place, found in enumerate(ordered):  # torchrun takes the best plan for as many workers as it started
-        if found.plan.workers not in drawn and found.plan.pp > 1 and (not drawn or not took.wide):
+        if found.plan.workers not in drawn and found.plan.pp > 1 and not took.wide:
             ordered[place] = question.price(found.plan)
         drawn.add(found.plan.workers)
     return Ranking(
@@ -74,11 +75,18 @@ def search(
         cluster=question.cluster.name,
         batch=question.batch,
         microbatch=question.microbatch,
-        looked_at=took.count,
+        looked_at=took.count + len(fewer),
+        seconds=took.seconds,
         least_seconds=took.least,
         starved=tuple(one for one, _ in took.starved),
         asked=question,
     )
+
+
+def exchanged(ranking: Ranking, plan: Plan, price: Price, asked: Question) -> Ranking:
+    """The ranking with the price of one plan exchanged for that of another, in order again."""
+    ordered = _ordered([price if entry.plan == plan else entry.price for entry in ranking.ranked])
+    return replace(ranking, ranked=_explained(ordered), asked=asked)
 
 
 def _starved(question: Question, ordered: Sequence[Price], starved: Sequence[tuple[Price, str]]) -> list[Refusal]:
@@ -128,11 +136,16 @@ class _Taken:
     def tell(self) -> None:
         """Say how far it is."""
         if self._heard is not None:
-            self._heard(Progress(self.best, self.count, self.left, time.monotonic() - self._began, self.least))
+            self._heard(Progress(self.best, self.count, self.left, self.seconds, self.least))
+
+    @property
+    def seconds(self) -> float:
+        """How long it has taken."""
+        return time.monotonic() - self._began
 
     def late(self) -> bool:
         """Whether the time that was given is over, and something was found."""
-        return self._budget is not None and bool(self.prices) and time.monotonic() - self._began >= self._budget
+        return self._budget is not None and bool(self.prices) and self.seconds >= self._budget
 
 
 def _best_first(question: Question, took: _Taken) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sheaf.graph.facts import GLUE
 from sheaf.plans.split import Cut, Move, Slice, SplitFacts
@@ -17,7 +18,7 @@ from sheaf.split.sent import Unsendable
 from sheaf.split.tensor import Split
 from sheaf.task import Task
 
-HEAD_BYTES = 80  # what a replica tells before it sends
+HEAD = 8  # whole numbers that a replica tells before it sends, beside those of its own rows
 
 
 class Choosing(Sending, Rehearses):
@@ -76,6 +77,12 @@ class Choosing(Sending, Rehearses):
             held = self._held[id(local)] = (local, Split(part, found.dim, found.cut, origin=name, held=True))
         return held[1]
 
+    def counted(self, ends: Tensor, rows: int) -> tuple[int, ...]:
+        """Where values are not known, each expert has as many rows as any other."""
+        if isinstance(ends, FakeTensor):
+            return Cut.even(rows, ends.shape[0]).sizes
+        return super().counted(ends, rows)
+
     def _agree(
         self,
         kind: int,  # noqa: ARG002 - everyone agrees
@@ -86,7 +93,8 @@ class Choosing(Sending, Rehearses):
     ) -> list[tuple[int, ...]]:
         """All are as this one."""
         workers = self.team.workers
-        self.found.moves.append(Move(self.block, "all_gather", HEAD_BYTES * workers, backward=False, why=what))
+        told_bytes = 8 * (HEAD + len(own)) * workers
+        self.found.moves.append(Move(self.block, "all_gather", told_bytes, backward=False, why=what))
         return [tuple(own)] * workers
 
 

@@ -2,8 +2,9 @@
 
 Expert parallelism after Lepikhin et al., 2020, "GShard" (arXiv:2006.16668): experts that are stacked along the first
 dimension of their parameters are dealt out over the replicas, each held once; the rest of the model is replicated.
-Where a product meets such a parameter with one row of places per expert, the rows go to the experts' owners
-(all-to-all), stay there through products, biases and elementwise work, and come back when anything else asks.
+Where a product meets such a parameter with one row of places per expert, or with rows that are sorted by expert, they
+go to the experts' owners (all-to-all), stay there through products, biases and elementwise work, and come back when
+anything else asks.
 
 Replicas come to the same trips in the same order, each in its own microbatch. Before rows leave, replicas tell each
 other how many each has, and what it is about to do: who departs, since its control flow depends on its data, makes all
@@ -14,6 +15,7 @@ and leaves no gradient but theirs.
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,11 +27,12 @@ from sheaf.errors import PlanError
 from sheaf.plans.split import Cut, Slice
 from sheaf.split.mode import Splitting, leaves
 from sheaf.split.moves import sliced
+from sheaf.split.places import AbstractPlaces, Stacked
 from sheaf.split.registry import FALLBACK, RULES, SENT, is_inplace
-from sheaf.split.sent import Sent, Swapping, Travel, Trip, Unsendable, reached, rows_of
+from sheaf.split.sent import Sent, Swapping, Travel, Trip, Unsendable, reached
 from sheaf.split.tensor import Split
 
-_GO, _END = 1, 2
+_END = 0  # of forward; what goes before it is told by the kind of its places
 
 
 class Sending(Splitting):
@@ -48,6 +51,7 @@ class Sending(Splitting):
         self._trips: list[Trip] = []
         self._token: Tensor | None = None
         self._trail = 0
+        self._most = 1 + max((held.cut.length for _, held in parameters.values()), default=1)  # numbers of its own
         self.is_idle = self.is_observed = False
 
     # A microbatch ---------------------------------------------------------------------------------------------------
@@ -80,38 +84,43 @@ class Sending(Splitting):
 
     # What rules ask for ---------------------------------------------------------------------------------------------
 
-    def send(self, tensor: Tensor, split: "Split | Sent", why: str) -> Sent:
-        """Rows of this replica's microbatch, (experts, *middle, width), to the owners of the experts."""
+    def send(self, tensor: Tensor, split: "Split | Sent", why: str, places: AbstractPlaces | None = None) -> Sent:
+        """Rows of this replica's microbatch to the owners of the experts.
+
+        They are at ``places``, at those of what was sent before, or (experts, *middle, width).
+        """
         origin = split.origin or ""
-        cut = Cut.even(tensor.shape[0], self.team.workers)
-        rows = rows_of(tensor)
+        if places is None:
+            stack = Stacked(tensor.shape[0], tuple(tensor.shape[1:-1]))
+            places = split.places if isinstance(split, Sent) else stack
+        cut = Cut.even(places.num_experts, self.team.workers)
+        rows, own = places.rows(tensor), places.own
         if self.is_idle:
-            rows = rows.detach()[:, :0]
-        given = (tensor.shape[0], tensor.shape[-1], zlib.crc32(str(tensor.dtype).encode()))
-        told = self._agree(_GO, f"{why} with {origin}", tensor.device, given, rows.shape[1], int(rows.requires_grad))
-        counts = tuple(count for count, _ in told)
-        wanted = torch.is_grad_enabled() and any(flag for _, flag in told)
-        moved = self._travel(rows, Trip(self.replicas, cut, counts, True, wanted, f"tokens for {origin}{self.place}"))
-        return Sent(moved, tensor.shape[0], tuple(tensor.shape[1:-1]), counts, origin)
+            rows, own = places.none(rows.detach()), (0,) * len(own)
+        given = (places.num_experts, tensor.shape[-1], zlib.crc32(str(tensor.dtype).encode()))
+        told = self._agree(places.kind, f"{why} with {origin}", tensor.device, given, int(rows.requires_grad), *own)
+        places = places.settled([one[1:] for one in told])
+        wanted = torch.is_grad_enabled() and any(flag for flag, *_ in told)
+        moved = self._travel(rows, Trip(self.replicas, cut, places, True, wanted, f"tokens for {origin}{self.place}"))
+        return Sent(moved, places, origin)
+
+    def counted(self, ends: Tensor, rows: int) -> tuple[int, ...]:  # noqa: ARG002 - a rehearsal may know no more
+        """How many of the rows, which are sorted by expert, each expert has: the first of them end at ``ends[0]``."""
+        return tuple(end - start for start, end in pairwise([0, *ends.tolist()]))
 
     def back(self, sent: Sent) -> Tensor:
         """This replica's own rows, brought back; once, however often they are asked for."""
-        local = sent.local
+        local, places = sent.local, sent.places
         wanted = torch.is_grad_enabled() and local.requires_grad
         if sent.home is not None and sent.version == local._version and (sent.traced or not wanted):
             return sent.home
-        cut = Cut.even(sent.experts, self.team.workers)
+        cut = Cut.even(places.num_experts, self.team.workers)
         moved = self._travel(
-            local, Trip(self.replicas, cut, sent.counts, False, wanted, f"tokens from {sent.origin}{self.place}")
+            local, Trip(self.replicas, cut, places, False, wanted, f"tokens from {sent.origin}{self.place}")
         )
-        if self.is_idle:
-            moved = moved.new_zeros(sent.experts, *sent.middle, local.shape[-1])
-        sent.home, sent.version, sent.traced = (
-            moved.reshape(sent.experts, *sent.middle, local.shape[-1]),
-            local._version,
-            wanted,
-        )
-        return sent.home
+        home = moved.new_zeros(places.shape(local.shape[-1])) if self.is_idle else places.seen(moved)
+        sent.home, sent.version, sent.traced = home, local._version, wanted
+        return home
 
     def is_shared(self, tensor: Tensor) -> bool:
         """Whether a tensor is a parameter or buffer that every replica has whole."""
@@ -216,7 +225,7 @@ class Sending(Splitting):
         """Tell each other what comes next: ``alike`` must be so on every replica, ``own`` comes back of each."""
         again = torch._C._current_graph_task_id() != -1
         head = (kind, int(again), zlib.crc32(what.encode()), 0 if again else len(self._trips), self._trail)
-        values = [*head, *alike, *[0] * (3 - len(alike)), *own, *[0] * (2 - len(own))]
+        values = [*head, *alike, *[0] * (3 - len(alike)), *own, *[0] * (self._most - len(own))]
         told = self.team_told(torch.tensor(values, dtype=torch.int64, device=device), what)
         for replica, other in enumerate(told):
             if other[:8] != told[0][:8]:

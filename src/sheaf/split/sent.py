@@ -1,6 +1,5 @@
 """A tensor of tokens by expert whose rows are where their experts are: to the model it is its own microbatch's."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch.autograd import Function
 from sheaf.errors import PlanError
 from sheaf.plans.split import Cut
 from sheaf.split.moves import Team
+from sheaf.split.places import AbstractPlaces
 
 
 @runtime_checkable
@@ -33,38 +33,31 @@ class Unsendable(PlanError):
 
 
 class Sent(Tensor):
-    """Looks like (experts, *middle, width), contiguous, of the replica's own microbatch.
+    """Looks like the rows of the replica's own microbatch at these ``places``, contiguous.
 
-    ``local`` is (own experts, rows of every replica, width): each worker holds what all replicas have for its experts,
-    ``counts[r]`` rows per expert from replica *r*, in rank order. ``origin`` names the parameter it was sent for.
+    ``local`` is what all replicas have for this worker's experts. ``origin`` names the parameter it was sent for.
     """
 
     local: Tensor
-    middle: tuple[int, ...]
-    counts: tuple[int, ...]
+    places: AbstractPlaces
     origin: str
     home: Tensor | None
 
     def __new__(  # noqa: PYI034 - Self is no runtime type
         cls,
         local: Tensor,
-        experts: int,
-        middle: tuple[int, ...],
-        counts: tuple[int, ...],  # noqa: ARG004 - __init__ keeps these
-        origin: str,  # noqa: ARG004
+        places: AbstractPlaces,
+        origin: str,  # noqa: ARG004 - __init__ keeps it
     ) -> "Sent":
         """A tensor without memory."""
         return torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
-            cls, (experts, *middle, local.shape[-1]), dtype=local.dtype, device=local.device, requires_grad=False
+            cls, places.shape(local.shape[-1]), dtype=local.dtype, device=local.device, requires_grad=False
         )
 
-    def __init__(
-        self, local: Tensor, experts: int, middle: tuple[int, ...], counts: tuple[int, ...], origin: str
-    ) -> None:
+    def __init__(self, local: Tensor, places: AbstractPlaces, origin: str) -> None:
         """Wrap rows that have been sent."""
         super().__init__()
-        self.local, self.middle, self.counts, self.origin = local, middle, counts, origin
-        self.experts = experts
+        self.local, self.places, self.origin = local, places, origin
         # the same rows, brought back; of which version of ``local``, and whether with its history
         self.home, self.version, self.traced = None, -1, False
 
@@ -79,15 +72,15 @@ class Sent(Tensor):
         )
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
-        return f"Sent({tuple(self.shape)}, counts={self.counts}, local={tuple(self.local.shape)})"
+        return f"Sent({tuple(self.shape)}, {self.places}, local={tuple(self.local.shape)})"
 
     def like(self, local: Tensor) -> "Sent":
         """Other rows at the same places."""
-        return Sent(local, self.experts, self.middle, self.counts, self.origin)
+        return Sent(local, self.places, self.origin)
 
     def goes_with(self, other: "Sent") -> bool:
         """Whether two have their rows at the same places."""
-        return (self.experts, self.middle, self.counts) == (other.experts, other.middle, other.counts)
+        return self.places == other.places
 
 
 class AbstractTrip(ABC):
@@ -107,29 +100,26 @@ class AbstractTrip(ABC):
 
 @dataclass
 class Trip(AbstractTrip):
-    """Rows of a stack: to the experts that ``cut`` deals out, or back; ``counts`` rows by replica."""
+    """Rows at their ``places``: to the experts that ``cut`` deals out, or back."""
 
     team: Swapping
     cut: Cut
-    counts: tuple[int, ...]
+    places: AbstractPlaces
     outward: bool
     wanted: bool
     why: str
     used: bool = True
 
     def move(self, tensor: Tensor, *, outward: bool) -> Tensor:
-        """(experts, own rows, width) to (own experts, all rows, width), or back."""
-        mine, own = self.team.rank, self.cut.sizes[self.team.rank]
-        if outward:
-            pieces = list(tensor.split(self.cut.sizes))
-            shapes = [(own, count, tensor.shape[-1]) for count in self.counts]
-        else:
-            pieces = list(tensor.split(self.counts, 1))
-            shapes = [(size, self.counts[mine], tensor.shape[-1]) for size in self.cut.sizes]
+        """Own rows to all rows of own experts, or back."""
+        places, given, width = self.places, (self.cut, self.team.rank), tensor.shape[-1]
+        pieces = places.leaving(tensor, *given) if outward else places.returning(tensor, *given)
+        shapes = places.arriving(*given, width) if outward else places.returned(*given, width)
         flags = tensor.dtype is torch.bool
         pieces = [piece.contiguous().view(torch.uint8) if flags else piece.contiguous() for piece in pieces]
-        received = torch.cat(self.team.swap(pieces, shapes, self.why), 1 if outward else 0)
-        return received.view(torch.bool) if flags else received
+        received = self.team.swap(pieces, shapes, self.why)
+        joined = places.laid(received, *given) if outward else torch.cat(received)
+        return joined.view(torch.bool) if flags else joined
 
 
 class Travel(Function):
@@ -163,15 +153,6 @@ class Travel(Function):
             gradient = torch.zeros(shape, dtype=dtype, device=device)
         moved = trip.move(gradient, outward=not trip.outward)
         return token, (moved if ctx.needs_input_grad[1] else None), None
-
-
-def rows_of(tensor: Tensor) -> Tensor:
-    """(experts, *middle, width) as (experts, rows, width).
-
-    >>> rows_of(torch.zeros(3, 2, 5, 4)).shape, rows_of(torch.zeros(3, 4)).shape
-    (torch.Size([3, 10, 4]), torch.Size([3, 1, 4]))
-    """
-    return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:-1]), tensor.shape[-1])
 
 
 def reached(loss: Tensor) -> tuple[frozenset[int], frozenset[Any]]:

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
+import sheaf.task.fakes  # noqa: F401  # pyright: ignore[reportUnusedImport] - tells fake tensors what torch does not
 from sheaf.task.reach import replace_tensors
 from sheaf.task.storage import storage_id
 from sheaf.task.streams import key

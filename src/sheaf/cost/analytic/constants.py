@@ -50,6 +50,8 @@ class Stack:
     notes: tuple[str, ...] = ()  # patterns that a run's notes must match too
     like: str = ""  # the stack whose constants are expected before any run was seen
     flash: bool = True  # attention never writes its scores
+    fused_in_halves: bool = False  # scale, mask and softmax of scores are one kernel, for numbers of two bytes alone
+    apart: bool = False  # each element-wise operation is a kernel of its own: biases, masks, dropout, sums
     gradient_bytes: int = 2  # of what travels, per parameter
     backward_bytes: int = 0  # per parameter: gradients as backward makes them, kept beside those that are added up
     overlaps: bool = True  # gradients travel during backward

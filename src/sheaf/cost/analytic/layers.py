@@ -18,8 +18,17 @@ Product = tuple[float, float, float]  # rows, columns, inner
 # Bytes moved per element of attention's scores where they are written: the product's output, scaled and masked softmax,
 # dropout with its mask, the read by the second product; backward the same operations' gradients.
 _SCORES_FORWARD, _SCORES_BACKWARD = 4.5, 6.0  # in elements
+# Scale and mask of scores in kernels of their own, forward or backward, in elements; and bytes of casting scores of
+# two bytes to four and back. Megatron-LM's one kernel for both and softmax takes numbers of two bytes, a microbatch's
+# heads in fours and sequences up to 2048: NVIDIA/Megatron-LM megatron/model/fused_softmax.py, is_kernel_available.
+_SCORES_APART, _SCORES_CAST = 4.0, 16.0
+_FUSED_HEADS, _FUSED_SEQUENCE = 4, 2048
 # Arrays as wide as the hidden size that norms, dropout and sums read and write in one layer's forward.
 _WIDE_FORWARD, _WIDE_FUSED = 8.0, 5.0
+# The same where each operation is a kernel, by Oneflow-Inc/OneFlow-Benchmark LanguageModeling/BERT/bert.py: three
+# biases and four transpositions (14), twice a bias, dropout, a sum and a norm (21), less 4 that are counted as split.
+_WIDE_APART = 31.0
+_INSIDE_APART = 2.0  # bias of the feed-forward's inside
 _BACKWARD = 1.6  # times the forward's traffic
 _UNFUSED = 12.0  # arrays of a feed-forward's inside: biases, clamps, scale and product, each by itself
 _LOSS_BYTES = 40.0  # per logit, forward and backward: cast to fp32, largest, exponential, sum, gradient
@@ -133,15 +142,17 @@ def layer(work: Workload, stack: Stack, kernels: Kernels, *, expert: bool = Fals
     scores = _scores(shape, split.tp, tokens)
     core = 4.0 * scores * _score_width(shape)
     wide = tokens * shape.hidden * size
-    moved = wide * (_WIDE_FUSED if stack.compiled else _WIDE_FORWARD) / (split.tp if split.sequence else 1)
-    moved += tokens * size * _split_arrays(shape, expert=expert, compiled=stack.compiled) / split.tp
+    arrays = _WIDE_FUSED if stack.compiled else _WIDE_APART if stack.apart else _WIDE_FORWARD
+    moved = wide * arrays / (split.tp if split.sequence else 1)
+    moved += tokens * size * _split_arrays(shape, stack, expert=expert) / split.tp
     if stack.flash:
         attention = Amounts(attention=core * (0.5 if shape.causal and not shape.window else 1.0))
         attention_back = attention.times(2.5)  # scores again, and four products (Dao 2023)
     else:
         core *= kernels.misaligned if shape.head_width % kernels.aligned else 1.0
-        attention = Amounts(attention=core, moved=scores * _SCORES_FORWARD * size)
-        attention_back = Amounts(attention=2 * core, moved=scores * _SCORES_BACKWARD * size)
+        apart = _scores_apart(work, stack, size)
+        attention = Amounts(attention=core, moved=scores * (_SCORES_FORWARD * size + apart))
+        attention_back = Amounts(attention=2 * core, moved=scores * (_SCORES_BACKWARD * size + apart))
     sent = _sent(work, tokens, size, expert=expert)
     forwards = Amounts(product=forward, grouped=grouped, moved=moved) + attention + sent
     backwards = Amounts(product=backward, grouped=grouped_back, moved=_BACKWARD * moved) + attention_back + sent
@@ -150,6 +161,7 @@ def layer(work: Workload, stack: Stack, kernels: Kernels, *, expert: bool = Fals
         "selective": attention,
         "elementwise": Amounts(moved=moved) + attention,
         "alternate": Amounts(product=forward / 2, grouped=grouped / 2, moved=moved),
+        "latent": _projected(work, kernels, products, tokens * size),
         "full": forwards,
     }[_recompute(work, stack)]
     return Layer(forwards, backwards, again, _EXPERT_LAUNCHES if expert else 1.0)
@@ -255,10 +267,11 @@ def _routed(work: Workload, tokens: float) -> list[Product]:
     return [(rows, parts * width, shape.hidden), (rows, shape.hidden, width)]
 
 
-def _split_arrays(shape: Shape, *, expert: bool, compiled: bool) -> float:
+def _split_arrays(shape: Shape, stack: Stack, *, expert: bool) -> float:
     """Elements per token of arrays that are cut like the weights: queries to values, and the feed-forward's inside."""
     inside = shape.expert_ffn * shape.experts_per_token if expert else shape.ffn
-    arrays = (3.0 if shape.gated else 2.0) + (0.0 if compiled else 1.0 if shape.gated else 0.0)
+    arrays = (3.0 if shape.gated else 2.0) + (0.0 if stack.compiled else 1.0 if shape.gated else 0.0)
+    arrays += _INSIDE_APART if stack.apart else 0.0
     attention = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_width
     arrays += _UNFUSED if expert and shape.biased else 0.0
     tokens_moved = 6.0 * shape.hidden * shape.experts_per_token if expert else 0.0  # sorted by expert, and back
@@ -271,6 +284,26 @@ def _scores(shape: Shape, tp: int, tokens: float) -> float:
     if shape.window:
         reach = (shape.sequence / 2 + min(shape.window, shape.sequence)) / 2
     return tokens * reach * shape.heads / tp
+
+
+def _projected(work: Workload, kernels: Kernels, products: list[Product], token_bytes: float) -> Amounts:
+    """Queries, keys and values made again from their low ranks."""
+    shape = work.shape
+    if not shape.latent:
+        return Amounts()
+    arrays = 3.0 * shape.heads * shape.head_width / work.split.tp
+    return Amounts(product=kernels.product(*products[1:3]), moved=token_bytes * arrays)
+
+
+def _scores_apart(work: Workload, stack: Stack, size: float) -> float:
+    """Bytes moved per score, in one pass, by what one kernel does elsewhere."""
+    if stack.apart:
+        return _SCORES_APART * size
+    heads = work.micro * work.shape.heads / work.split.tp
+    fused = size == 2.0 and heads % _FUSED_HEADS == 0 and work.shape.sequence <= _FUSED_SEQUENCE
+    if not stack.fused_in_halves or fused:
+        return 0.0
+    return _SCORES_APART * 4.0 + (_SCORES_CAST if size == 2.0 else 0.0)
 
 
 def _score_width(shape: Shape) -> float:

@@ -12,7 +12,8 @@ MARGIN = 0.3  # stated for every peak: wide enough that the published run out of
 _WIDE = 4.0  # arrays of the hidden size that a layer keeps: what enters each norm, and what leaves it
 _MASKS = 1.0  # two dropout masks of a byte, as elements of two bytes
 _SCORES, _SCORES_DROPPED = 1.0, 2.5  # arrays of attention's scores kept where they are written
-_KEPT = {"none": 1.0, "selective": 1.0, "elementwise": 0.6, "alternate": 0.5, "full": 0.0}  # share of a layer's arrays
+# Share of a layer's arrays.
+_KEPT = {"none": 1.0, "selective": 1.0, "latent": 0.8, "elementwise": 0.6, "alternate": 0.5, "full": 0.0}
 _LORA_SHARE = 0.005
 
 

@@ -44,7 +44,8 @@ class Split:
     shards: int = 1  # workers that one copy of what ZeRO cuts is spread over
     sequence: bool = False  # norms and dropout split by sequence too (Korthikanti et al. 2022)
     schedule: str = "1f1b"
-    recompute: str = "none"  # none, selective (attention), elementwise, alternate (half the products), full
+    recompute: str = "none"  # none, selective (attention), latent (projections from low ranks), elementwise,
+    # alternate (half the products), full
     offload: bool = False  # optimizer state in the hosts' memory
     stages: tuple[int, ...] = ()  # transformer layers of each stage where published
     balanced: bool = False  # embedding and head count as a layer each where layers are dealt out to stages

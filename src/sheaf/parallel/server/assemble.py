@@ -4,11 +4,11 @@ import torch
 from torch import nn
 
 from sheaf.errors import PlanError
-from sheaf.graph import cut, is_composite
+from sheaf.graph import cut
 from sheaf.parallel.optimizers import sliced_optimizer
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.precision import LossScale
-from sheaf.parallel.recompute import recompute
+from sheaf.parallel.recompute import again, recompute
 from sheaf.parallel.runner import Expectation, Parts, WholeModel
 from sheaf.parallel.server.beside import Beside, Losses
 from sheaf.parallel.server.borrowing import Borrower, Lent
@@ -19,7 +19,7 @@ from sheaf.parallel.server.seating import Seating, take_seats
 from sheaf.parallel.server.serving import ServingStep
 from sheaf.parallel.server.step import ServedStep
 from sheaf.parallel.server.stolen import StolenStep
-from sheaf.parallel.shares import dealer
+from sheaf.parallel.shares import AbstractDealer, Dealt, dealer
 from sheaf.parallel.spread import Spread
 from sheaf.parallel.statistics import BatchStatistics, keeps_statistics
 from sheaf.parallel.world import World
@@ -94,8 +94,7 @@ def serve(task: Task, plan: Plan, spread_: Spread, portion: Portion) -> ServedSt
         return _serving(task, plan, spread_, portion, terms)
     holding = Beside(portion, world.device, sliced_optimizer(portion, {}))
     streams = Streams(holding.model, task.seed, world.device)
-    if plan.recompute == "full":
-        recompute([block for block in cut(holding.model).values() if is_composite(block)], streams)
+    recompute(again(plan, cut(holding.model)).values(), streams)
     forms = forms_of(holding.model, holding.parameters, served.shards)
     seating = take_seats(task, plan, world, portion, holding.parameters, forms, terms, holding.parameters.__getitem__)
     client = _joined(world, seating, forms, terms)
@@ -105,7 +104,7 @@ def serve(task: Task, plan: Plan, spread_: Spread, portion: Portion) -> ServedSt
         task=task,
         spread=spread_,
         holding=holding,
-        dealer=Lent() if plan.stolen else dealer(plan, spread_.place.dp, None),
+        dealer=_dealer(plan, spread_, terms),
         exchange=Losses(spread_.computing),
         expectation=Expectation(float(task.batch)),
         scale=LossScale(task),
@@ -116,6 +115,12 @@ def serve(task: Task, plan: Plan, spread_: Spread, portion: Portion) -> ServedSt
     if isinstance(client, Borrower):
         return StolenStep(plan, portion, WholeModel(parts), client, seating.hosts, seating.spares)
     return ServedStep(plan, portion, WholeModel(parts), client, seating.hosts, seating.spares)
+
+
+def _dealer(plan: Plan, spread_: Spread, terms: Terms) -> AbstractDealer:
+    if terms.deals:
+        return Dealt((1,), 0)  # what shard 0 deals is this worker's own
+    return Lent() if plan.stolen else dealer(plan, spread_.place.dp, None)
 
 
 def _serving(task: Task, plan: Plan, spread_: Spread, portion: Portion, terms: Terms) -> ServingStep:

@@ -67,10 +67,7 @@ class Borrower(Client):
         try:
             return ask()
         except Fenced:
-            self._next_incarnation()
-            self._sequence = 0
-            self.rejoined += 1
-            self._join(0)
+            self._rejoin(0)
             return None
         finally:
             self.waited_seconds += time.perf_counter() - start

@@ -25,7 +25,7 @@ class Seen:
     """What a worker saw of one exchange."""
 
     finished: int = 0  # clocks that this worker has behind it now; after it was given up, as many as the slowest has
-    dropped: bool = False  # the gradient was too old and was not applied: its samples are to be used again
+    dropped: bool = False  # the gradient was not applied: too old, its samples to be used again; or another has them
     delay: int = 0  # updates between pull and push, at most over shards
     staleness: int = 0  # clocks between this worker and the slowest, when it read
     stop: bool = False  # a worker was asked to stop, and this is the step after which everyone does
@@ -56,6 +56,7 @@ class Client:
         self._ended = threading.Event()
         self._begun = False
         self.rejoined = 0
+        self.part: int | None = None  # what shard 0 deals this worker next, where workers go by their own clocks
         self.agreed: Callable[[int], int] = lambda delay: delay  # with the others of its replica, how late they are
 
     @property
@@ -84,16 +85,22 @@ class Client:
             ).start()
 
     def exchange(self, clock: int, metas: Sequence[dict[str, Any]]) -> Seen:
-        """Push what is in ``out`` as the gradient of ``clock`` and read the values for the next; ``metas`` by shard."""
-        start = time.perf_counter()
+        """Push what is in ``out`` as the gradient of ``clock`` and read the values for the next; ``metas`` by shard.
+
+        A worker that was given up comes back, where the others are. Whether its gradient had counted by then is known;
+        where not, and its part has gone to another, the gradient is dropped.
+        """
+        start, part = time.perf_counter(), self.part
+        counted = dropped = False
         while True:
             try:
-                seen = self._exchange(clock, metas)
+                seen = self.pull(clock + counted) if counted or dropped else self._exchange(clock, metas)
             except Fenced:
                 applied, clock = self._come_back(clock)
-                if not applied:
-                    continue
-                seen = self.pull(clock + 1)  # the push had counted before this worker was given up
+                counted = counted or (applied and not dropped)
+                dropped = not counted and (dropped or self.part != part)
+                continue
+            seen.dropped = seen.dropped or dropped
             seen.waited_seconds = time.perf_counter() - start
             return seen
 
@@ -121,6 +128,7 @@ class Client:
         self._versions = [answer.base for answer, _ in answers]
         slowest = min(int(told["slowest"]) for _, told in answers)
         told = answers[0][1]
+        self.part = told.get("part")
         stop = told["stop_at"] is not None and clock >= int(told["stop_at"])
         return Seen(finished=clock, told=told, staleness=max(0, clock - slowest), stop=stop)
 
@@ -215,12 +223,18 @@ class Client:
                 "the others of its replica cannot do without it; look for what stopped it"
             )
         last, sequence = self._incarnation, self._sequence
-        self._next_incarnation()
-        self._sequence = 0
-        self.rejoined += 1
-        answers = self._join(clock, last)
+        answers = self._rejoin(clock, last)
         applied = any(int(told["committed"]) >= sequence > 0 for told in answers)
         return applied, max(clock, *(int(told["clock"]) for told in answers))
+
+    def _rejoin(self, clock: int, last: int = 0) -> list[dict[str, Any]]:
+        """Join as the next incarnation that is not given up on the way; what each shard told."""
+        self._sequence = 0
+        self.rejoined += 1
+        while True:
+            self._next_incarnation()
+            with contextlib.suppress(Fenced):
+                return self._join(clock, last)
 
     def _next_incarnation(self) -> None:
         self._incarnation = max(self._incarnation + 1, time.time_ns() // 1000)
@@ -231,7 +245,9 @@ class Client:
     def _join(self, clock: int, last: int = 0) -> list[dict[str, Any]]:
         for link in self._links:
             link.start(self._head(Kind.JOIN, clock=clock), {"last": last})
-        return [told for _, told in self._finish()]
+        answers = [told for _, told in self._finish()]
+        self.part = answers[0].get("part")
+        return answers
 
     def _finish(self, *, into: bool = False) -> list[tuple[Head, dict[str, Any]]]:
         """Everyone's answer; of several that refuse, the first is raised once all have answered."""

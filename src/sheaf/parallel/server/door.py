@@ -128,10 +128,10 @@ def check_asker(guest: Guest, head: Head) -> None:
 
 def check_push(meta: dict[str, Any], pieces: int) -> None:
     """What a push tells must be of what there is. Raises BadFrame."""
-    used, told = meta.get("used", []), meta.get("losses", [])
+    used, told, samples = meta.get("used", []), meta.get("losses", []), meta.get("samples", 0)
     whole = isinstance(used, list) and all(type(place) is int and 0 <= place < pieces for place in used)
     summed = isinstance(told, list) and all(
         isinstance(one, list) and len(one) == 3 and all(isinstance(value, int | float) for value in one) for one in told
     )
-    if not whole or not summed:
+    if not whole or not summed or type(samples) is not int:
         raise BadFrame("a push tells of parameters or losses that there are not")

@@ -1,9 +1,25 @@
-"""Why a shard cannot apply a step, as the error that a user sees."""
+"""Why a shard cannot apply a step, and the error that a user sees of it."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from sheaf.errors import NonFiniteLoss, TaskError, WorkerFailed
+from sheaf.parallel.server.log import losses
+
+
+def impossible(pushed: Sequence[dict[str, Any]], clock: int) -> dict[str, Any] | None:
+    """What makes a clock's step of lock-step impossible, found out alike on every shard by what pushes told of it."""
+    told = losses(pushed)
+    for index, total, weight in told:
+        if not math.isfinite(total) or not math.isfinite(weight):
+            value = total / weight if weight else total
+            return {"why": "loss", "clock": clock, "microbatch": index, "value": value}
+    if not sum(weight for _, _, weight in told):
+        return {"why": "weight", "clock": clock}
+    if not any(meta.get("any") for meta in pushed):
+        return {"why": "unused", "clock": clock}
+    return None
 
 
 def explained(meta: dict[str, Any], index: int) -> Exception:

@@ -19,7 +19,7 @@ from sheaf.parallel.server.link import Address, Failed
 from sheaf.parallel.server.log import Entry, Fenced
 from sheaf.parallel.server.places import Arena
 from sheaf.parallel.server.points import reached
-from sheaf.parallel.server.reading import Pictures, read, readable
+from sheaf.parallel.server.reading import Pictures, dealt, read, readable
 from sheaf.parallel.server.seat import Elsewhere, Seat
 from sheaf.parallel.server.seats import PRIMARY, Mirror, committing, entry_of
 from sheaf.parallel.server.shard import Shard
@@ -160,6 +160,7 @@ class Host(Seat):
                         "clock": self.shard.clocks.of(entry.worker),
                         "version": self.shard.version,
                         "committed": self.shard.committed(entry.worker, last),
+                        **dealt(self.shard, entry.worker),
                     }
                 if head.kind == Kind.LEAVE:
                     self.leases.end(entry.worker)

@@ -38,6 +38,11 @@ class Terms:
         """Whether each update is the sum over all workers."""
         return self.staleness == 0
 
+    @property
+    def deals(self) -> bool:
+        """Whether shard 0 says what each worker computes: they go by their own clocks, and nobody needs another."""
+        return not self.exact and not self.needed
+
 
 @dataclass(slots=True)
 class Entry:
@@ -60,6 +65,7 @@ class Member:
     incarnation: int = 0
     fenced: int = 0  # incarnations up to this one are not heard any more
     committed: int = 0  # sequence of the last gradient that counts
+    abandoned: int = 0  # that of the last one that is not to be applied
     staged: Entry | None = None
     history: dict[int, int] = field(default_factory=dict[int, int])  # committed, by earlier incarnations
     left: bool = False  # it has said good-bye, and will not come again
@@ -79,6 +85,11 @@ def missed(terms: Terms, left: Entry, clocks: Clocks) -> dict[str, Any] | None:
 def is_good_bye(leaving: Entry) -> bool:
     """Whether a worker leaves by itself, and was not given up."""
     return not leaving.meta.get("given_up")
+
+
+def settles(entry: Entry) -> bool:
+    """Whether shards agreed that a gradient counts whose worker was given up."""
+    return entry.kind == Kind.COMMIT and bool(entry.meta.get("settled"))
 
 
 def losses(told: Iterable[dict[str, Any]]) -> list[tuple[int, float, float]]:

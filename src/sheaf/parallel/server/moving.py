@@ -55,8 +55,9 @@ def packed_shard(shard: Shard) -> bytes:
     entries = _Entries(shard.form)
     members = {
         worker: {
-            **{name: getattr(member, name) for name in ("incarnation", "fenced", "committed", "history", "left")},
+            **{name: getattr(member, name) for name in _OF_MEMBER},
             "staged": entries.put(member.staged),
+            "history": member.history,
         }
         for worker, member in shard.members.items()
     }
@@ -74,6 +75,8 @@ def packed_shard(shard: Shard) -> bytes:
             "round": None if shard.kept.round is None else _told_round(shard.kept.round),
             "counted": shard.kept.counted,
         }
+    if shard.dealing is not None:
+        state["dealing"] = shard.dealing.moved()
     state["entries"] = entries.values
     tensors |= entries.tensors
     tensors |= {f"pulled/{worker}": _bytes(arena) for worker, (_, arena) in shard.pulled.items()}
@@ -81,6 +84,7 @@ def packed_shard(shard: Shard) -> bytes:
     return packed(tensors, state)
 
 
+_OF_MEMBER = ("incarnation", "fenced", "committed", "abandoned", "left")
 _PLAIN = ("version", "applied", "scheduled", "told", "norms", "whole_norms", "failure", "stop_at")
 
 
@@ -92,14 +96,13 @@ def unpacked_shard(shard: Shard, raw: bytes) -> None:
     entries.values, entries.tensors = state["entries"], tensors
     for worker, values in _by_number(state["members"]).items():
         shard.members[worker] = Member(
-            values["incarnation"],
-            values["fenced"],
-            values["committed"],
-            entries.get(values["staged"]),
-            _by_number(values["history"]),
-            values["left"],
+            **{name: values[name] for name in _OF_MEMBER},
+            staged=entries.get(values["staged"]),
+            history=_by_number(values["history"]),
         )
     shard.clocks = Clocks(_by_number(state["clocks"]), shard.terms.staleness)
+    if shard.dealing is not None:
+        shard.dealing.restore(state["dealing"])
     for name in _PLAIN:
         value = state[name]
         setattr(shard, name, _by_number(value) if name in ("told", "norms", "whole_norms") else value)

@@ -34,18 +34,28 @@ def read(shard: Shard, head: Head, entry: Entry, out: Arena, log: Callable[[Entr
         log(Entry(Kind.PULLED, entry.worker, entry.incarnation, sequence=head.request))
     out.copy_(earlier.views if earlier is not None else shard.values)
     told = shard.told.get(head.clock - 1, {})
-    return {
+    found = {
         "version": shard.version,
         "losses": losses(told.values()),
+        "samples": sum(int(each.get("samples", 0)) for each in told.values()),
         "counts": {str(worker): len(each.get("losses", ())) for worker, each in told.items()},
-        "seconds": {str(worker): each["seconds"] for worker, each in told.items() if "seconds" in each},
-        "returned": {str(worker): each["returned"] for worker, each in told.items() if "returned" in each},
-        "applied": shard.applied,
-        "norm": shard.whole_norms.get(head.clock - 1),
         "rate": float(shard.optimizer.param_groups[0]["lr"]) if shard.optimizer.param_groups else None,
         "slowest": shard.clocks.slowest,
         "stop_at": shard.stop_at,
+        **dealt(shard, entry.worker),
     }
+    if shard.terms.exact:
+        found["norm"] = shard.whole_norms.get(head.clock - 1)
+    if shard.terms.lent:
+        found["applied"] = shard.applied
+        found["seconds"] = {str(worker): each["seconds"] for worker, each in told.items() if "seconds" in each}
+        found["returned"] = {str(worker): each["returned"] for worker, each in told.items() if "returned" in each}
+    return found
+
+
+def dealt(shard: Shard, worker: int) -> dict[str, Any]:
+    """What a worker computes next, and how many parts came back so far, where shard 0 says so."""
+    return shard.dealing.told(worker) if shard.dealing is not None else {}
 
 
 class Pictures:

@@ -4,16 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sheaf.errors import PlanError, RunError
+from sheaf.parallel.resharding import State, cut, overlaps
 from sheaf.parallel.server.places import Form
 from sheaf.plans import Plan
-from sheaf.plans.layout import Piece
 from sheaf.plans.server import beside
-
-State = tuple[dict[str, Tensor], dict[str, Any]]  # as ``state`` of a step gives it, or ``restore.kept`` of a shard
 
 
 def is_relayable(plan: Plan, saved: str) -> bool:
@@ -63,35 +60,18 @@ def _relaid(form: Form, old_forms: Sequence[Form], kept: dict[int, State]) -> St
     made: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
     for piece in form.pieces:
-        lies = _overlaps(piece, old_forms)
-        first, first_piece = lies[0]
-        tensors, values = kept[first]
+        lies = overlaps(piece, [old.pieces for old in old_forms])
+        values = kept[lies[0][0]][1]
         if piece.name in values["optimizer"]["state"]:
             plain[piece.name] = values["optimizer"]["state"][piece.name]
-        for key, value in tensors.items():
-            if not _is_of(key, piece.name):
-                continue
-            if tuple(value.shape) != (first_piece.num_elements,):
-                made[key] = value
-                continue
-            cuts = [
-                kept[number][0][key][max(piece.start, old.start) - old.start : min(piece.stop, old.stop) - old.start]
-                for number, old in lies
-            ]
-            made[key] = torch.cat(cuts)
+        made |= cut(piece, [(old, _of(piece.name, kept[number][0])) for number, old in lies])
     common = kept[0][1]
     return made, common | {"optimizer": common["optimizer"] | {"state": plain}}
 
 
-def _overlaps(piece: Piece, old_forms: Sequence[Form]) -> list[tuple[int, Piece]]:
-    """Which old shards have some of a piece, and what of the parameter each of them has, in the parameter's order."""
-    found = [
-        (number, old)
-        for number, form in enumerate(old_forms)
-        for old in form.pieces
-        if old.name == piece.name and old.start < piece.stop and piece.start < old.stop
-    ]
-    return sorted(found, key=lambda one: one[1].start)
+def _of(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A shard's tensors of a parameter."""
+    return {key: value for key, value in tensors.items() if _is_of(key, name)}
 
 
 def _is_of(key: str, name: str) -> bool:

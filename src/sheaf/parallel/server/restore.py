@@ -10,6 +10,7 @@ from torch import Tensor
 from sheaf.errors import RunError
 from sheaf.parallel.optimizers import load_named_state, named_state
 from sheaf.parallel.server.clock import Clocks
+from sheaf.parallel.server.dealing import Dealing
 from sheaf.parallel.server.log import Member
 from sheaf.parallel.server.shard import Shard
 from sheaf.parallel.values import decoded, encoded
@@ -32,7 +33,8 @@ def kept(shard: Shard) -> tuple[dict[str, Tensor], dict[str, Any]]:
         gathered = shard.buffer.gathered
         named |= {f"gathered/{name}": value for name, value in shard.buffer.sums.items()}
         named |= {f"ahead/{name}": value for name, value in shard.buffer.ahead.items()}
-    return named, {"optimizer": optimizer, "scheduler": scheduler, "gathered": gathered}
+    dealing = shard.dealing.kept() if shard.dealing is not None else None
+    return named, {"optimizer": optimizer, "scheduler": scheduler, "gathered": gathered, "dealing": dealing}
 
 
 def restored(shard: Shard, tensors: dict[str, Tensor], values: dict[str, Any], index: int) -> None:
@@ -56,6 +58,10 @@ def restored(shard: Shard, tensors: dict[str, Tensor], values: dict[str, Any], i
     for member in shard.members.values():
         member.__dict__.update(Member(incarnation=member.incarnation, fenced=member.incarnation).__dict__)
     shard.clocks = Clocks(dict.fromkeys(shard.members, index), shard.terms.staleness)
+    if shard.dealing is not None:
+        shard.dealing = Dealing(shard.terms.workers, index)
+        if values.get("dealing") is not None:  # it was not kept always
+            shard.dealing.restore(values["dealing"])
 
 
 def shared(

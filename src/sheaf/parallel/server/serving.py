@@ -23,7 +23,7 @@ from sheaf.parallel.spread import Spread
 from sheaf.parallel.step import Observer, memory_bytes
 from sheaf.plans import Plan
 from sheaf.record import StepReport
-from sheaf.task import Order, Task
+from sheaf.task import Task
 
 _LOOK_SECONDS = 0.1  # between two looks at the clocks, when nothing has told of a change
 
@@ -37,11 +37,9 @@ class ServingStep(AbstractSeatedStep):
     def __init__(
         self, task: Task, plan: Plan, spread: Spread, portion: Portion, model: nn.Module, seating: Seating
     ) -> None:
-        assert task.microbatch is not None
         self.task, self.plan, self.index = task, plan, 0
         self._spread, self._world, self._portion = spread, spread.world, portion
         self._model, self._seating = model, seating
-        self._order = Order(task.num_samples, task.batch, task.microbatch, task.seed, shuffle=task.shuffle)
         self.lost: Callable[[], Collection[int]] = tuple  # workers that are known to be gone
         self._ended = threading.Event()
         self._world.number("sheaf/served")  # as every worker asks
@@ -96,13 +94,12 @@ class ServingStep(AbstractSeatedStep):
                 rate = float(host.shard.optimizer.param_groups[0]["lr"]) if host.shard.optimizer.param_groups else None
         each = losses(told.values())
         weight = math.fsum(one[2] for one in each)
-        microbatches = self._order.step(self.index)
         seconds = time.perf_counter() - start
         report = StepReport(
             step=self.index,
             loss=math.fsum(one[1] for one in each) / weight if weight else math.nan,
             weight=weight,
-            samples=sum(len(microbatches[int(one[0])].samples) for one in each),
+            samples=sum(int(one.get("samples", 0)) for one in told.values()),
             seconds=seconds,
             terms={"wait": seconds},
             learning_rate=rate,

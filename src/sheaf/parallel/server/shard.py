@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from sheaf.parallel.server.clock import Clocks
+from sheaf.parallel.server.dealing import Dealing
+from sheaf.parallel.server.failed import impossible
 from sheaf.parallel.server.frame import Kind
 from sheaf.parallel.server.late import BUFFERED, COMPENSATED, DELAYED, Buffer, adjusted_, is_plain
-from sheaf.parallel.server.log import Entry, Fenced, Member, Terms, is_good_bye, losses, missed, used
+from sheaf.parallel.server.log import Entry, Fenced, Member, Terms, is_good_bye, losses, missed, settles, used
 from sheaf.parallel.server.places import Arena, Form
 from sheaf.parallel.server.points import reached
 from sheaf.parallel.server.work import Kept, Key
@@ -50,6 +52,7 @@ class Shard:
         gathers = terms.late in (BUFFERED, DELAYED)
         self.buffer = Buffer(terms.workers, plain_between=terms.late == DELAYED) if gathers else None
         self.kept = Kept() if terms.lent else None
+        self.dealing = Dealing(terms.workers, start) if terms.deals and not number else None
         self.round: dict[int, Entry] = {}
         self._sum: dict[str, Tensor] | None = None
         self.pulled: dict[int, tuple[int, Arena]] = {}
@@ -67,7 +70,7 @@ class Shard:
             self._close(entry.clock, [(one[0], one[1], one[2]) for one in entry.meta["counted"]])
         elif member is None:
             raise Fenced
-        elif entry.kind in (Kind.JOIN, Kind.FENCE, Kind.LEAVE, Kind.RETURN) or _settles(entry):
+        elif entry.kind in (Kind.JOIN, Kind.FENCE, Kind.LEAVE, Kind.RETURN) or settles(entry):
             self._of_member(member, entry)
         elif entry.incarnation != member.incarnation or entry.incarnation <= member.fenced:
             raise Fenced
@@ -105,7 +108,8 @@ class Shard:
     def knows(self, worker: int, sequence: int) -> bool:
         """Whether a push came before."""
         member = self.members[worker]
-        return sequence <= member.committed or (member.staged is not None and member.staged.sequence == sequence)
+        staged = member.staged.sequence if member.staged is not None else 0
+        return sequence <= max(member.committed, member.abandoned, staged)
 
     @property
     def ready(self) -> bool:
@@ -183,9 +187,11 @@ class Shard:
         if entry.incarnation > member.incarnation:
             member.history[member.incarnation] = member.committed
             self._release(member.staged)
-            member.incarnation, member.staged, member.committed, member.left = entry.incarnation, None, 0, False
+            member.incarnation, member.staged, member.left = entry.incarnation, None, False
+            member.committed = member.abandoned = 0
             self._give_back(entry.worker)
             self.clocks.enter(entry.worker, entry.clock)
+            self._deal(entry.worker)
             if member.history.keys() != {0}:  # the first comes with the first values
                 self._keep_pulled(replace(entry, sequence=0))
 
@@ -197,6 +203,8 @@ class Shard:
         self.failure = self.failure or missed(self.terms, entry, self.clocks)
         self.clocks.leave(entry.worker)
         self._give_back(entry.worker)
+        if self.dealing is not None:
+            self.dealing.give_back(entry.worker, lost=not member.left)
         self.pulled.pop(entry.worker, None)
         self._schedule()
 
@@ -233,8 +241,9 @@ class Shard:
         told: dict[int, dict[str, Any]] = {}
         for place, (worker, _, _) in enumerate(keys):
             meta = self.round[place].meta
-            mine = told.setdefault(worker, {"losses": [], "seconds": 0.0})
+            mine = told.setdefault(worker, {"losses": [], "samples": 0, "seconds": 0.0})
             mine["losses"] += meta.get("losses", ())
+            mine["samples"] += meta.get("samples", 0)
             mine["seconds"] += meta.get("seconds", 0.0)
             if meta.get("stop") or (round_ is not None and round_.stop):
                 self.stop_at = self.stop_at or clock + 1
@@ -258,11 +267,11 @@ class Shard:
     def _abandon(self, member: Member, entry: Entry) -> None:
         if member.staged is not None and member.staged.sequence == entry.sequence:
             self._release(member.staged)
-            member.staged, member.committed = None, entry.sequence
+            member.staged, member.abandoned = None, entry.sequence
 
     def _commit(self, member: Member, entry: Entry) -> None:
         staged = member.staged
-        if entry.sequence <= member.committed or staged is None or staged.sequence != entry.sequence:
+        if staged is None or (staged.incarnation, staged.sequence) != (entry.incarnation, entry.sequence):
             return
         member.committed, member.staged = entry.sequence, None
         self.told.setdefault(staged.clock, {})[entry.worker] = staged.meta
@@ -276,25 +285,20 @@ class Shard:
             self._late(entry.worker, staged)
             self._release(staged)
         self.clocks.advance(entry.worker, staged.clock + 1)
+        self._deal(entry.worker, used=True)
         self._schedule()
         for clock in [clock for clock in self.told if clock < self.clocks.slowest - _KEPT_CLOCKS]:
             del self.told[clock]
 
     def _check(self) -> None:
-        """At staleness 0: what makes the step impossible, found out alike on every shard."""
-        if not self._met:
-            return
-        told = losses(self.round[worker].meta for worker in sorted(self.round))
-        clock = self.applied
-        for index, total, weight in told:
-            if not math.isfinite(total) or not math.isfinite(weight):
-                value = total / weight if weight else total
-                self.failure = {"why": "loss", "clock": clock, "microbatch": index, "value": value}
-                return
-        if not sum(weight for _, _, weight in told):
-            self.failure = {"why": "weight", "clock": clock}
-        elif not any(entry.meta.get("any") for entry in self.round.values()):
-            self.failure = {"why": "unused", "clock": clock}
+        """At staleness 0, once all gradients of the next clock are there: whether they can be applied."""
+        if self._met:
+            self.failure = impossible([entry.meta for entry in self.round.values()], self.applied) or self.failure
+
+    def _deal(self, worker: int, *, used: bool = False) -> None:
+        """A worker needs a next part where it has none; ``used``: what it had is."""
+        if self.dealing is not None:
+            self.dealing.deal(worker, self.clocks.workers, used=used)
 
     def _summed(self) -> dict[str, Tensor]:
         """At staleness 0: the clock's gradients, added in the order of workers."""
@@ -392,8 +396,3 @@ class Shard:
         arena = self.pulled[entry.worker][1] if entry.worker in self.pulled else self.form.arena()
         arena.copy_(self.values)
         self.pulled[entry.worker] = (entry.sequence, arena)
-
-
-def _settles(entry: Entry) -> bool:
-    """Whether shards agreed that a gradient counts whose worker was given up."""
-    return entry.kind == Kind.COMMIT and bool(entry.meta.get("settled"))

@@ -27,6 +27,7 @@ from sheaf.parallel.server.seated import AbstractSeatedStep
 from sheaf.parallel.server.seating import reload
 from sheaf.parallel.server.spare import Spare
 from sheaf.parallel.step import memory_bytes
+from sheaf.parallel.supply import Supply
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
 from sheaf.record import StepReport
@@ -69,6 +70,7 @@ class ServedStep(AbstractSeatedStep):
         self.lost: Callable[[], Collection[int]] = tuple  # workers that are known to be gone
         self._told_here: list[tuple[int, float, float]] = []
         self._is_over = False  # nobody goes on, and nobody is waited for
+        self._supply = Supply(self._order, plan.weights)
         self._run, self._store = self._world.number("sheaf/served"), cast("dist.Store", self._world.counter)
 
     def __call__(self) -> StepReport:
@@ -77,23 +79,25 @@ class ServedStep(AbstractSeatedStep):
         inside = self._spread.waited_seconds
         self._runner.compute_seconds = 0.0
         self._check_trained()
-        microbatches = self._order.step(self.index)
-        waited, again = 0.0, 0
+        first, waited, again = self.index, 0.0, 0
         while True:
-            norm, seen = self._once(microbatches)
+            step, microbatches = self._dealt()
+            norm, seen = self._once(step, microbatches)
             waited += seen.waited_seconds
             self._beside.take()
             if not seen.dropped:
                 break
-            again += 1
+            self.index, again = seen.finished, again + 1
         if self._statistics is not None:
-            self._statistics.apply(len(microbatches))
+            self._statistics.apply(len(self._order.step(step)))
         if self._observer is not None:
             self._observer.gradients(self.index, self._gradients())
         self._staleness[seen.staleness] += 1
-        done = seen.finished - 1 if self.plan.stolen else self.index  # the others may have gone on without this worker
-        microbatches = self._order.step(done)
-        told: list[list[float]] = seen.told["losses"] or [[*one] for one in self._told_here]
+        done = seen.finished - 1  # the others may have gone on without this worker
+        told: list[list[float]] = seen.told["losses"]
+        samples = int(seen.told["samples"])
+        if not told:
+            told, samples = [[*one] for one in self._told_here], self._samples(step, self._told_here)
         seconds = seen.told.get("seconds", {})
         weight, inside = math.fsum(one[2] for one in told), self._spread.waited_seconds - inside
         if self.plan.exact:
@@ -104,7 +108,7 @@ class ServedStep(AbstractSeatedStep):
             step=done,
             loss=math.fsum(one[1] for one in told) / weight if weight else math.nan,
             weight=weight,
-            samples=sum(len(microbatches[int(one[0])].samples) for one in told),
+            samples=samples,
             seconds=time.perf_counter() - start,
             terms={"compute": self._runner.compute_seconds, "communicate": waited + inside},
             gradient_norm=norm if self.task.clip is not None else None,
@@ -120,7 +124,7 @@ class ServedStep(AbstractSeatedStep):
                 "staleness_mean": self._staleness_mean,
                 "delay": seen.delay,
                 "dropped": again,
-                "missed": seen.finished - self.index - 1,
+                "missed": done - first,
                 "sent_bytes": self.client.sent_bytes - sent,
                 "waited_seconds": waited,
                 **self._seen(seen),
@@ -259,21 +263,34 @@ class ServedStep(AbstractSeatedStep):
         self._ended.set()
         super().close()
 
-    def _once(self, microbatches: tuple[Microbatch, ...]) -> tuple[float | None, Seen]:
+    def _dealt(self) -> tuple[int, tuple[Microbatch, ...]]:
+        """The step of what is computed now, and its microbatches: those that this worker is dealt, or all."""
+        if self.client.part is None:
+            return self.index, self._order.step(self.index)
+        part = self._supply.part(self.client.part)
+        return part.step, part.microbatches
+
+    def _samples(self, step: int, losses: list[tuple[int, float, float]]) -> int:
+        """How many samples the microbatches have that these losses are of."""
+        microbatches = self._order.step(step)
+        return sum(len(microbatches[index].samples) for index, _, _ in losses)
+
+    def _once(self, step: int, microbatches: tuple[Microbatch, ...]) -> tuple[float | None, Seen]:
         """Compute this worker's share and exchange it."""
         self._exchange.begin(len(microbatches))
         if self._statistics is not None:
             self._statistics.begin_step()
         self._beside.begin_step()
-        self._runner.run(self.index, microbatches)
+        self._runner.run(step, microbatches)
         found = self._found(len(microbatches))
         self._told_here = found.losses
         norm = None
         if not self.plan.exact:
-            norm = self._own(found.losses)
+            norm = self._own(step, found.losses)
         used = self._beside.put()
         common = {
             "losses": found.losses,
+            "samples": self._samples(step, found.losses),
             "any": found.is_used,
             "stop": found.stop,
             "expected": self._expectation.weight,
@@ -296,20 +313,20 @@ class ServedStep(AbstractSeatedStep):
     def _settled(self, seen: Seen) -> None:
         """What is seen is this worker's own to decide by; those of one replica decide together."""
 
-    def _seen(self, seen: Seen) -> dict[str, float]:  # noqa: ARG002 - some see more
-        """What the record has beside the rest."""
-        return {}
+    def _seen(self, seen: Seen) -> dict[str, float]:
+        """What the record has beside the rest: where parts are dealt, how many came back so far."""
+        return {"returned": seen.told["back"]} if "back" in seen.told else {}
 
-    def _own(self, mine: list[tuple[int, float, float]]) -> float | None:
-        """Outside lock-step: the gradient of this worker's own mean."""
+    def _own(self, step: int, mine: list[tuple[int, float, float]]) -> float | None:
+        """Outside lock-step: the gradient of the mean of what this worker computed of a step."""
         for index, total, weight in mine:
             if not math.isfinite(total) or not math.isfinite(weight):
-                raise NonFiniteLoss(self.index, index, total / weight if weight else total)
+                raise NonFiniteLoss(step, index, total / weight if weight else total)
         weight = math.fsum(one[2] for one in mine)
         if not weight:
             self._beside.begin_step()  # nothing here has any weight
             return None
-        norm = self._beside.clip(self.index, self.task.clip, self._expectation.weight / weight)
+        norm = self._beside.clip(step, self.task.clip, self._expectation.weight / weight)
         self._expectation.weight = weight
         return norm
 

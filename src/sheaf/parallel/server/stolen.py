@@ -63,13 +63,13 @@ class StolenStep(ServedStep):
         self._spread.computing.barrier()
         return found
 
-    def _once(self, microbatches: tuple[Microbatch, ...]) -> tuple[float | None, Seen]:
+    def _once(self, step: int, microbatches: tuple[Microbatch, ...]) -> tuple[float | None, Seen]:
         self._lent.begin()
         self._refused, self._counted, waited = 0, [], self._borrower.waited_seconds
         try:
             while self._cover(microbatches):
                 continue
-            seen = self._borrower.catch_up(self.index + 1)
+            seen = self._borrower.catch_up(step + 1)
             seen.waited_seconds = self._borrower.waited_seconds - waited
             self._told_here = self._exchange.mine
             return None, seen
@@ -89,6 +89,7 @@ class StolenStep(ServedStep):
         used = self._beside.put()
         common = {
             "losses": self._exchange.mine,
+            "samples": self._samples(self.index, self._exchange.mine),
             "any": any(used),
             "stop": self._exchange.stop,
             "expected": self._expectation.weight,

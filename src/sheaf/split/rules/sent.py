@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sheaf.split.places import Sorted, Stacked
 from sheaf.split.registry import FALLBACK, SENT, getter, is_inplace, rule
 from sheaf.split.rules import about
 from sheaf.split.rules.elementwise import _KNOWN
@@ -84,7 +85,7 @@ def einsum(mode: Any, function: Callable[..., Any], args: Given, kwargs: Named) 
     flipped = _is_stack(operands[0])
     tokens, stack = operands[::-1] if flipped else operands
     found = _letters(args[0].replace(" ", ""), flipped=flipped)
-    if found is None or not _is_stack(stack) or isinstance(tokens, Split):
+    if found is None or not _is_stack(stack) or isinstance(tokens, Split) or not _by_expert(tokens):
         return FALLBACK
     given, matrix, result, wanted, order = found
     alike = [tokens.shape[given.index(one)] == stack.shape[matrix.index(one)] for one in (wanted[0], wanted[-1])]
@@ -132,6 +133,35 @@ def _product(mode: Any, tokens: Tensor, stack: Split, matrices: Tensor, why: str
     return tokens.like(torch.bmm(tokens.local, matrices))
 
 
+@rule("_grouped_mm", into=SENT)
+def grouped(mode: Any, function: Callable[..., Any], args: Given, kwargs: Named) -> Any:
+    """Rows sorted by expert times their experts' matrices: (rows, in), (experts, in, out), and where rows end."""
+    given = dict(zip(("input", "mat2", "offs", "bias", "out_dtype"), args, strict=False)) | kwargs
+    tokens, stack, ends = given.pop("input"), given.pop("mat2"), given.pop("offs", None)
+    fits = _is_stack(stack) and stack.ndim == 3 and tokens.ndim == 2 and not isinstance(tokens, Split)
+    if not fits or ends is None or ends.shape != stack.shape[:1] or any(one is not None for one in given.values()):
+        return FALLBACK
+    counts = mode.counted(ends, tokens.shape[0])
+    if min(counts) < 0 or sum(counts) > tokens.shape[0]:
+        return FALLBACK
+    if not isinstance(tokens, Sent):
+        tokens = mode.send(tokens, stack, "grouped_mm", Sorted(tokens.shape[0], counts))
+    places = tokens.places
+    if not isinstance(places, Sorted) or places.mine != counts:
+        return FALLBACK
+    local, matrices = tokens.local, stack.local
+    if not local.shape[0]:  # a kernel may want something to multiply
+        empty = local.reshape(matrices.shape[0], 0, local.shape[-1])
+        return tokens.like(torch.bmm(empty, matrices).flatten(0, 1))
+    ends = torch.tensor(places.ends(stack.cut, mode.team.rank), dtype=torch.int32, device=local.device)
+    return tokens.like(function(local, matrices, offs=ends))
+
+
+def _by_expert(tokens: Tensor) -> bool:
+    """Whether the first dimension of tokens is that of experts."""
+    return not isinstance(tokens, Sent) or isinstance(tokens.places, Stacked)
+
+
 def _is_stack(value: Any) -> bool:
     return isinstance(value, Split) and value.axis == 0 and value.cut.outer == 1
 
@@ -159,7 +189,8 @@ def elementwise(  # noqa: PLR0911 - one for each kind of case
         args = tuple(lead if value is tokens else value for value in args)
         kwargs = {key: lead if value is tokens else value for key, value in kwargs.items()}
         tensors = [lead if value is tokens else value for value in tensors]
-    if not all(_fits(mode, lead, tensor) for tensor in tensors):
+    written = is_inplace(function)
+    if not all(_fits(mode, lead, tensor) or (written and tensor.shape == lead.shape) for tensor in tensors):
         return FALLBACK
 
     def bring(value: Any) -> Any:
@@ -184,7 +215,7 @@ def _to_send(mode: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, Split] | Non
 
 def _is_per_expert(stack: Tensor, tokens: Tensor) -> bool:
     """Whether a stack has one row, or one number, for all rows of an expert."""
-    aligned = stack.ndim == tokens.ndim >= 2 and stack.shape[0] == tokens.shape[0]
+    aligned = stack.ndim == tokens.ndim >= 2 and stack.shape[0] == tokens.shape[0] and _by_expert(tokens)
     return aligned and all(size == 1 for size in stack.shape[1:-1]) and stack.shape[-1] in (1, tokens.shape[-1])
 
 
@@ -205,7 +236,8 @@ def _beside(mode: Any, lead: Sent, tensor: Tensor, why: str) -> Tensor:
         return tensor.local.reshape(tensor.local.shape[0], 1, tensor.local.shape[-1])
     if mode.is_shared(tensor):
         return tensor.reshape(tensor.shape[-1:])
-    along = mode.send(tensor.expand(lead.experts, *lead.middle, 1), lead, why).local
+    width = tensor.shape[-1] if tensor.ndim else 1
+    along = mode.send(tensor.expand(*lead.shape[:-1], width), lead, why).local
     return along if tensor.dtype == along.dtype else along.to(tensor.dtype)
 
 

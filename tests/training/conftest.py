@@ -1,0 +1,6 @@
+"""What counts samples in tests/server counts them here too."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "server"))
