@@ -83,6 +83,9 @@ def main(names: Sequence[str]) -> None:
     for heading in ("task", "network", "median error", "now", "first choice slower by", "now"):
         table.add_column(heading, justify="right")
     both = [(_kept(before, one), one) for one in predicted_again(before, only=names)]
+    if not both:
+        what = ", ".join(names) or "any task"
+        sys.exit(f"nothing was kept of {what}: `python -m bench planner` keeps what it measures in {FOLDER}")
     for old, new in both:
         cells = (f"{one[what]:.1%}" for what in ("median_error", "regret") for one in (old, new))
         table.add_row(new["task"], new["network"], *cells)
@@ -92,8 +95,7 @@ def main(names: Sequence[str]) -> None:
             statistics.median(abs(row["error"]) for pair in some for row in pair[which]["rows"]) for which in (0, 1)
         ]
         regrets = [statistics.fmean(pair[which]["regret"] for pair in some) for which in (0, 1)]
-        if some:
-            table.add_row("all", network, *(f"{value:.1%}" for value in (*errors, *regrets)))
+        table.add_row("all", network, *(f"{value:.1%}" for value in (*errors, *regrets)))
     Console(highlight=False).print(table)
 
 

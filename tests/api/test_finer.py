@@ -11,6 +11,7 @@ from sheaf.api import cuts
 from sheaf.api import plan as module
 from sheaf.api.choice import _heard, _told, checked, promised
 from sheaf.api.cuts import cut_inside
+from sheaf.api.verdicts import what_if
 from sheaf.cluster import read
 from sheaf.errors import PlanError
 from sheaf.graph import BlockTime, trace
@@ -105,7 +106,6 @@ def test_pieces_are_priced_in_every_mix(asked, text):
 
 def test_a_ranking_has_its_first_pipeline_cut_so(asked):
     given, facts = task(), trace(task(), 2)
-    plan = Plan.parse("pp=2,stages=4:4")
     profile = replace(made.profile(facts, concurrency=2), blocks=times(facts))
     question = Question(
         batch=8,
@@ -122,7 +122,7 @@ def test_a_ranking_has_its_first_pipeline_cut_so(asked):
     assert found.best.step_seconds < alone.best.step_seconds
     assert found.asked.price(found.best.plan).step_seconds == pytest.approx(found.best.step_seconds)
     assert found.ranked[0].reason
-    assert plan.num_stages == 2
+    assert what_if(found, "links=x1").entry(found.best.plan), "other figures are asked of the same cut"
 
 
 @pytest.mark.parametrize("stages", ["blocks.9", "blocks.1.feed_norm.weight"])

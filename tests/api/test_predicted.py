@@ -1,5 +1,6 @@
 """One plan's predicted step, and its stages, from what its own number of workers measured."""
 
+import json
 import time
 from dataclasses import replace
 
@@ -100,6 +101,15 @@ def test_a_resumed_run_is_cut_as_before(tmp_path, given):
         task(), given, world=None, workers=2, resumed=tmp_path, allow_relaxed=False, source=None, note=print
     )
     assert chosen == kept
+
+
+def test_a_run_that_goes_on_with_more_workers_keeps_its_microbatch(tmp_path):
+    (tmp_path / "plan.toml").write_text(Plan.parse("dp=2,zero=1").to_toml())
+    (tmp_path / "task.json").write_text(json.dumps({"microbatch": 4}))
+    chosen, _ = choose(
+        task(), "dp=3,zero=1", world=None, workers=3, resumed=tmp_path, allow_relaxed=False, source=None, note=print
+    )
+    assert chosen == Plan.parse("dp=3,zero=1,microbatch=4")
 
 
 def test_a_pipeline_that_was_ranked_behind_others_gets_its_timeline(monkeypatch):

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sheaf.cost import BYTES_TERMS, SECONDS_TERMS, microbatch_sizes, price
-from sheaf.cost.communication import COUNTER_SECONDS, buckets, exposed, fabric, units
+from sheaf.cost.communication import COUNTER_SECONDS, buckets, exposed, units
 from sheaf.cost.placement import contention, seats
+from sheaf.cost.seating import Seating
 from sheaf.errors import PlanError
 from sheaf.graph.facts import BlockTime
 from sheaf.parallel.shares import Stolen
@@ -180,13 +181,12 @@ def test_a_ring_all_reduce_sends_twice_what_is_not_ones_own():
 
 def test_workers_on_several_machines_use_the_link_between_them():
     cluster = made.cluster(2, hosts=2)
-    inside = fabric(cluster, seats(cluster, 2))
-    between = fabric(cluster, seats(cluster, 4))
+    inside, between = (Seating(cluster).between(tuple(range(count))) for count in (2, 4))
     assert inside.links == (cluster.intra,)
     assert cluster.inter in between.links
     assert between.seconds("all_reduce", 10**8) > 5 * inside.seconds("all_reduce", 10**8)
     lone = made.cluster(1, hosts=2)
-    assert fabric(lone, seats(lone, 2)).links == (lone.inter,)
+    assert Seating(lone).between((0, 1)).links == (lone.inter,)
 
 
 def test_the_last_piece_has_nothing_to_hide_behind():

@@ -94,11 +94,13 @@ def gone_on(text, directory, steps):
     from sheaf.plans import Plan
 
     step = build(tempered(), Plan.parse(text))
-    checkpoint.load(step, checkpoint.latest(directory).path)
-    found = kept(step)[1]
-    losses = [step().loss for _ in range(steps)]
-    whole = {name: value.clone() for name, value in step.full_state().items()}
-    step.close()
+    try:
+        checkpoint.load(step, checkpoint.latest(directory).path)
+        found = kept(step)[1]
+        losses = [step().loss for _ in range(steps)]
+        whole = {name: value.clone() for name, value in step.full_state().items()}
+    finally:
+        step.close()
     return found, losses, whole
 
 
@@ -136,6 +138,22 @@ def test_other_stages_of_zero_do_not_go_on(ranks, tmp_path):
             gone_on("dp=2,zero=3,shares=2:1", tmp_path, 1)
 
     ranks(saved, 2, "dp=2,zero=1,shares=2:1", tmp_path, 1)
+    ranks(refused, 2)
+
+
+def test_shards_that_were_cut_otherwise_are_refused(ranks):
+    def refused():
+        from sheaf.errors import RunError
+        from sheaf.parallel import build
+        from sheaf.plans import Plan
+
+        step = build(tempered(), Plan.parse("dp=2,zero=1,shares=2:1"))
+        tensors, values = step.state()
+        shorter = {name: value[:-1] if name == "parameter/shard 0" else value for name, value in tensors.items()}
+        with pytest.raises(RunError, match=r"shard 0 has \d+ numbers in the checkpoint and \d+ here"):
+            step.load(shorter, values)
+        step.close()
+
     ranks(refused, 2)
 
 

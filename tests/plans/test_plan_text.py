@@ -43,6 +43,7 @@ def test_text_and_toml_read_back(description):
         ("dp=2,zero=7", ["zero=7: ZeRO has stages 0, 1, 2 and 3"]),
         ("dp=two,recompute=ful", ["dp=two is not a whole number", "recompute=ful: did you mean full?"]),
         ("dp=2,dp=3", ["dp is given twice; keep one"]),
+        ("tp=2,h.*=recompute,h.*=whole,h.*=whole", ["h.* is given twice, as h.*=whole and h.*=whole; keep one"]),
         ("recompute=full,h.*=recompute", ["names blocks that recompute=full runs again anyway: drop one of the two"]),
         ("dp=3,shares=1:2", ["shares=1:2 gives 2 weights for dp=3 replicas: write one per replica"]),
         ("dp=2,shares=0:0", ["shares=0:0: at least one weight must be above zero"]),

@@ -73,7 +73,7 @@ def test_samples_of_a_killed_worker_are_used_once_by_another():
         run.go.set()
         told = run.rest(0)
         assert told[-1] == ("done", 0)
-        assert len(told) > CLOCKS  # it did its own, and what the other left
+        assert len(told) > CLOCKS + 1  # beside "done": it did its own, and what the other left
         assert longest(told) < lease_seconds * 1.1 + BOUND_S  # the stated bound: the lease, and a tick
         assert same(run.values(), everything())
 

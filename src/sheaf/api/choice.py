@@ -16,7 +16,7 @@ from sheaf.plans.server import counted
 from sheaf.plans.split import SplitFacts
 from sheaf.plans.stages import default_microbatch, stages_of
 from sheaf.task import Task
-from sheaf.training.directory import read_plan
+from sheaf.training.directory import read_plan, read_task
 
 AUTO = "auto"
 
@@ -66,7 +66,7 @@ def choose(
         chosen = replace(chosen, stages=":".join(str(count) for count in price.stages))
         price = replace(price, plan=chosen)
     elif resumed is not None:
-        chosen = _as_cut(chosen, read_plan(resumed))
+        chosen = _as_begun(_as_cut(chosen, read_plan(resumed)), task, resumed)
     if there_are is not None and chosen.workers > there_are:
         remedy = "start that many with torchrun" if world is not None else "raise --workers"
         raise PlanError(
@@ -208,6 +208,13 @@ def _as_cut(plan: Plan, kept: Plan | None) -> Plan:
     if kept is None or plan.stages or replace(kept, stages="", microbatch=plan.microbatch) != plan:
         return plan
     return kept
+
+
+def _as_begun(plan: Plan, task: Task, resumed: Path) -> Plan:
+    """The plan with the run's microbatch, where neither it nor the task says one: what is computed stays the same."""
+    saved = (read_task(resumed) or {}).get("microbatch")
+    given = task.microbatch or plan.microbatch
+    return plan if given is not None or not isinstance(saved, int) else plan.with_microbatch(saved)
 
 
 def _told(price: Price) -> dict[str, Any]:

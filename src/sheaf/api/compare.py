@@ -37,15 +37,16 @@ class Comparison:
         Losses are means of a tenth of the steps. The last is None where that loss was not reached.
         """
         first = next(iter(self.runs.values()))
-        goal = smooth(first.losses)[-1]
+        steps = len(first.losses)
+        goal = smooth(first.losses, steps)[-1]
         return [
             {
                 "mode": mode,
                 "plan": str(run.plan),
                 "exact": run.plan.exact,
-                "loss": smooth(run.losses)[-1],
+                "loss": smooth(run.losses, steps)[-1],
                 "seconds_per_step": run.seconds_per_step,
-                "seconds_to_loss": _reached(run, goal),
+                "seconds_to_loss": _reached(run, goal, steps),
             }
             for mode, run in self.runs.items()
         ]
@@ -113,9 +114,8 @@ def compare(
     if broken:
         raise PlanError(broken)
     runs: dict[str, Run] = {}
-    world = launch.join()
+    world, note = launch.join(), say_nothing if quiet else say
     for name, one in found.items():
-        note = say_nothing if quiet else say
         runs[name] = train(
             task,
             balanced(task, one, world=world, source=source, note=note) if predict else one.plan,
@@ -139,12 +139,11 @@ def compare(
     return Comparison(runs, picture)
 
 
-def smooth(losses: Sequence[float]) -> list[float]:
-    """The mean of each loss and those before it, over a tenth of all."""
-    span = max(1, len(losses) // 10)
-    return trailing_mean(np.array(losses, dtype=float), span).tolist()
+def smooth(losses: Sequence[float], steps: int) -> list[float]:
+    """The mean of each loss and those before it, over a tenth of so many steps."""
+    return trailing_mean(np.array(losses, dtype=float), max(1, steps // 10)).tolist()
 
 
-def _reached(run: Run, goal: float) -> float | None:
+def _reached(run: Run, goal: float, steps: int) -> float | None:
     spent = accumulate(report.seconds for report in run.reports)
-    return next((seconds for seconds, loss in zip(spent, smooth(run.losses), strict=True) if loss <= goal), None)
+    return next((seconds for seconds, loss in zip(spent, smooth(run.losses, steps), strict=True) if loss <= goal), None)

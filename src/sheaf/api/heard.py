@@ -6,7 +6,7 @@ without measuring again.
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sheaf.api.plan import with_collectives
@@ -40,7 +40,7 @@ class Heard:
     moments: tuple[tuple[Profile, ...], ...]
     rehearsals: Rehearsals | None = None
     small: tuple[Profile, ...] = ()
-    pair: Pair | None = field(default=None)
+    pair: Pair | None = None
 
     @property
     def workers(self) -> int:
@@ -130,9 +130,8 @@ def combined(profiles: Sequence[Profile]) -> tuple[Profile, tuple[float, ...]]:
         for name in first.blocks
     }
     slowest = min(range(len(speeds)), key=lambda rank: speeds[rank])
-    unlike = min(speeds) < 1 < 1 / min(speeds) - SAME_SPEED
     # Who is done last waits for nothing but the network.
-    last = [slowest] if unlike else range(len(profiles))
+    last = [slowest] if speeds[slowest] < 1 else range(len(profiles))
     return replace(
         first,
         blocks=blocks,

@@ -289,7 +289,6 @@ def predicted(
     facts: ModelFacts,
     *,
     split: SplitFacts | None = None,
-    quick: bool = True,
     source: FromFile | None = None,
     note: Callable[[str], None] | None = None,
     recut: bool = False,
@@ -302,7 +301,7 @@ def predicted(
     """
     say = note or _nothing
     say(f"predicting a step of {plan} from what was measured, measuring what was not")
-    question, found = _measured_here(task, plan, facts, split, quick=quick, source=source)
+    question, found = _measured_here(task, plan, facts, split, source)
     cut: Finer | None = None
     if found:
         if recut:
@@ -322,14 +321,13 @@ def cut_here(
     facts: ModelFacts,
     *,
     split: SplitFacts | None = None,
-    quick: bool = True,
     source: FromFile | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Plan:
     """The plan with its stages cut anew by what was measured, as ``predicted`` cuts them; arguments and errors too."""
     say = note or _nothing
     say(f"balancing the stages of {plan} by what was measured, measuring what was not")
-    question, found = _measured_here(task, plan, facts, split, quick=quick, source=source)
+    question, found = _measured_here(task, plan, facts, split, source)
     if not found:
         return plan
     plan, cut = best_cut(task, plan, replace(question, profiles=found), say, source=source)
@@ -337,12 +335,12 @@ def cut_here(
 
 
 def _measured_here(
-    task: Task, plan: Plan, facts: ModelFacts, split: SplitFacts | None, *, quick: bool, source: FromFile | None
+    task: Task, plan: Plan, facts: ModelFacts, split: SplitFacts | None, source: FromFile | None
 ) -> tuple[Question, dict[tuple[int, int], Profile]]:
     """What is asked of this machine about one plan, and the times of blocks by samples and busy workers."""
     if plan.cp > 1:
         split = sequences(task, plan.cp, samples=facts.samples)
-    cluster = measure(plan.workers, quick=quick)
+    cluster = measure(plan.workers, quick=True)
     profiles = measured_profiles(task, [facts], plan.workers, source=source)
     question = Question(
         batch=min(task.batch, task.num_samples),

@@ -122,8 +122,7 @@ def in_a_real_step(task: Task, facts: ModelFacts, found: Profile, budget_seconds
 
     Blocks keep their proportions and add up to what computing took in the steps; host and optimizer are what they
     took; ``exposed_seconds`` is what the workers waited for each other's gradients, ``uneven_seconds`` for the last
-    of them to be done computing. A model whose training state does
-    not fit comfortably keeps the profile as it is.
+    of them to be done computing. A model whose training state does not fit comfortably keeps the profile as it is.
     """
     workers = found.concurrency
     if facts.parameter_bytes * (2 + found.optimizer_state_bytes_per_byte) * workers > REAL_STEP_BYTES:

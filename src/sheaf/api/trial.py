@@ -22,7 +22,7 @@ from sheaf.training.directory import RECORD, read_plan, read_task
 
 @dataclass(frozen=True)
 class Tried:
-    """One run of a trial: its plan, and the loss of each step as a mean over a tenth of the steps up to it."""
+    """One run of a trial: its plan, and the loss of each step as a mean over a tenth of the trial's steps up to it."""
 
     plan: Plan
     losses: tuple[float, ...]
@@ -83,7 +83,7 @@ def read_trial(task: Task, directory: Path | str) -> tuple[Tried, ...]:
     runs = [one for one in sorted(place.iterdir()) if (one / RECORD).is_file()] if place.is_dir() else []
     if not runs:
         raise RunError(f"{place} holds no runs: give the directory of `sheaf train FILE.py --compare WAYS --out DIR`")
-    found: list[Tried] = []
+    found: dict[Plan, list[float]] = {}
     broken: list[str] = []
     for run in runs:
         plan, saved = read_plan(run), read_task(run)
@@ -92,26 +92,33 @@ def read_trial(task: Task, directory: Path | str) -> tuple[Tried, ...]:
             broken.append(f"{run.name} holds no whole run")
             continue
         broken += [f"{run.name}: {one}" for one in differences(saved, describe(task, plan))]
-        found.append(Tried(plan, tuple(smooth(losses))))
-    if not broken and not any(one.plan.exact for one in found):
+        found[plan] = losses
+    if not broken and not any(plan.exact for plan in found):
         broken.append(f"no run of an exact plan, which others are held against: add '{Plan(dp=2)}' without more to it")
     if broken:
         raise RunError(f"{place} is no trial of this task: {'; '.join(broken)}; run the trial again, for this task")
-    return tuple(found)
+    steps = max(map(len, found.values()))
+    return tuple(Tried(plan, tuple(smooth(losses, steps))) for plan, losses in found.items())
+
+
+def goal_of(trial: Sequence[Tried], loss: float | None = None) -> float:
+    """The loss that is asked for, by default the exact run's last; raises RunError where no run got there."""
+    goal = next(one for one in trial if one.plan.exact).losses[-1] if loss is None else loss
+    if all(one.steps_to(goal) is None for one in trial):
+        least = min(min(one.losses) for one in trial)
+        raise RunError(f"no run of the trial came to a loss of {goal:g}, the lowest is {least:g}: ask for that, or try "
+                       "more steps")  # fmt: skip
+    return goal
 
 
 def time_to_loss(ranking: Ranking, trial: Sequence[Tried], loss: float | None = None) -> TimeToLoss:
     """Every ranked plan that has its like in the trial, by the seconds that it takes to a loss.
 
-    ``loss`` is by default the exact run's last. Relaxed plans are held against runs of as many replicas that met the
-    same way: others learn otherwise. Raises RunError where no run of the trial reached the loss.
+    ``loss`` is as for ``goal_of``, which raises too. Relaxed plans are held against runs of as many replicas that met
+    the same way: others learn otherwise.
     """
+    goal = goal_of(trial, loss)
     tried = {course(one.plan): one for one in reversed(trial)}
-    goal = tried[None].losses[-1] if loss is None else loss
-    if all(one.steps_to(goal) is None for one in trial):
-        least = min(min(one.losses) for one in trial)
-        raise RunError(f"no run of the trial came to a loss of {goal:g}, the lowest is {least:g}: ask for that, or try "
-                       "more steps")  # fmt: skip
     found: list[ToLoss] = []
     untried: list[str] = []
     for entry in ranking.ranked:

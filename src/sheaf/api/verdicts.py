@@ -10,10 +10,11 @@ from sheaf.errors import PlanError
 from sheaf.graph.example import example
 from sheaf.graph.ops import tensors
 from sheaf.plans import Plan
-from sheaf.search import Question, Ranking, search
+from sheaf.search import Question, Ranking, exchanged, search
 from sheaf.search.change import Change, changed, parse
 from sheaf.search.explain import explained
 from sheaf.search.money import costs, per_hour, workers_needed
+from sheaf.search.rules import too_large
 from sheaf.task import Task
 
 FACTORS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of a link's bandwidth
@@ -41,9 +42,21 @@ def what_if(ranking: Ranking, changes: str) -> Ranking:
     are scaled. Raises PlanError listing everything that is wrong with the text.
     """
     question = _asked(ranking)
-    other = search(changed(question, parse(changes, question.cluster)))
+    other = _cut_alike(search(changed(question, parse(changes, question.cluster))), ranking)
     target = ranking.costs.target if ranking.costs else 0
     return finished(replace(other, splits=ranking.splits), target_samples=target)
+
+
+def _cut_alike(other: Ranking, ranking: Ranking) -> Ranking:
+    """The other ranking with pipelines cut inside of blocks that are cut so in this one, where they are faster."""
+    asked = _asked(other)
+    for plan in (entry.plan for entry in ranking.ranked if entry.plan.begins):
+        whole = other.entry(replace(plan, stages=""))
+        if whole is not None:
+            found = asked.price(plan)
+            if found.step_seconds < whole.price.step_seconds and too_large(found, asked.cluster) is None:
+                other = exchanged(other, whole.plan, found, asked)
+    return other
 
 
 def tokens_per_sample(task: Task) -> int:

@@ -100,7 +100,7 @@ def save_alone(
 def load(step: Saveable, path: Path) -> None:
     """Give every worker back what it saved; all workers call this.
 
-    Raises RunError when the checkpoint is of another plan or number of workers, or cannot be read.
+    Raises RunError when the checkpoint is of a plan from which this one cannot go on, or cannot be read.
     """
     manifest = files.read_manifest(path)
     if manifest["plan"] != str(step.plan) or manifest["workers"] != step.workers:

@@ -67,7 +67,7 @@ def plan(
         _check_trial(trial, target_loss, allow_relaxed=allow_relaxed)
         from sheaf.api.measure import measure
         from sheaf.api.plan import plan as rank
-        from sheaf.api.trial import read_trial, time_to_loss
+        from sheaf.api.trial import goal_of, read_trial, time_to_loss
         from sheaf.api.verdicts import sweeps, tokens_per_sample, what_if
         from sheaf.cli.files import load, own_source
         from sheaf.cluster import read
@@ -75,6 +75,7 @@ def plan(
 
         task = load(file)
         tried = None if trial is None else read_trial(task, trial)
+        goal = None if tried is None else goal_of(tried, target_loss)
         note(f"the cluster: {source or 'this machine, measured'}")
         cluster = measure(workers) if source is None else read(source)
         if changes is not None:
@@ -101,7 +102,7 @@ def plan(
             drawn = sweeps(ranking)
             draw_chart(drawn, chart, f"{Path(file.partition(':')[0]).stem} on {cluster.name}, batch {ranking.batch}")
         values = ranking.to_dict()
-        learnt = None if tried is None else time_to_loss(ranking, tried, target_loss)
+        learnt = None if tried is None else time_to_loss(ranking, tried, goal)
         if learnt is not None:
             values["to_loss"] = learnt.to_dict()
         if other is not None:

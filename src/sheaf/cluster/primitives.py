@@ -2,7 +2,8 @@
 
 On gloo, torch 2.13 reduces and scatters by one all-reduce per rank, and gathers through an extra flat copy. Pairwise
 sends and receives with a local sum are two to four times faster (``sheaf measure`` prints the figures), and need no
-thread of their own. Every other backend gets its native collective. ``start_*`` return at once; the plain names wait.
+thread of their own. Every other backend gets its native collective, but for parts that differ. ``start_*`` return at
+once; the plain names wait.
 """
 
 from collections.abc import Callable, Sequence
@@ -118,8 +119,8 @@ def start_trade(
     """
     on_gloo = sum(_pairwise(one, group) for one, _ in sent if one.numel())
     traffic.message(sum(one.nbytes for one, _ in sent), gloo=on_gloo)
-    # Gloo tells the other side that a message may come on the line on which it sends: were sends first, the one that
-    # starts last would send what it has before the other may, and a link that carries both ways at once carried one.
+    # Receives first: gloo announces one on the line on which it sends, and behind a long send the other side would wait
+    # for it, so that a link which carries both ways at once carried one after the other.
     operations = [dist.P2POp(dist.irecv, one, group=group, group_peer=of) for one, of in received if one.numel()]
     operations += [dist.P2POp(dist.isend, one, group=group, group_peer=to) for one, to in sent if one.numel()]
     return Pending(dist.batch_isend_irecv(operations) if operations else [])
@@ -155,7 +156,10 @@ def _fitting(part: Tensor, whole: Tensor, group: dist.ProcessGroup | None, sizes
     # gloo ends the process, with no exception, on a message of another length than expected
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     if len(sizes) not in (0, ranks) or (sizes and sizes[rank] != part.numel()):
-        raise ValueError(f"rank {rank} of {ranks} has a part of {part.numel()} elements, and sizes by rank {sizes}")
+        raise ValueError(
+            f"rank {rank} of {ranks} has a part of {part.numel()} elements, and sizes by rank are {sizes}: give every "
+            "part's size, this rank's too"
+        )
     found = list(sizes) or [part.numel()] * ranks
     if sum(found) != whole.numel() or part.dtype != whole.dtype:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from sheaf.cluster.cluster import Cluster
@@ -16,11 +17,12 @@ from sheaf.graph.facts import GLUE, LOSS, ModelFacts, Profile
 from sheaf.plans import Plan
 from sheaf.plans.mesh import Mesh
 from sheaf.plans.split import Move, SplitFacts
-from sheaf.plans.stages import placed
+from sheaf.plans.stages import passed_on, placed
 
 T = TypeVar("T")
 _MODELS = {
     "whole", "middle", "stages", "default", "default costs", "placed", "kinds", "together", "replicated", "parts",
+    "crossing in",
 }  # fmt: skip
 
 
@@ -108,13 +110,27 @@ class Basis:
         may be one portion, with the names of the first of them.
         """
         first, last = number == 0, number == stages - 1
+        entering = 0 if first else self._crossing_in[names[0]]
 
         def made() -> Portion:
-            return bounded(self._portion(names, 1 / stages, first=first, last=last), first=first, last=last)
+            return bounded(self._portion(names, 1 / stages, first=first, last=last), entering, last=last)
 
         if first or last or not self._kinds.keys() >= set(names):
             return self.once((names, number, stages), made)
-        return self.once(("middle", tuple(self._kinds[name] for name in names), stages, turn), made)
+        return self.once(("middle", tuple(self._kinds[name] for name in names), entering, stages, turn), made)
+
+    @property
+    def _crossing_in(self) -> dict[str, int]:
+        """Bytes that cross in front of each block but the first; of a split sequence those of one worker."""
+
+        def made() -> dict[str, int]:
+            along = self.split.activations if self.split and not self.split.slices else {}
+            return {
+                block.name: round(passed_on(before) * along.get(before.name, 1.0))
+                for before, block in pairwise(placed(self.facts))
+            }
+
+        return self.once("crossing in", made)
 
     @property
     def _kinds(self) -> dict[str, Any]:

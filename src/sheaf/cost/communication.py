@@ -74,11 +74,6 @@ class Fabric:
         return self._known["", size_bytes]
 
 
-def fabric(cluster: Cluster, placed: Seats, factor: float = 1.0) -> Fabric:
-    """The links that workers on the first seats of a cluster use."""
-    return Neighbourhood.of(cluster, placed).fabric(np.arange(len(placed))[None, :], factor)
-
-
 @dataclass(frozen=True)
 class Neighbourhood:
     """Who is near whom: for each tier from the smallest, in which unit of it each rank is, and its link.
@@ -110,11 +105,6 @@ class Neighbourhood:
             len(inner),
             cluster.backend == "gloo",
         )
-
-    def fabric(self, groups: np.ndarray, factor: float = 1.0) -> Fabric:
-        """The links of groups (rows) of as many ranks each, which communicate at once and wait for the slowest."""
-        levels = np.unique(self.levels(groups)) if groups.shape[1] > 1 else (self.inside,)
-        return Fabric(tuple(self.links[level] for level in levels), groups.shape[1], factor, self.gloo)
 
     def apart(self, stride: int) -> np.ndarray:
         """Over which link each rank reaches the one ``stride`` ranks on; the last ones, which have none, over the

@@ -54,7 +54,7 @@ class Pacer:
         return {}
 
     def pace(self, seat: Seat) -> Pace:
-        """The pace on this seat; the machine's number does not matter."""
+        """The pace on this seat."""
         if seat not in self._known:
             self._known[seat] = (
                 _measured(self.facts, self.profile, seat.speed) if self.profile else _roofline(self.facts, seat)

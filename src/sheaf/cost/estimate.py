@@ -83,7 +83,7 @@ def _met_over(plan: Plan, basis: Basis) -> Fabric:
     """The links between replicas, and to those that only serve."""
     if not plan.serves.serving:
         return basis.fabric(plan, "dp")
-    return replace(basis.between(range(plan.workers)), workers=plan.dp)
+    return replace(basis.between(range(plan.workers)), workers=plan.dp, _known={})
 
 
 def holding(plan: Plan, basis: Basis, sizes: Sequence[int]) -> dict[str, int]:

@@ -18,6 +18,7 @@ from sheaf.graph.facts import Profile
 from sheaf.plans import Plan
 from sheaf.plans.again import AGAIN
 from sheaf.plans.local import of_two
+from sheaf.plans.schedule import tells_apart
 from sheaf.plans.server import beside
 
 REPLICAS = Plan(dp=2)
@@ -116,11 +117,6 @@ def _stages(plan: Plan) -> tuple[Plan, ...]:
         return (plain,)
     together = replace(plain, schedule="1f1b")
     return (together, plain) if tells_apart(plan) else (together,)
-
-
-def tells_apart(plan: Plan) -> bool:
-    """Whether stages compute the gradients of their inputs first and those of their weights later."""
-    return plan.schedule == "zero-bubble" and not plan.again and plan.zero < 2
 
 
 def with_meetings(seconds: dict[str, float], profile: Profile | None, plan: Plan) -> dict[str, float]:

@@ -44,7 +44,7 @@ def part_times(plan: Plan, basis: Basis, sizes: Sequence[int]) -> StepTimes:
     replicas = basis.fabric(plan, "dp")
     summed = kept(plan, outside, basis.facts)
     reduced(times, plan, summed, replicas, window, basis.cluster.overlap)
-    stepped = summed.trainable_bytes / (plan.dp if plan.zero else 1) + inside.trainable_bytes
+    stepped = summed.trainable_bytes + inside.trainable_bytes
     times.seconds["optimizer"] = stepped * max(pace.optimizer_seconds_per_byte for pace in paces)
     times.seconds["host"] += max(pace.host_seconds for pace in paces)
     told(times, plan, outside, replicas, len(sizes))

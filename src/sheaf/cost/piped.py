@@ -9,7 +9,6 @@ from sheaf.cost.basis import Basis
 from sheaf.cost.clock import Course, course_seconds, timeline
 from sheaf.cost.communication import ALL_REDUCE
 from sheaf.cost.copies import add_copies, waited
-from sheaf.cost.overheads import tells_apart
 from sheaf.cost.pipeline import Pipeline
 from sheaf.cost.portion import Portion
 from sheaf.cost.step import (
@@ -26,6 +25,7 @@ from sheaf.cost.step import (
     update_seconds,
 )
 from sheaf.plans.mesh import Mesh
+from sheaf.plans.schedule import tells_apart
 from sheaf.plans.timeline import Timeline
 
 WEIGHTS_SHARE = 0.5  # of a backward: the gradients of weights take as many operations as those of inputs

@@ -8,6 +8,7 @@ from sheaf.cost.communication import Units, buckets, units
 from sheaf.graph.facts import GLUE, LOSS, BlockFact, BlockTime, ModelFacts, ParameterFact, Profile, within
 from sheaf.plans import Plan
 from sheaf.plans.split import Move, SplitFacts
+from sheaf.plans.stages import passed_on
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,24 +177,33 @@ def portion(
     )
 
 
-def bounded(part: Portion, *, first: bool, last: bool) -> Portion:
-    """A stage of a pipeline: what it receives and what it sends is kept until its backward."""
+def bounded(part: Portion, entering_bytes: int, *, last: bool) -> Portion:
+    """A stage of a pipeline: what it receives and what it sends is kept until its backward.
+
+    ``entering_bytes`` cross in front of it, what only passes through it among them; 0 for the first.
+    """
     blocks = list(part.facts.blocks)
     inner = [place for place, block in enumerate(blocks) if block.name not in (GLUE, LOSS) and block.calls]
-    if inner and not first:
+    if not inner:
+        return replace(part, _buckets={}, _units={})
+    through = 0
+    if entering_bytes:
         block = blocks[inner[0]]
+        through = max(0, entering_bytes - block.input_bytes)
+        received = max(block.input_bytes, entering_bytes)
         blocks[inner[0]] = replace(
             block,
-            saved_input_bytes=max(block.saved_input_bytes, block.input_bytes),
-            fresh_input_bytes=max(block.fresh_input_bytes, block.input_bytes),
+            saved_input_bytes=max(block.saved_input_bytes, received),
+            fresh_input_bytes=max(block.fresh_input_bytes, received),
         )
-    if inner and not last:
+    if not last:
         block = blocks[inner[-1]]
         # What it sends counts with what it receives, as recomputation drops neither.
+        sent = max(block.output_bytes, passed_on(block) - through)
         blocks[inner[-1]] = replace(
             block,
-            saved_input_bytes=block.saved_input_bytes + block.output_bytes,
-            fresh_input_bytes=block.fresh_input_bytes + block.output_bytes,
+            saved_input_bytes=block.saved_input_bytes + sent,
+            fresh_input_bytes=block.fresh_input_bytes + sent,
         )
     return replace(part, facts=replace(part.facts, blocks=tuple(blocks)), _buckets={}, _units={})
 
@@ -227,7 +237,7 @@ def _inherited(split: SplitFacts, facts: ModelFacts) -> SplitFacts:
     if not facts.begins:
         return split
 
-    def passed_on(shares: dict[str, float]) -> dict[str, float]:
+    def spread(shares: dict[str, float]) -> dict[str, float]:
         found = dict(shares)
         for block in facts.blocks:
             around = (name for name in shares if within(block.name, name))
@@ -235,7 +245,7 @@ def _inherited(split: SplitFacts, facts: ModelFacts) -> SplitFacts:
                 found[block.name] = shares[name]
         return found
 
-    return replace(split, work=passed_on(split.work), activations=passed_on(split.activations))
+    return replace(split, work=spread(split.work), activations=spread(split.activations))
 
 
 def _scaled(block: BlockFact, work: float, kept: float, *, along: bool = False) -> BlockFact:

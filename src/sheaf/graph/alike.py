@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
+import torch._C._autograd as autograd_internals
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
@@ -37,6 +38,12 @@ _METHODS = (
     "size dim ndimension numel nelement stride element_size storage_offset is_floating_point is_complex is_signed "
     "is_contiguous __len__"
 )
+# which of its kernels attention may take
+_ATTENTION = (
+    torch.backends.cuda.flash_sdp_enabled,
+    torch.backends.cuda.mem_efficient_sdp_enabled,
+    torch.backends.cuda.math_sdp_enabled,
+)
 # what a tensor's look tells
 _QUERIES = frozenset(
     {getattr(Tensor, name).__get__ for name in _GETTERS.split()}
@@ -52,7 +59,6 @@ class Again(Counter):
         self, model: nn.Module, blocks: dict[str, nn.Module], opened: Collection[nn.Module], crossings: Crossings
     ) -> None:
         super().__init__(model, blocks, opened, crossings)
-        self._crossed = crossings
         self._kinds = kinds(model, blocks)
         members: dict[Any, list[str]] = {}
         for name, kind in self._kinds.items():
@@ -61,7 +67,6 @@ class Again(Counter):
         self._templates: dict[Any, Log] = {}
         self._now: Log | Follower | None = None
         self._followers: list[Follower] = []
-        self._logs: dict[str, Log] = {}
         self._dispatched = 0
         self._met: str | None = None
         self._begun: Log | None = None
@@ -107,6 +112,8 @@ class Again(Counter):
         for tensor in tensors_in((args, kwargs)):
             if getattr(tensor, "constant", None) is not None and log.names.signed(tensor)[0] != "made":
                 log.unfit = "it computes with a tensor whose value is known"
+            if not log.is_as_made(tensor):
+                log.unfit = "it changes how a tensor looks"
             if id(tensor) in log.names.outside:
                 log.shared.update(ops.storage_bytes([tensor]))
                 if tensor.requires_grad:
@@ -149,11 +156,14 @@ class Again(Counter):
         return function(*args, **kwargs)  # sets autograd's state; what makes a tensor is seen when it runs
 
     def _state(self, block: str) -> Any:
+        keeps, _ = autograd_internals._top_saved_tensors_default_hooks(True)
         return (
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
             torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
             torch.get_default_dtype(),
+            *(allows() for allows in _ATTENTION),
+            keeps == self._pack,  # else a checkpoint, or another, keeps what backward needs
             _below(self.place, block),
         )
 
@@ -174,7 +184,7 @@ class Again(Counter):
             return None
         storages = [next(iter(ops.storage_bytes([tensor]))) for tensor in distinct]
         looks = tuple((Look.of(tensor), storages.index(at)) for tensor, at in zip(distinct, storages, strict=True))
-        follow = tuple(self._crossed.follows(key) for key in storages)
+        follow = tuple(self._crossings.follows(key) for key in storages)
         key = (kind, signed, looks, follow, self._state(block))
         template = self._templates.get(key)
         if template is not None and not template.unfit and block not in self._real:
@@ -184,7 +194,6 @@ class Again(Counter):
         log = Log(block, names, shared, given=dict(zip(storages, range(len(storages)), strict=True)))
         self._templates.setdefault(key, log)
         log.peers = self._templates[key].peers
-        self._logs[block] = log
         changed = self._seamed(log, distinct, args, kwargs) if torch.is_grad_enabled() else None
         self._now = log
         return changed
@@ -227,9 +236,11 @@ class Again(Counter):
             log.unfit = "it gives what cannot be made"
         log.outputs = tuple(dict.fromkeys(name for name in names_in(log.output) if name[0] == "made"))
         made = [log.names.held[name] for name in log.outputs]
+        if not all(map(log.is_as_made, made)):
+            log.unfit = "it changes how a tensor looks"
         storages = [next(iter(ops.storage_bytes([tensor]).items())) for tensor in made]
         log.output_storages = tuple(storages)
-        log.follow = tuple(self._crossed.follows(key) for key, _ in storages)
+        log.follow = tuple(self._crossings.follows(key) for key, _ in storages)
         if len(dict(storages)) < len(storages) or any(key in log.shared for key, _ in storages):
             log.unfit = "what it gives shares memory"
         for name, tensor in zip(log.outputs, made, strict=True):
@@ -295,7 +306,7 @@ class Again(Counter):
         used = [own[log.given[key]][0] if key in log.given else key for key in log.used & log.shared.keys()]
         sizes = [size for _, size in log.output_storages]
         done = {key: size for key, size, follows in zip(fresh, sizes, log.follow, strict=True) if follows}
-        self._crossed.repeat(used, done, len(self.order))
+        self._crossings.repeat(used, done, len(self.order))
         self._alive.append(made)
 
     # What a block that is logged does -------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from sheaf.graph.facts import BlockTime, ModelFacts, Profile
 from sheaf.graph.profile import accelerator, profile
 from sheaf.task import Task
 
-FORMAT = 2  # of the files; raise it when what is measured changes
+FORMAT = 3  # of the files; raise it when what is measured changes
 
 
 def cached_profile(
@@ -116,7 +116,7 @@ def _read(path: Path, facts: ModelFacts) -> Profile | None:
             fetch_seconds=float(values["fetch_seconds"]),
             host_seconds=float(values["host_seconds"]),
             exposed_seconds=float(values["exposed_seconds"]),
-            uneven_seconds=float(values.get("uneven_seconds", 0.0)),
+            uneven_seconds=float(values["uneven_seconds"]),
             overheads={str(plan): float(seconds) for plan, seconds in values.get("overheads", {}).items()},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):

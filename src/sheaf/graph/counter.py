@@ -65,8 +65,8 @@ class Counter(TorchDispatchMode):
         self,
         model: nn.Module,
         blocks: dict[str, nn.Module],
-        opened: Collection[nn.Module] = (),
-        crossings: Crossings | None = None,
+        opened: Collection[nn.Module],
+        crossings: Crossings,
     ) -> None:
         super().__init__()
         self._opened = {id(module) for module in opened}
@@ -163,8 +163,7 @@ class Counter(TorchDispatchMode):
         work.kernels += 1
         if backward:
             return
-        if self._crossings is not None:
-            self._crossings.note((args, kwargs), result, len(self.order))
+        self._crossings.note((args, kwargs), result, len(self.order))
         if ops.draws(func, args, kwargs):
             tally.draws = True
             self.draws[self.place] = None

@@ -106,9 +106,7 @@ class BlockFact:
     saved_input_bytes: int = 0  # of its inputs, what it keeps for backward and no earlier block has counted
     composite: bool = True  # made of other modules; one that is not keeps little but its input, and is not recomputed
     fresh_input_bytes: int = 0  # of its inputs, what is no earlier block's input: kept when a block is recomputed
-    crossing_bytes: int | None = (
-        None  # what was computed up to here and is used later, whoever gave it; None: not known
-    )
+    crossing_bytes: int | None = None  # computed up to here and used later, whoever gave it; None: not known
 
 
 @dataclass(frozen=True)
@@ -206,8 +204,6 @@ class Profile:
     fetch_seconds: float
     host_seconds: float
     exposed_seconds: float = 0.0  # communication of a real dp step that nothing hid; 0: not measured
-    uneven_seconds: float = (
-        0.0  # of a real dp step, in which its workers, all equally fast, waited for the last of them
-    )
+    uneven_seconds: float = 0.0  # of a real dp step, in which equally fast workers waited for the last of them
     collective_factor: float = 1.0  # how much longer a collective takes in a step than when it was measured alone
     overheads: dict[str, float] = field(default_factory=dict[str, float])  # seconds by rehearsed plan: cost.overheads

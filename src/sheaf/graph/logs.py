@@ -107,6 +107,11 @@ class Log:
     went: dict[int, Look] = field(default_factory=dict[int, Look])  # gradients of inputs
     is_mixed: bool = False  # some of its backward was counted elsewhere
 
+    def is_as_made(self, tensor: Tensor) -> bool:
+        """Whether a tensor that it made looks as it did then; changed in place, or by what is not seen, it may not."""
+        look = self.looks.get(self.names.known.get(id(tensor)))
+        return look is None or look == Look.of(tensor)
+
     def alike(self, other: "Log") -> bool:
         """Whether another block did the same."""
         return (

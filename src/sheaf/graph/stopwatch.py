@@ -46,7 +46,7 @@ class Stopwatch:
     ``opened`` are modules whose own modules are blocks: what they do between those counts with the block before.
     """
 
-    def __init__(self, blocks: dict[str, nn.Module], clock: Clock, opened: Collection[nn.Module] = ()) -> None:
+    def __init__(self, blocks: dict[str, nn.Module], clock: Clock, opened: Collection[nn.Module]) -> None:
         self._clock = clock
         self._opened = tuple(opened)
         self._depth = 0  # how many of the opened modules run

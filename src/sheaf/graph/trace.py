@@ -50,8 +50,8 @@ def trace(
     at it too. Blocks inside of which one of ``begins`` is are told of as what they are made of (see ``cut``).
 
     Model, loss and backward run once on fake tensors: nothing is allocated, however large the model. Of many blocks
-    that do the same, most are only checked to do so (see ``alike``). A model whose
-    path depends on values (``if x.sum() > 0``) is run for real when its parameters weigh less than 2 GiB.
+    that do the same, most are only checked to do so (see ``alike``). A model whose path depends on values
+    (``if x.sum() > 0``) is run for real when its parameters weigh less than 2 GiB.
 
     Raises TaskError naming the module and the line when the model or the loss fails, and DataError when the samples
     cannot be had.
@@ -167,7 +167,7 @@ def _facts(
 
 
 def _crossed(facts: ModelFacts, crossings: Crossings, order: list[str], around: tuple[str, ...]) -> ModelFacts:
-    """The facts with what crosses behind each block; behind a module inside of a block that is what the module gives."""
+    """The facts with what crosses behind each block; for a module inside of a block that is what it gives, too."""
     inner = tuple(f"{name}." if name else "" for name in around)
     behind = dict(zip(order, crossings.behind(len(order)), strict=True))
 
@@ -192,12 +192,12 @@ def _gather(
 ) -> ModelFacts:
     parameters = dict(model.named_parameters())
     modules, owned = cut(model, begins), owners(model, begins)
-    kinds = {name: type(module).__name__ for name, module in modules.items()} | {GLUE: "Glue", LOSS: "Loss"}
+    classes = {name: type(module).__name__ for name, module in modules.items()} | {GLUE: "Glue", LOSS: "Loss"}
     composite = {name for name, module in modules.items() if is_composite(module)}
     order = [name for name in counter.order if name != LOSS]
     order += [name for name in owned if name not in order and name != GLUE]
     blocks = tuple(
-        _block(name, kinds[name], counter.tally(name), owned.get(name, ()), parameters, composite=name in composite)
+        _block(name, classes[name], counter.tally(name), owned.get(name, ()), parameters, composite=name in composite)
         for name in (*order, GLUE, LOSS)
     )
     return ModelFacts(

@@ -25,7 +25,7 @@ from sheaf.parallel.pipeline import Pipeline
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.post import Post
 from sheaf.parallel.precision import LossScale
-from sheaf.parallel.recompute import again, recompute
+from sheaf.parallel.recompute import again, recompute, refuse_again
 from sheaf.parallel.replicated import Replicated
 from sheaf.parallel.rows import Tables, tables
 from sheaf.parallel.rows.pulling import Pulling, pulling
@@ -81,6 +81,7 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
         )
     blueprint = Blueprint(task)
     task = blueprint.task = with_microbatch(task, plan, blueprint.model)
+    refuse_again(plan, blueprint.model)
     blocks = cut(blueprint.model, plan.begins)
     splits = split_facts(task, plan, world)
     found = segments(plan, blueprint, blocks) if plan.split_parts else None
@@ -163,7 +164,7 @@ def refuse(task: Task, plan: Plan) -> SplitFacts | None:
     blueprint, world = Blueprint(task), World.alone()
     task = blueprint.task = with_microbatch(task, plan, blueprint.model)
     blocks = cut(blueprint.model, plan.begins)
-    again(plan, blocks)
+    refuse_again(plan, blueprint.model)
     rows = tables(task, plan, blueprint)
     _refuse_scaled(task, plan)
     if plan.server:

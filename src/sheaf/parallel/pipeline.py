@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 
@@ -12,7 +13,7 @@ from sheaf.parallel.shares import Dealt
 from sheaf.parallel.staged import AbstractStaged
 from sheaf.parallel.weights import Later, inputs_first
 from sheaf.plans import Plan
-from sheaf.plans.schedule import Action, actions
+from sheaf.plans.schedule import Action, actions, tells_apart
 from sheaf.task import Microbatch
 
 
@@ -23,7 +24,7 @@ class Pipeline(AbstractStaged):
         super().__init__(parts, passing, post)
         self._plan = plan
         self._later: dict[tuple[int, int], Later] = {}
-        self._apart = plan.schedule == "zero-bubble" and not plan.again and not parts.holding.lockstep
+        self._apart = tells_apart(plan)
         passing.notes_hooks = self._apart
         self._mine: tuple[Microbatch, ...] = ()
 
@@ -50,8 +51,8 @@ class Pipeline(AbstractStaged):
         final = max((place for place, action in enumerate(mine) if action.kind in "BW"), default=-1)
         ready = [False] * len(mine)
         for place, action in enumerate(mine):
-            # Whoever sends is told on the line on which this worker sends: it must know before that is taken.
-            for soon in [soon for soon in range(place, len(mine)) if mine[soon].kind != "W"][:2]:
+            # Gloo announces a receive on the line on which this worker sends: late, it waits behind what is sent.
+            for soon in islice((soon for soon in range(place, len(mine)) if mine[soon].kind != "W"), 2):
                 ready[soon] = ready[soon] or self._expect(mine[soon])
                 if not ready[soon]:  # messages come in order: what comes first must be received first
                     break
@@ -80,7 +81,7 @@ class Pipeline(AbstractStaged):
 
     def _expect(self, action: Action) -> bool:
         """Be ready for what an action will receive, as far as that is known; False where it is not."""
-        if action.microbatch >= len(self._mine) or action.kind == "W":
+        if action.microbatch >= len(self._mine):
             return True
         microbatch = self._mine[action.microbatch]
         if action.kind == "F":

@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from sheaf.errors import PlanError, nearest
-from sheaf.graph import is_composite
+from sheaf.graph.cut import cut, is_composite, opened
+from sheaf.graph.facts import within
 from sheaf.plans import Plan
 from sheaf.plans.again import AGAIN, is_again, matches
 from sheaf.task import Streams
@@ -36,16 +37,20 @@ def running_again() -> bool:
 def again(plan: Plan, blocks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """The blocks that run forward again under a plan, by name: of those that it names, all that keep more than their
     input.
-
-    Raises PlanError for a part that names no block, or none such.
     """
+    return {name: block for name, block in blocks.items() if is_again(plan, name) and is_composite(block)}
+
+
+def refuse_again(plan: Plan, model: nn.Module) -> None:
+    """Raise PlanError for a part of a plan that is to run again, and is no block of the model, or spares nothing."""
+    blocks, gone = cut(model, plan.begins), opened(model, plan.begins)
     for glob in (glob for glob, answer in plan.parts if answer == AGAIN):
         named = [name for name in blocks if matches(glob, name)]
         if not named:
             around = next((name for name in blocks if name and matches(f"{name}.*", glob)), None)
             hint = f"is inside of {around}: use {around}={AGAIN}" if around else nearest(glob, blocks)
             raise PlanError(f"{glob}={AGAIN} names no block of the model, and blocks run again whole; {hint}")
-        pieces = bool(plan.begins)  # a cut inside of a block leaves what it was made of
+        pieces = any(within(name, block) for name in named for block in gone)  # of one that a stage begins inside of
         if not pieces and not any(is_composite(blocks[name]) for name in named):
             most = next((name for name, block in blocks.items() if is_composite(block)), "")
             hint = f", or {most}={AGAIN}" if most else ""
@@ -53,7 +58,6 @@ def again(plan: Plan, blocks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
                 f"{glob}={AGAIN}: {named[0]} is one module, which keeps no more than its input and what it computes, "
                 f"so nothing is spared by running it again: drop it{hint}"
             )
-    return {name: block for name, block in blocks.items() if is_again(plan, name) and is_composite(block)}
 
 
 def recompute(

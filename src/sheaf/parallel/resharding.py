@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sheaf.errors import PlanError
+from sheaf.errors import PlanError, RunError
 from sheaf.parallel.flat import FlatTensors
 from sheaf.parallel.gathered import Gathered
 from sheaf.parallel.holding import AbstractHolding
@@ -53,11 +53,21 @@ def resharded(plan: Plan, saved: str, holding: AbstractHolding, read: Callable[[
         old_pieces = [old.pieces(worker) for worker in range(old.workers)]
         for piece in held.pieces if held.trained else ():
             lies = overlaps(piece, old_pieces)
-            found = cut(piece, [(lay, states(worker).get(piece.name, {})) for worker, lay in lies])
+            found = joined(piece, [(lay, states(worker).get(piece.name, {})) for worker, lay in lies])
             made |= {f"optimizer/{piece.name}/{key}": value for key, value in found.items()}
             told = kept(lies[0][0])[1]["optimizer"]["state"]
             plain |= {piece.name: told[piece.name]} if piece.name in told else {}
     return made, values | {"optimizer": values["optimizer"] | {"state": plain}}
+
+
+def checked(name: str, saved: Tensor, num_elements: int) -> Tensor:
+    """What a checkpoint has under a name. Raises RunError where that is more or less than so many numbers."""
+    if saved.numel() != num_elements:
+        raise RunError(
+            f"{name} has {saved.numel()} numbers in the checkpoint and {num_elements} here: another model wrote it, or "
+            "a version of Sheaf that cut ZeRO's shards equally under weighted shares; resume with what wrote it"
+        )
+    return saved
 
 
 def overlaps(piece: Piece, pieces: Sequence[Sequence[Piece]]) -> list[tuple[int, Piece]]:
@@ -71,7 +81,7 @@ def overlaps(piece: Piece, pieces: Sequence[Sequence[Piece]]) -> list[tuple[int,
     return sorted(found, key=lambda one: one[1].start)
 
 
-def cut(piece: Piece, lies: Sequence[tuple[Piece, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+def joined(piece: Piece, lies: Sequence[tuple[Piece, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
     """The tensors of a piece, from those of the pieces in which it lies: by key, in the parameter's order.
 
     What has a number for each one of a piece is cut; the rest is as with the first.
@@ -94,7 +104,8 @@ def _shard(held: FlatTensors, old: Flat, read: Callable[[int], Tensor]) -> Tenso
         first = old.start(worker)
         low, high = max(begin, first), min(end, old.start(worker + 1), old.num_elements)
         if low < high:
-            made[low - begin : high - begin] = read(worker)[low - first : high - first]
+            saved = checked("a shard", read(worker), old.sizes[worker])
+            made[low - begin : high - begin] = saved[low - first : high - first]
     return made
 
 

@@ -14,7 +14,7 @@ from sheaf.parallel.agreement import Agreement
 from sheaf.parallel.exchange import Told
 from sheaf.parallel.optimizers import load_named_state, named_state
 from sheaf.parallel.portion import Portion
-from sheaf.parallel.resharding import State, resharded
+from sheaf.parallel.resharding import State, checked, resharded
 from sheaf.parallel.runner import AbstractRunner
 from sheaf.parallel.ties import Ties
 from sheaf.parallel.values import decoded, encoded
@@ -213,11 +213,11 @@ class Step:
     def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Go on where ``state`` of this worker's ``state_owner`` stood, before or behind; collective.
 
-        What is given is copied, so it may be loaded again, and by other steps.
+        What is given is copied, so it may be loaded again, and by other steps. Raises RunError where sizes differ.
         """
         with torch.no_grad():
             for name, value in self._holding.kept().items():
-                value.copy_(tensors[f"parameter/{name}"])
+                value.copy_(checked(name, tensors[f"parameter/{name}"], value.numel()))
             for name, value in self.model.named_buffers():
                 value.copy_(tensors[f"buffer/{name}"])
             for name, value in self._holding.extra().items():

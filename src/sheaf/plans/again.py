@@ -22,9 +22,9 @@ def is_again(plan: Any, block: str) -> bool:
 def unrepeatable(plan: Any) -> list[str]:
     """What is wrong with the parts of a ``Plan`` that run again; nothing where there are none."""
     named = [glob for glob, answer in plan.parts if answer == AGAIN]
-    if not named or plan.recompute == "none":
+    if not named or plan.recompute != "full":
         return []
-    return [f"{named[0]}={AGAIN} names blocks that recompute={plan.recompute} runs again anyway: drop one of the two"]
+    return [f"{named[0]}={AGAIN} names blocks that recompute=full runs again anyway: drop one of the two"]
 
 
 def globs(names: Collection[str], known: Iterable[str]) -> tuple[str, ...]:
@@ -71,10 +71,15 @@ def as_text(parts: Iterable[tuple[str, str]]) -> Mapping[str, Any]:
 
     >>> as_text([("head", "tp"), ("h.*", "tp"), ("h.*", "recompute")])
     {'head': 'tp', 'h.*': ['tp', 'recompute']}
+    >>> as_text([("h.*", "recompute"), ("h.1", "whole"), ("h.*", "tp")])
+    {'h.1': 'whole', 'h.*': ['recompute', 'tp']}
     """
     said: dict[str, list[str]] = {}
     for glob, answer in parts:
-        said.setdefault(glob, []).append(answer)
+        known = said.get(glob, [])
+        if answer != AGAIN and set(known) == {AGAIN}:  # of other answers the first that matches counts: its place does
+            del said[glob]
+        said[glob] = [*known, answer]
     return {glob: answers[0] if len(answers) == 1 else answers for glob, answers in said.items()}
 
 

@@ -273,9 +273,12 @@ class Plan:
 
         >>> Plan.parse("dp=4,zero=1").with_text("zero=0,local=16:diloco")
         Plan(dp=4,local=16:diloco)
+        >>> Plan.parse("dp=2,h.*=tp").with_text("h.*=recompute")
+        Plan(dp=2,h.*=tp,h.*=recompute)
         """
         said = text.pairs(written)
-        return self.from_pairs([pair for pair in text.pairs(str(self)) if pair[0] not in dict(said)] + said)
+        anew = {text.said_of(pair) for pair in said}
+        return self.from_pairs([pair for pair in text.pairs(str(self)) if text.said_of(pair) not in anew] + said)
 
     def with_microbatch(self, microbatch: int) -> "Plan":
         """The same plan with the microbatch written in."""

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from sheaf.errors import PlanError, nearest
-from sheaf.plans.plan import SCHEDULES
+from sheaf.plans.plan import SCHEDULES, Plan
 
 FORWARD, BACKWARD, WEIGHTS = "F", "B", "W"
 _SAID = {FORWARD: "forward", BACKWARD: "backward", WEIGHTS: "backward of weights"}
@@ -83,6 +83,11 @@ def check(listed: Sequence[Sequence[Action]], *, stages: int | None = None, micr
         raise PlanError(broken)
     for _ in carried_out(listed):
         pass
+
+
+def tells_apart(plan: Plan) -> bool:
+    """Whether stages compute the gradients of their inputs first, and those of their weights later."""
+    return plan.schedule == "zero-bubble" and not plan.again and plan.zero < 2
 
 
 def held(listed: Sequence[Sequence[Action]]) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from sheaf.plans.again import AGAIN
+
 
 def unservable_replicas(
     server: str, beside: str, *, dp: int, tp: int, cp: int, pp: int, zero: int, parts: Sequence[tuple[str, str]]
@@ -31,7 +33,7 @@ def unservable_replicas(
                 f"server={server} is pushed to by replicas that go on by themselves, and {glob}={answer} needs all of "
                 f"them in every forward: drop it, or split layers inside replicas, as dp={dp},tp=2,server={server} does"
             )
-        elif answer not in ("whole", "recompute"):
+        elif answer not in ("whole", AGAIN):
             broken.append(
                 f"{glob}={answer} lets rows travel between replicas, and with server={server} gradients meet on "
                 f"shards, where embeddings lie by rows: drop {glob}={answer}"

@@ -37,6 +37,9 @@ def values(given: Sequence[tuple[str, str]], known: Collection[str]) -> tuple[di
     broken: list[str] = []
     for key, text in given:
         if (key not in known and text in PARTS) or key == "parts":
+            twice = next((answer for glob, answer in parts if said_of((glob, answer)) == said_of((key, text))), None)
+            if twice is not None:
+                broken.append(f"{key} is given twice, as {key}={twice} and {key}={text}; keep one")
             parts.append((key, text))
         elif key not in known:
             broken.append(f"{key!r} is not a key of a plan; {nearest(key, known)}")
@@ -55,6 +58,11 @@ def values(given: Sequence[tuple[str, str]], known: Collection[str]) -> tuple[di
     if found.get("schedule") == "interleaved":
         found.setdefault("virtual", 2)
     return found, broken
+
+
+def said_of(pair: tuple[str, str]) -> tuple[str, bool]:
+    """What a (key, text) pair says something of: a key, and for parts whether it is that they run again."""
+    return pair[0], pair[1] == AGAIN
 
 
 def _pipeline(text: str, broken: list[str]) -> tuple[int, str]:

@@ -68,7 +68,7 @@ def explained(question: Question, ranking: Ranking) -> Explanation | None:
 
 def _strategy(price: Price) -> tuple[Any, ...]:
     plan = price.plan
-    return plan.dp > 1, plan.tp > 1, plan.cp > 1, plan.pp > 1, plan.zero, plan.recompute, plan.by_parts
+    return plan.dp > 1, plan.tp > 1, plan.cp > 1, plan.pp > 1, plan.zero, plan.again, plan.by_parts
 
 
 def _needed(question: Question, runner: Price, best: Price) -> Needed:

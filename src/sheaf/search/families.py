@@ -94,7 +94,8 @@ def _expert_families(question: Question) -> Iterator[list[Plan]]:
         if kind == 2 and workers in space.degrees(question.available, question.batch):
             sizes = [None] if question.microbatch else list(space.microbatch_choices(question.batch, workers))
             for strategy in space.expert_plans(workers, holders(split.slices)):
-                yield from _with_shares(question, strategy, sizes)
+                if strategy.recompute == "none" or question.may_repeat(strategy):
+                    yield from _with_shares(question, strategy, sizes)
 
 
 def _table_families(question: Question) -> Iterator[list[Plan]]:

@@ -30,7 +30,7 @@ def fewest(question: Question, plan: Plan) -> Plan | None:
         return None
     basis, sizes = question.basis(plan), microbatch_sizes(question.batch, question.size(plan))
     room = min(_room(seat.available_bytes, seat.device_kind) for seat in basis.seating.kinds(plan.workers))
-    scale = max(sizes) / basis.facts.samples
+    scale = sizes.largest / basis.facts.samples
     chosen, able = set[str](), 0
     for names, part, kept, held in _each(plan, basis, sizes):
         mine = [one for one in part.facts.blocks if one.name not in (GLUE, LOSS) and one.calls]

@@ -51,4 +51,6 @@ def together(facts: ModelFacts, pieces: Mapping[str, BlockTime]) -> dict[str, Bl
 
 def _sum(times: Iterable[BlockTime]) -> BlockTime:
     found = list(times)
-    return BlockTime(sum(one.forward_seconds for one in found), sum(one.backward_seconds for one in found))
+    return BlockTime(
+        sum((one.forward_seconds for one in found), 0.0), sum((one.backward_seconds for one in found), 0.0)
+    )

@@ -57,6 +57,11 @@ class Question:
         blocks = next(iter(self.facts.values())).blocks
         return any(block.composite for block in blocks if block.name not in (GLUE, LOSS))
 
+    def may_repeat(self, plan: Plan) -> bool:
+        """Whether blocks may run again under a plan, and that saves memory; rows sent to listed experts may not."""
+        split = self.splits.get(plan.split_kind) if plan.expert_parts else None
+        return self.recomputable and not (split is not None and split.dealt)
+
     def price(self, plan: Plan) -> Price:
         """The price of one plan, with a pipeline's timeline.
 

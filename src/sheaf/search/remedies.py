@@ -48,7 +48,7 @@ class Remedies:
         return tuple(Remedy(str(one.plan), one.step_seconds, one.step_seconds / there) for one in found)
 
     def _changes(self, plan: Plan) -> Iterator[Plan]:
-        again = (plan.recompute, "full") if self._question.recomputable else (plan.recompute,)
+        again = (plan.recompute, "full") if self._question.may_repeat(plan) else (plan.recompute,)
         stages = range(plan.zero, MOST_ZERO + 1) if plan.alike > 1 else (plan.zero,)
         even = (BALANCED,) if ":" in plan.shares and plan.pp == 1 else ()  # dealt by speed too, shards of equal size
         for zero, recompute in product(stages, dict.fromkeys(again)):

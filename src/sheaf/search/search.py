@@ -61,7 +61,9 @@ def search(
                 break
     else:
         _best_first(question, took)
-    prices, refused = [*took.prices, *(fewer := instead(question, took.prices))], took.refused
+    over = first or (seconds is not None and took.seconds >= seconds)
+    fewer = [] if over else instead(question, took.prices)
+    prices, refused = [*took.prices, *fewer], took.refused
     ordered = _ordered(prices)
     refused.extend(_starved(question, ordered, took.starved))
     drawn = set[int]()

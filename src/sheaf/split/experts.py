@@ -13,12 +13,10 @@ from sheaf.split.alone import Alone
 from sheaf.split.mode import leaves
 from sheaf.split.moves import sliced
 from sheaf.split.rehearsal import Rehearses, Stage, Try, Units, first_line
-from sheaf.split.sending import Sending
+from sheaf.split.sending import HEAD, Sending
 from sheaf.split.sent import Unsendable
 from sheaf.split.tensor import Split
 from sheaf.task import Task
-
-HEAD = 8  # whole numbers that a replica tells before it sends, beside those of its own rows
 
 
 class Choosing(Sending, Rehearses):

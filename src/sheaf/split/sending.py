@@ -32,6 +32,7 @@ from sheaf.split.registry import FALLBACK, RULES, SENT, is_inplace
 from sheaf.split.sent import Sent, Swapping, Travel, Trip, Unsendable, reached
 from sheaf.split.tensor import Split
 
+HEAD = 8  # whole numbers that a replica tells before it sends, beside those of its own rows
 _END = 0  # of forward; what goes before it is told by the kind of its places
 
 
@@ -228,13 +229,13 @@ class Sending(Splitting):
         values = [*head, *alike, *[0] * (3 - len(alike)), *own, *[0] * (self._most - len(own))]
         told = self.team_told(torch.tensor(values, dtype=torch.int64, device=device), what)
         for replica, other in enumerate(told):
-            if other[:8] != told[0][:8]:
+            if other[:HEAD] != told[0][:HEAD]:
                 raise PlanError(
                     f"replica {replica} came to other experts, or did other things with their tokens, than replica 0 "
                     f"(here, on replica {self.team.rank}: {what}): their control flow or a number in it depends on the "
                     "microbatch, which expert parallelism cannot follow; use tp in place of ep"
                 )
-        return [tuple(other[8 : 8 + len(own)]) for other in told]
+        return [tuple(other[HEAD : HEAD + len(own)]) for other in told]
 
     def team_told(self, mine: Tensor, what: str) -> list[list[int]]:
         """Everyone's numbers."""

@@ -74,7 +74,7 @@ def prepare(out: Path, values: dict[str, Any], plan: Plan, *, resume: bool) -> s
         out.mkdir(parents=True, exist_ok=True)
         if not (out / TASK).exists():
             _whole(out / TASK, json.dumps(values, indent=1) + "\n")
-        if not (out / PLAN).exists():
+        if read_plan(out) != plan:  # a run may go on under another
             _whole(out / PLAN, plan.to_toml())
     except OSError as error:
         raise RunError(f"{out} cannot be written to: {error}; choose another --out") from error

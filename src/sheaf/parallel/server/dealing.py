@@ -12,8 +12,9 @@ from typing import Any
 class Dealing:
     """Deals parts one by one, each once, and once more whenever it came back. Of the state of shard 0.
 
-    Each worker has a place, whose part of step after step it is dealt. What came back, and parts of places whose
-    workers are away, go to whoever is next, when they are of an earlier step than what that one would be dealt.
+    Each worker has a place, whose part of step after step it is dealt. What came back goes to whoever is next, when it
+    is of no later step than what that one would be dealt; so do parts of places whose workers are away, of earlier
+    steps.
 
     >>> dealing = Dealing(2)
     >>> dealing.deal(0, present=[0, 1]), dealing.deal(1, present=[0, 1]), dealing.deal(0, present=[0, 1], used=True)
@@ -26,8 +27,8 @@ class Dealing:
     """
 
     def __init__(self, workers: int, start: int = 0) -> None:
-        self.next = [start] * workers  # by place, the first step whose part was never dealt
-        self.back: list[int] = []  # parts that came back, but for those that ``next`` says
+        self.next = [start] * workers  # by place, the step whose part is to be dealt next
+        self.back: list[int] = []  # parts of earlier steps that came back, in order
         self.dealt: dict[int, int] = {}  # worker -> the part that it has
         self.returned = 0  # parts that came back from workers that were given up, as often as they did
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from sheaf.errors import PlanError, RunError
-from sheaf.parallel.resharding import State, cut, overlaps
+from sheaf.parallel.resharding import State, joined, overlaps
 from sheaf.parallel.server.places import Form
 from sheaf.plans import Plan
 from sheaf.plans.server import beside
@@ -64,7 +64,7 @@ def _relaid(form: Form, old_forms: Sequence[Form], kept: dict[int, State]) -> St
         values = kept[lies[0][0]][1]
         if piece.name in values["optimizer"]["state"]:
             plain[piece.name] = values["optimizer"]["state"][piece.name]
-        made |= cut(piece, [(old, _of(piece.name, kept[number][0])) for number, old in lies])
+        made |= joined(piece, [(old, _of(piece.name, kept[number][0])) for number, old in lies])
     common = kept[0][1]
     return made, common | {"optimizer": common["optimizer"] | {"state": plain}}
 

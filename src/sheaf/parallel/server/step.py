@@ -47,9 +47,9 @@ class Found(NamedTuple):
 class ServedStep(AbstractSeatedStep):
     """The step of a plan with ``server``. In lock-step it is one global step, the same on every worker.
 
-    Otherwise it is one step of this worker: it computes its share of the step's microbatches, pushes the gradient of
-    their mean, which each shard applies at once, and pulls values that are as old as the plan allows. Its report counts
-    the losses that were told for this step by then, this worker's and those of workers that are as far.
+    Otherwise it is one step of this worker: it computes the share that it is dealt, pushes the gradient of its mean,
+    which each shard applies at once, and pulls values that are as old as the plan allows. Its report counts the losses
+    that were told for its clock by then, this worker's and those of workers that are as far.
     """
 
     def __init__(
