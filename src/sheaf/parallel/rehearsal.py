@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +16,7 @@ from sheaf.graph.lookups import put_back
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.trees import line_of_model
 from sheaf.plans.layout import Held, kept_whole
-from sheaf.task import Order, arguments, fetch, key
+from sheaf.task import Order, arguments, fetch, key, moved
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def rehearse(portion: Portion, blocks: Mapping[str, nn.Module]) -> Rehearsal:
             outside.add(name)
 
     first = Order(task.num_samples, task.batch, task.microbatch or task.batch, task.seed, shuffle=task.shuffle).step(0)
-    batch = fetch(task, first[0].samples, key(task.seed, "data", 0, 0))
+    held = (fake.dtype for fake in portion.parameters.values() if fake.is_floating_point())
+    batch = moved(fetch(task, first[0].samples, key(task.seed, "data", 0, 0)), torch.device("cpu"), next(held, None))
     positional, named = tree_map(
         lambda leaf: portion.mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, arguments(task, batch)
     )
