@@ -88,3 +88,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if difflib.SequenceMatcher(None, closest, word).ratio() >= _CLOSE:
         return f"did you mean {closest}?"
     return f"known: {', '.join(sorted(words))}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first; empty where it says nothing."""
+    return (str(error).strip().splitlines() or [""])[0]

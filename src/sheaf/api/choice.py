@@ -8,7 +8,7 @@ from typing import Any
 
 from sheaf.checkpoint import from_first
 from sheaf.cost.price import Price
-from sheaf.errors import PlanError
+from sheaf.errors import PlanError, first_line
 from sheaf.graph import ModelFacts
 from sheaf.launch import FromFile, World
 from sheaf.plans import Plan
@@ -139,10 +139,7 @@ def promised(
             price = predicted(task, plan, found.facts, split=found.split, source=source, note=note, recut=found.recut)
             return _told(price)
         except Exception as error:  # noqa: BLE001  whatever it is, the run goes on
-            first = (str(error).splitlines() or [""])[0]
-            reason = f"the step time of {plan} is not predicted: {type(error).__name__}: {first}"
-            print(f"sheaf: {reason}", file=sys.stderr, flush=True)
-            return {"reason": reason}
+            return {"reason": _said(f"the step time of {plan} is not predicted", error)}
 
     told: dict[str, Any] = from_first(foretell)
     return (None, told["reason"]) if "reason" in told else (_heard(told), "")
@@ -165,9 +162,7 @@ def balanced(
         try:
             return cut_here(task, plan, found.facts, split=found.split, source=source, note=note).stages
         except Exception as error:  # noqa: BLE001  whatever it is, there are stages
-            first = (str(error).splitlines() or [""])[0]
-            reason = f"the stages of {plan} are balanced by operations: {type(error).__name__}: {first}"
-            print(f"sheaf: {reason}", file=sys.stderr, flush=True)
+            _said(f"the stages of {plan} are balanced by operations", error)
             return plan.stages
 
     return replace(plan, stages=from_first(stages))
@@ -193,6 +188,13 @@ def foretold(
     known = replace(checked(task, price.plan), recut=False)
     again, reason = promised(task, known, world=world, source=source, note=note)
     return (price, reason) if again is None else (replace(price, timeline=again.timeline), "")
+
+
+def _said(what: str, error: Exception) -> str:
+    """What was done without, and why: told on standard error in a line."""
+    reason = f"{what}: {type(error).__name__}: {first_line(error)}"
+    print(f"sheaf: {reason}", file=sys.stderr, flush=True)
+    return reason
 
 
 def _counted(plan: Plan) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from sheaf.cost.basis import Basis
 from sheaf.cost.pipeline import cut_seconds, finer_stages, perfect_seconds
-from sheaf.errors import SheafError
+from sheaf.errors import SheafError, first_line
 from sheaf.graph import BlockFact, BlockTime, ModelFacts, Profile, trace
 from sheaf.graph.cut import finer
 from sheaf.graph.drawn import Drawn
@@ -53,7 +53,7 @@ def finer_cut(
         cut = _cut(task, plan, question, measured, before)
         after = before if cut is None else cut_seconds(cut.plan, cut.asked(question).basis(cut.plan))
     except SheafError as error:
-        say(f"stages={plan.stages}: no stage begins inside of a block: {(str(error).splitlines() or [''])[0]}")
+        say(f"stages={plan.stages}: no stage begins inside of a block: {first_line(error)}")
         return None
     if cut is None or before <= after * (1 + CLEAR):
         return None

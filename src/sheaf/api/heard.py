@@ -6,7 +6,7 @@ without measuring again.
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sheaf.api.plan import with_collectives
@@ -51,10 +51,10 @@ class Heard:
         """What JSON knows; times with four digits."""
         return _rounded(
             {
-                "moments": [[_told(one) for one in profiles] for profiles in self.moments],
+                "moments": [[one.to_dict() for one in profiles] for profiles in self.moments],
                 "rehearsals": self.rehearsals and {**self.rehearsals.to_dict(), "profile": None},  # one of the small
-                "small": [_told(one) for one in self.small],
-                "pair": self.pair and {"overheads": self.pair.overheads, "profile": _told(self.pair.profile)},
+                "small": [one.to_dict() for one in self.small],
+                "pair": self.pair and {"overheads": self.pair.overheads, "profile": self.pair.profile.to_dict()},
             }
         )
 
@@ -62,9 +62,9 @@ class Heard:
     def from_dict(cls, told: Mapping[str, Any]) -> "Heard":
         """What ``to_dict`` gave."""
         rehearsals, pair = told["rehearsals"], told["pair"]
-        small = tuple(_profile(one) for one in told["small"])
+        small = tuple(Profile.from_dict(one) for one in told["small"])
         return cls(
-            tuple(tuple(_profile(one) for one in profiles) for profiles in told["moments"]),
+            tuple(tuple(Profile.from_dict(one) for one in profiles) for profiles in told["moments"]),
             rehearsals
             and Rehearsals(
                 small[0],
@@ -73,7 +73,7 @@ class Heard:
                 dict(rehearsals["processor_seconds"]),
             ),
             small,
-            pair and Pair(dict(pair["overheads"]), _profile(pair["profile"])),
+            pair and Pair(dict(pair["overheads"]), Profile.from_dict(pair["profile"])),
         )
 
 
@@ -162,16 +162,6 @@ def paced(cluster: Cluster, speeds: Sequence[float]) -> Cluster:
 def _relative(first_seconds: float, seconds: float) -> float:
     speed = first_seconds / seconds if seconds else 1.0
     return 1.0 if abs(speed - 1) < SAME_SPEED else speed
-
-
-def _told(profile: Profile) -> dict[str, Any]:
-    blocks = {name: [time.forward_seconds, time.backward_seconds] for name, time in profile.blocks.items()}
-    return {**asdict(profile), "blocks": blocks}
-
-
-def _profile(told: Mapping[str, Any]) -> Profile:
-    values: dict[str, Any] = {**told, "blocks": {name: BlockTime(*pair) for name, pair in told["blocks"].items()}}
-    return Profile(**values)
 
 
 def _rounded(value: Any) -> Any:

@@ -1,13 +1,13 @@
 """What the planner must know, found out among the workers that are here already: all measure, and all hear of it."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 
 from sheaf.api.heard import Heard, Pair
 from sheaf.api.profiles import profiles_here
-from sheaf.api.rehearsals import WORKERS, agreed, alone, profile_from, rehearsed, wanted
+from sheaf.api.rehearsals import WORKERS, agreed, alone, rehearsed, wanted
 from sheaf.cluster import from_everyone
 from sheaf.graph import ModelFacts, Profile
 from sheaf.plans import Plan
@@ -49,4 +49,4 @@ def heard_again(heard: Heard, task: Task, facts: ModelFacts, *, budget_seconds: 
 
 
 def _everyone(mine: Profile) -> tuple[Profile, ...]:
-    return tuple(profile_from(one) for one in from_everyone(asdict(mine)))
+    return tuple(Profile.from_dict(one) for one in from_everyone(mine.to_dict()))

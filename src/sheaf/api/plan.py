@@ -18,7 +18,7 @@ from sheaf.cluster.machine import host_name
 from sheaf.cost import microbatch_sizes, price
 from sheaf.cost.placement import seats
 from sheaf.cost.price import Price
-from sheaf.errors import PlanError, SheafError, TaskError
+from sheaf.errors import PlanError, SheafError, TaskError, first_line
 from sheaf.graph import ModelFacts, Profile, trace
 from sheaf.graph.drawn import Drawn
 from sheaf.launch import FromFile
@@ -116,7 +116,7 @@ def _with_overheads(
     try:
         found = kept_rehearsals(task, facts, start, wanted(plans), source=source, fresh=fresh)
     except SheafError as error:  # planning goes on without
-        say(f"nothing was rehearsed: {(str(error).splitlines() or [''])[0]}")
+        say(f"nothing was rehearsed: {first_line(error)}")
     if found is None:
         return {(size, busy): with_collectives(question, one, busy) for (size, busy), one in profiles.items()}
     added = overheads(question, found, REHEARSING)

@@ -47,7 +47,7 @@ class Rehearsals:
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON knows."""
-        return asdict(self)
+        return {**asdict(self), "profile": self.profile.to_dict()}
 
     @classmethod
     def from_dict(cls, told: dict[str, Any]) -> "Rehearsals":
@@ -55,7 +55,7 @@ class Rehearsals:
         seconds, processor = (
             {str(text): float(each) for text, each in told[name].items()} for name in ("seconds", "processor_seconds")
         )
-        return cls(profile_from(told["profile"]), seconds, tuple(told["refused"]), processor)
+        return cls(Profile.from_dict(told["profile"]), seconds, tuple(told["refused"]), processor)
 
 
 class Taken(NamedTuple):
@@ -64,13 +64,6 @@ class Taken(NamedTuple):
     seconds: dict[str, float]
     processor_seconds: dict[str, float]
     refused: tuple[str, ...]
-
-
-def profile_from(told: dict[str, Any]) -> Profile:
-    """A profile from what ``dataclasses.asdict`` gave."""
-    values: dict[str, Any] = dict(told)
-    values["blocks"] = {str(name): BlockTime(**time) for name, time in told["blocks"].items()}
-    return Profile(**values)
 
 
 def wanted(plans: Iterable[Plan]) -> list[Plan]:
@@ -142,7 +135,7 @@ def _read(path: Path) -> Rehearsals | None:
     """What a file holds; None where there is none, or when what is there is not whole."""
     try:
         return Rehearsals.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return None
 
 

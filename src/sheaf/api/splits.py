@@ -11,7 +11,7 @@ from typing import Any
 
 import sheaf.split
 from sheaf.api.shorter import Shorter, cut_down
-from sheaf.errors import SheafError
+from sheaf.errors import SheafError, first_line
 from sheaf.graph import ModelFacts
 from sheaf.graph import cache as profiles
 from sheaf.graph.drawn import Drawn
@@ -84,7 +84,7 @@ def splits(
             try:
                 known = rehearsals.of(number, sequence)
             except Exception as error:  # noqa: BLE001 - whatever it is, other plans may still do
-                first = (str(error).splitlines() or [""])[0]
+                first = first_line(error)
                 reason = first if isinstance(error, SheafError) else f"{type(error).__name__}: {first}"
                 refused.append(Refusal(_text(number, sequence), reason, "dp or pp in place of tp"))
                 continue

@@ -1,6 +1,5 @@
 """Profiles kept on disk by what they depend on, so that the same blocks on the same machine are measured once."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -15,7 +14,7 @@ import psutil
 import torch
 from torch import nn
 
-from sheaf.graph.facts import BlockTime, ModelFacts, Profile
+from sheaf.graph.facts import ModelFacts, Profile
 from sheaf.graph.profile import accelerator, profile
 from sheaf.task import Task
 
@@ -101,26 +100,10 @@ def _cpu_name() -> str:
 def _read(path: Path, facts: ModelFacts) -> Profile | None:
     """The profile in a file; None when there is none, or when what is there is not whole."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        blocks = {name: BlockTime(float(pair[0]), float(pair[1])) for name, pair in values.pop("blocks").items()}
-        if set(blocks) != {block.name for block in facts.blocks}:
-            return None
-        return Profile(
-            samples=int(values["samples"]),
-            concurrency=int(values["concurrency"]),
-            threads=int(values["threads"]),
-            precision=str(values["precision"]),
-            blocks=blocks,
-            optimizer_seconds_per_byte=float(values["optimizer_seconds_per_byte"]),
-            optimizer_state_bytes_per_byte=float(values["optimizer_state_bytes_per_byte"]),
-            fetch_seconds=float(values["fetch_seconds"]),
-            host_seconds=float(values["host_seconds"]),
-            exposed_seconds=float(values["exposed_seconds"]),
-            uneven_seconds=float(values["uneven_seconds"]),
-            overheads={str(plan): float(seconds) for plan, seconds in values.get("overheads", {}).items()},
-        )
+        found = Profile.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return None
+    return found if set(found.blocks) == {block.name for block in facts.blocks} else None
 
 
 def _write(path: Path, measured: Profile) -> None:
@@ -129,11 +112,7 @@ def _write(path: Path, measured: Profile) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            values = dataclasses.asdict(measured)
-            values["blocks"] = {
-                name: [time.forward_seconds, time.backward_seconds] for name, time in measured.blocks.items()
-            }
-            json.dump(values, file)
+            json.dump(measured.to_dict(), file)
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -1,8 +1,10 @@
 """What is known of a model before it runs: values only, as the cost model and the executors read them."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from typing import Any
 
 LOSS = "<loss>"  # the name of the block that stands for the loss function
 GLUE = "<glue>"  # the name of the block that stands for work done in no block: the root's own operations
@@ -207,3 +209,30 @@ class Profile:
     uneven_seconds: float = 0.0  # of a real dp step, in which equally fast workers waited for the last of them
     collective_factor: float = 1.0  # how much longer a collective takes in a step than when it was measured alone
     overheads: dict[str, float] = field(default_factory=dict[str, float])  # seconds by rehearsed plan: cost.overheads
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON knows; of each block the seconds of forward and of backward."""
+        blocks = {name: [time.forward_seconds, time.backward_seconds] for name, time in self.blocks.items()}
+        return {**asdict(self), "blocks": blocks}
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> "Profile":
+        """What ``to_dict`` gave.
+
+        Raises KeyError, ValueError, TypeError, AttributeError or IndexError for what is not whole.
+        """
+        return cls(
+            samples=int(told["samples"]),
+            concurrency=int(told["concurrency"]),
+            threads=int(told["threads"]),
+            precision=str(told["precision"]),
+            blocks={str(name): BlockTime(float(pair[0]), float(pair[1])) for name, pair in told["blocks"].items()},
+            optimizer_seconds_per_byte=float(told["optimizer_seconds_per_byte"]),
+            optimizer_state_bytes_per_byte=float(told["optimizer_state_bytes_per_byte"]),
+            fetch_seconds=float(told["fetch_seconds"]),
+            host_seconds=float(told["host_seconds"]),
+            exposed_seconds=float(told["exposed_seconds"]),
+            uneven_seconds=float(told["uneven_seconds"]),
+            collective_factor=float(told["collective_factor"]),
+            overheads={str(plan): float(seconds) for plan, seconds in told["overheads"].items()},
+        )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from sheaf.errors import SheafError, WorkerFailed
+from sheaf.errors import SheafError, WorkerFailed, first_line
 
 LOST = "lost"  # the key under which the launcher tells who is
 _told: list[dist.Store] = []
@@ -154,4 +154,4 @@ def _place(error: BaseException) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return first_line(error) or type(error).__name__

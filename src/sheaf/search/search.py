@@ -223,9 +223,7 @@ def _ordered(prices: list[Price]) -> list[Price]:
     while rest:
         limit = rest[0].step_seconds * (1 + words.TIE)
         tied = [one for one in rest if one.step_seconds <= limit]
-        ordered += sorted(
-            tied, key=lambda one: (one.plan.workers, words.memory_class(one), len(str(one.plan)), str(one.plan))
-        )
+        ordered += sorted(tied, key=words.order)
         rest = rest[len(tied) :]
     return ordered
 

@@ -80,8 +80,8 @@ def largest_difference(price: Price, than: Price) -> tuple[str, float]:
 
 def loses_on(price: Price, best: Price) -> str:
     """What a plan loses on against the best."""
-    if price.step_seconds <= best.step_seconds * (1 + TIE):
-        return f"as fast within 1 %, {_tied(price, best)}"
+    if price.step_seconds <= best.step_seconds * (1 + TIE) and (why := _tied(price, best)):
+        return f"as fast within 1 %, {why}"
     term, seconds = largest_difference(price, best)
     return f"{pretty_seconds(seconds)} more {TERM_WORDS[term]}"
 
@@ -98,10 +98,9 @@ def reason(best: Price, serial: Price | None, runner_up: Price | None) -> str:
         parts.append(f"fastest: {ratio:.2f} times serial with {best.plan.workers} workers")
     if runner_up is None:
         parts.append("it is the only plan that fits")
-    elif runner_up.step_seconds <= best.step_seconds * (1 + TIE):
-        parts.append(f"{runner_up.plan} is {loses_on(runner_up, best)}")
     else:
-        parts.append(f"{runner_up.plan} has {loses_on(runner_up, best)}")
+        why = loses_on(runner_up, best)
+        parts.append(f"{runner_up.plan} {'is' if why.startswith('as fast') else 'has'} {why}")
     return "; ".join(parts)
 
 
@@ -118,9 +117,19 @@ def memory_class(price: Price) -> int:
     return round(math.log(max(price.peak_bytes, 1)) / math.log(1.02))
 
 
+def order(price: Price) -> tuple[int, int, int, str]:
+    """What decides between plans that are equally fast, the least first."""
+    return price.plan.workers, memory_class(price), len(str(price.plan)), str(price.plan)
+
+
 def _tied(price: Price, best: Price) -> str:
-    if price.plan.workers > best.plan.workers:
-        return f"but needs {price.plan.workers} workers instead of {best.plan.workers}"
-    if memory_class(price) > memory_class(best):
-        return f"but needs {pretty_bytes(price.peak_bytes - best.peak_bytes)} more memory"
-    return "but longer to write"
+    """Why the best leads a plan that is as fast; empty where it leads by its time all the same."""
+    (workers, memory, length, _), (best_workers, best_memory, best_length, _) = order(price), order(best)
+    if workers != best_workers:
+        return f"but needs {workers} workers instead of {best_workers}" if workers > best_workers else ""
+    if memory != best_memory:
+        more = pretty_bytes(price.peak_bytes - best.peak_bytes)
+        return f"but needs {more} more memory" if memory > best_memory else ""
+    if length != best_length:
+        return "but longer to write" if length > best_length else ""
+    return "with nothing to choose between them" if price.step_seconds <= best.step_seconds else ""

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from sheaf.errors import first_line
 from sheaf.graph.facts import GLUE
 from sheaf.plans.split import Cut, Move, Slice, SplitFacts
 from sheaf.split.alone import Alone
 from sheaf.split.mode import leaves
 from sheaf.split.moves import sliced
-from sheaf.split.rehearsal import Rehearses, Stage, Try, Units, first_line
+from sheaf.split.rehearsal import Rehearses, Stage, Try, Units
 from sheaf.split.sending import HEAD, Sending
 from sheaf.split.sent import Unsendable
 from sheaf.split.tensor import Split

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import sheaf.split.rules  # noqa: F401  # pyright: ignore[reportUnusedImport] - gives the rules to the registry
-from sheaf.errors import PlanError
+from sheaf.errors import PlanError, first_line
 from sheaf.graph import cut as blocks_of
 from sheaf.graph.example import converted, example, global_streams_kept, precision
 from sheaf.graph.facts import GLUE, LOSS
@@ -337,11 +337,6 @@ class Stage:
         raise PlanError(
             f"{module or 'the model'} cannot be rehearsed{how}: {type(error).__name__}: {first_line(error)}{remedy}"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """What an error says first; empty where it says nothing."""
-    return (str(error).strip().splitlines() or [""])[0]
 
 
 def small(names: Iterable[str], elements: Iterable[int]) -> frozenset[str]:
