@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -21,22 +22,31 @@ class Ratio:
     peer_seconds: float
 
 
-def rounds(contenders: dict[str, Callable[[], object]], *, count: int, steps: int) -> dict[str, list[float]]:
+def rounds(
+    contenders: dict[str, Callable[[], object]],
+    *,
+    count: int,
+    steps: int,
+    around: Callable[[int], AbstractContextManager[object]] = nullcontext,
+) -> dict[str, list[float]]:
     """Seconds per step of every contender in each of ``count`` rounds of ``steps`` steps, after one round to warm up.
 
-    The order turns from round to round, so that nobody always follows the same one.
+    The order turns from round to round, so that nobody always follows the same one. ``around(round)`` surrounds what
+    is timed of each.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for turn in range(count + 1):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             _barrier()
-            start = time.perf_counter()
-            for _ in range(steps):
-                contenders[name]()
-            _barrier()
+            with around(turn):
+                start = time.perf_counter()
+                for _ in range(steps):
+                    contenders[name]()
+                _barrier()
+                took = (time.perf_counter() - start) / steps
             if turn:
-                seconds[name].append((time.perf_counter() - start) / steps)
+                seconds[name].append(took)
     return seconds
 
 

@@ -1,8 +1,9 @@
 """Two workers that are not alike: one at half speed, or stalling now and then; shares beside DDP's equal halves.
 
 A worker at half speed is one whose control group gives it half a core (bench.quota), where its neighbour has a whole
-one. Stalls are real: another process stops the second worker for a second (SIGSTOP, SIGCONT) at random moments,
-drawn from a fixed seed. A step takes about as long as a stall, so that there is something left to steal.
+one. Stalls are real: another process stops the second worker for a second at random moments (bench.stalls), the same
+ones for every contender in a round, others in the next. A step takes about as long as a stall, so that there is
+something left to steal.
 
 Each contender makes ``ROUNDS`` times 10 steps, 200, beside a worker at half speed: about 10 minutes, and 9 for stalls.
 Half of the rounds take half of that, and say as much with wider quartiles. The limit of 1.5 is that of computing: what
@@ -12,14 +13,9 @@ much smaller as its share, of stolen ones half. ``terms`` of a row are what a st
 """
 
 import os
-import random
-import signal
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -32,6 +28,7 @@ from torch.utils.data import Subset
 from bench.executors import adamw, plain_model, task, tokens
 from bench.interleaved import ratio, rounds
 from bench.quota import quota
+from bench.stalls import stalls as stalls_of
 from sheaf import Plan, Task, build, launch
 from sheaf.record import StepReport
 from sheaf.task import Order, fetch
@@ -43,7 +40,6 @@ HALF = (
     "dp=2,shares=balanced",
 )  # fmt: skip
 STALLED = ("dp=2", "dp=2,shares=stolen")
-STALL_SECONDS, BETWEEN_SECONDS = 1.0, 1.0  # between two stalls: on the average
 
 
 def small_task(samples: int) -> Task:
@@ -93,8 +89,8 @@ def compared(
         contenders: dict[str, Callable[[], object]] = {"DDP": ddp_loop(small_task(samples), losses["DDP"])}
         for text in plans:
             contenders[text] = _noted(build(small_task(samples), Plan.parse(text)), reports[text])
-        with _stalling() if stalls else nullcontext():
-            seconds = rounds(contenders, count=count, steps=steps)
+        around = held.enter_context(_stalls()) if stalls else nullcontext
+        seconds = rounds(contenders, count=count, steps=steps, around=around)
         losses |= {text: [report.loss for report in each] for text, each in reports.items()}
         pairs = ((text, pair) for text in plans for pair in zip(losses[text], losses["DDP"], strict=True))
         apart = max(abs(one - other) / abs(other) for _, (one, other) in pairs)
@@ -135,36 +131,13 @@ def _noted(step: Any, reports: list[StepReport]) -> Callable[[], None]:
 
 
 @contextmanager
-def _stalling() -> Iterator[None]:
-    """Another process stops worker 1 now and then, while the block runs."""
+def _stalls() -> Iterator[Callable[[int], AbstractContextManager[object]]]:
+    """What stalls worker 1 while a turn lasts: on worker 0 another process that stops it, on the others nothing."""
     pids = torch.zeros(dist.get_world_size(), dtype=torch.int64)
     pids[dist.get_rank()] = os.getpid()
     dist.all_reduce(pids)
     if dist.get_rank() != 0:
-        yield
+        yield nullcontext
         return
-    code = "from bench.unequal import stall; import sys; stall(int(sys.argv[1]))"
-    other = subprocess.Popen([sys.executable, "-c", code, str(int(pids[1]))])
-    try:
-        yield
-    finally:
-        other.terminate()
-        other.wait()
-
-
-def stall(pid: int) -> None:
-    """Stop a process for a second now and then, until this one is ended or that one is gone."""
-    drawn = random.Random(0)
-
-    def end(*_: object) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
-        sys.exit()
-
-    signal.signal(signal.SIGTERM, end)
-    with suppress(ProcessLookupError):
-        while True:
-            time.sleep(drawn.uniform(0, 2 * BETWEEN_SECONDS))
-            os.kill(pid, signal.SIGSTOP)
-            time.sleep(STALL_SECONDS)
-            os.kill(pid, signal.SIGCONT)
+    with stalls_of(int(pids[1])) as turn:
+        yield turn

@@ -1,31 +1,17 @@
 """Several ways for gradients to meet, one run each, in one picture."""
 
+import importlib
 import json
-from functools import partial
+import math
 
 import pytest
-import torch
-from torch import nn
+from tiny import tiny
 
 from sheaf.api.compare import compare, modes
+from sheaf.api.train import train
 from sheaf.cli import main
-from sheaf.errors import PlanError
+from sheaf.errors import NonFiniteLoss, PlanError
 from sheaf.plans import Plan
-from sheaf.task import Task
-
-
-def sgd():
-    generator = torch.Generator().manual_seed(0)
-    inputs, labels = torch.randn(48, 6, generator=generator), torch.randint(0, 3, (48,), generator=generator)
-    return Task(
-        model=lambda: nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3)),
-        loss=lambda output, batch: nn.functional.cross_entropy(output, batch[1]),
-        optimizer=partial(torch.optim.SGD, lr=0.1),
-        data=torch.utils.data.TensorDataset(inputs, labels),
-        batch=12,
-        microbatch=3,
-        name="small",
-    )
 
 
 def test_ways_are_put_on_top_of_a_plan():
@@ -51,9 +37,14 @@ def test_bad_ways_are_all_told_at_once(text, told):
         modes(text, Plan(dp=2))
 
 
+def test_a_plan_that_meets_otherwise_is_no_all_reduce():
+    with pytest.raises(PlanError, match=r"all-reduce: this is the plan itself, and gradients of dp=2,server=2 meet"):
+        modes("all-reduce; server=2:async", Plan.parse("dp=2,server=2"))
+
+
 @pytest.mark.whole
 def test_each_way_has_a_run_and_all_have_one_picture(tmp_path):
-    done = compare(sgd(), "all-reduce; local=3; compress=int8", "dp=2", steps=8, out=tmp_path / "runs", quiet=True)
+    done = compare(tiny(), "all-reduce; local=3; compress=int8", "dp=2", steps=8, out=tmp_path / "runs", quiet=True)
     assert list(done.runs) == ["all-reduce", "local=3", "compress=int8"]
     assert done.picture.read_bytes()[:4] == b"\x89PNG"
     rows = {str(row["mode"]): row for row in done.rows}
@@ -63,7 +54,29 @@ def test_each_way_has_a_run_and_all_have_one_picture(tmp_path):
     assert len({round(loss, 12) for loss in first.values()}) == 1, "all start from the same weights and samples"
     assert len({run.losses[-1] for run in done.runs.values()}) == 3
     with pytest.raises(Exception, match="holds something"):
-        compare(sgd(), "all-reduce; local=3", "dp=2", steps=2, out=tmp_path / "runs", quiet=True)
+        compare(tiny(), "all-reduce; local=3", "dp=2", steps=2, out=tmp_path / "runs", quiet=True)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("done", [0, 2])
+def test_a_way_that_does_not_come_to_its_end_leaves_the_others(tmp_path, monkeypatch, done):
+    def some(task, plan, *, steps, **more):
+        if not plan.local:
+            return train(task, plan, steps=steps, **more)
+        if done:
+            train(task, plan, steps=done, **more)
+        raise NonFiniteLoss(done, 1, math.inf)
+
+    monkeypatch.setattr(importlib.import_module("sheaf.api.compare"), "train", some)
+    found = compare(tiny(), "local=3; dp=1", "dp=2", steps=4, out=tmp_path, quiet=True, predict=False)
+    assert [len(run.losses) for run in found.runs.values()] == ([done, 4] if done else [4])
+    assert list(found.failed) == ["local=3"]
+    told = {row["mode"]: row["failed"] for row in found.rows}
+    assert told.pop("dp=1") is None
+    assert all(f"step {done}" in why for why in told.values())
+    assert found.picture.is_file()
+    with pytest.raises(NonFiniteLoss):
+        compare(tiny(), "local=3; local=4", "dp=2", steps=4, out=tmp_path / "none", quiet=True, predict=False)
 
 
 @pytest.mark.whole

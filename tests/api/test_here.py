@@ -7,7 +7,7 @@ import made
 import pytest
 import small
 
-from sheaf.api.heard import Heard, Pair, combined, paced, question_from
+from sheaf.api.heard import Heard, Pair, combined, paced, question_from, relative, slowest
 from sheaf.api.rehearsals import alone
 from sheaf.graph.facts import BlockTime
 from sheaf.plans import Plan
@@ -29,16 +29,21 @@ def slower(profile, factor, exposed_seconds):
     )
 
 
+def combined_alone(*profiles):
+    speeds = relative(profiles)
+    return combined(profiles, slowest(speeds)), speeds
+
+
 def test_a_slower_worker_is_a_slower_host_in_the_times_of_the_first():
     fast = made.profile(FACTS)
-    found, speeds = combined([fast, slower(fast, 2.0, 0.01)])
+    found, speeds = combined_alone(fast, slower(fast, 2.0, 0.01))
     assert speeds == (1.0, 0.5)
     assert found.exposed_seconds == 0.01, "the slower one waits for nothing but the network"
     for name, time in fast.blocks.items():
         assert found.blocks[name].forward_seconds == pytest.approx(time.forward_seconds)
     cluster = paced(made.cluster(1, hosts=2), speeds)
     assert [(host.count, host.speed) for host in cluster.hosts] == [(1, 1.0), (1, 0.5)]
-    backwards, speeds = combined([slower(fast, 2.0, 0.01), fast])
+    backwards, speeds = combined_alone(slower(fast, 2.0, 0.01), fast)
     assert speeds == (1.0, 2.0)
     assert backwards.host_seconds == pytest.approx(2 * fast.host_seconds)
 
@@ -48,10 +53,28 @@ def test_a_slower_workers_own_times_count_for_what_everyone_waits_for_at_a_steps
     slow = replace(
         slower(fast, 2.0, 0.01), optimizer_seconds_per_byte=1.5 * fast.optimizer_seconds_per_byte, uneven_seconds=0.001
     )
-    found, speeds = combined([replace(fast, uneven_seconds=0.2), slow])
+    found, speeds = combined_alone(replace(fast, uneven_seconds=0.2), slow)
     assert found.optimizer_seconds_per_byte / speeds[1] == pytest.approx(slow.optimizer_seconds_per_byte)
     assert found.host_seconds / speeds[1] == pytest.approx(slow.host_seconds)
     assert found.uneven_seconds == 0.001, "the fast one waits for the slow one, which is priced"
+
+
+def test_a_step_takes_as_long_whichever_worker_is_slow():
+    fast = replace(made.profile(FACTS), exposed_seconds=0.4, uneven_seconds=0.2)  # most of it spent waiting
+    slow = replace(slower(fast, 2.0, 0.01), host_seconds=3 * fast.host_seconds, uneven_seconds=0.001)
+    task, priced = replace(small.SMALL["mlp"](), batch=2 * FACTS.samples), list[float]()
+    for everyone in ((fast, slow), (slow, fast)):
+        question = question_from(task, FACTS, made.cluster(1, hosts=2), Heard((everyone,)), {})
+        priced.append(question.price(Plan(dp=2)).step_seconds)
+    assert priced == pytest.approx([priced[0]] * 2)
+
+
+def test_who_is_slow_at_one_moment_only_is_not_waited_for():
+    fast = replace(made.profile(FACTS), exposed_seconds=0.04)
+    slow = slower(fast, 2.0, 0.01)
+    heard = Heard(((fast, fast, slow), (fast, slow, fast), (slow, fast, fast)))
+    (profile,) = question_from(small.SMALL["mlp"](), FACTS, made.cluster(1, hosts=3), heard, {}).profiles.values()
+    assert profile.exposed_seconds == 0.04
 
 
 def test_more_workers_than_rehearsed_take_longer_by_as_much_as_their_blocks():
@@ -66,7 +89,7 @@ def test_more_workers_than_rehearsed_take_longer_by_as_much_as_their_blocks():
 
 def test_workers_that_differ_by_noise_are_equal():
     fast = made.profile(FACTS)
-    found, speeds = combined([fast, slower(fast, 1.03, 0.02), slower(fast, 0.98, 0.04)])
+    found, speeds = combined_alone(fast, slower(fast, 1.03, 0.02), slower(fast, 0.98, 0.04))
     assert speeds == (1.0, 1.0, 1.0)
     assert found.exposed_seconds == 0.02
     assert paced(made.cluster(3), speeds) == made.cluster(3)

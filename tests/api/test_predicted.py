@@ -17,7 +17,7 @@ from sheaf.api.compare import compare
 from sheaf.api.train import train
 from sheaf.api.verify import verify
 from sheaf.cluster import read
-from sheaf.errors import PlanError, RunError
+from sheaf.errors import PlanError
 from sheaf.graph import BlockTime
 from sheaf.plans import Plan
 from sheaf.task import Task
@@ -259,7 +259,7 @@ def test_a_resumed_run_keeps_the_stages_that_were_measured(ranks, tmp_path):
 def test_verify_and_comparisons_take_the_stages_that_training_takes(monkeypatch, ranks, tmp_path):
     def seen(_task, plan, **_):
         plans.append(plan)
-        raise RunError("seen")
+        raise LookupError("seen")
 
     monkeypatch.setattr(module, "measured_profiles", slow("0", "1"))
 
@@ -272,7 +272,7 @@ def test_verify_and_comparisons_take_the_stages_that_training_takes(monkeypatch,
     for predict in (True, False):
         verdict = verify(given, "pp=2", steps=1, predict=predict)
         assert verdict.exact
-        with pytest.raises(RunError, match="seen"):
+        with pytest.raises(LookupError, match="seen"):
             compare(given, "all-reduce; compress=bf16", "pp=2,dp=2", steps=1, out=tmp_path / "runs", predict=predict)
         plans.append(Plan.parse(verdict.plan))
     assert [plan.stages for plan in plans] == ["1:5", "1:5", "3:3", "3:3"]

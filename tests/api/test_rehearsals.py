@@ -1,5 +1,7 @@
 """Executors are rehearsed once, and planning goes on where they cannot be."""
 
+from dataclasses import replace
+
 import made
 import pytest
 import small
@@ -42,6 +44,18 @@ def test_what_was_rehearsed_or_refused_before_is_remembered(asked):
     assert len(asked) == 2
     kept_rehearsals(task, FACTS, PROFILE, PLANS, fresh=True)
     assert asked[-1] == (2, ["dp=2", "dp=2,zero=1", "tp=2"])
+
+
+def test_what_a_busy_machine_rehearsed_is_rehearsed_again_once_it_is_quiet(asked, monkeypatch):
+    task, disturbed = small.SMALL["mlp"](), replace(PROFILE, cores_taken=1.0)
+    monkeypatch.setattr(rehearsals.others, "quiet", lambda: False)
+    for _ in range(2):
+        kept_rehearsals(task, FACTS, disturbed, PLANS[:1])
+    assert len(asked) == 1, "it would be no better"
+    monkeypatch.setattr(rehearsals.others, "quiet", lambda: True)
+    for _ in range(2):
+        kept_rehearsals(task, FACTS, PROFILE, PLANS[:1])
+    assert len(asked) == 2
 
 
 def test_a_model_that_does_not_fit_twice_is_not_rehearsed(asked):

@@ -1,4 +1,4 @@
-"""What a run tells about its workers."""
+"""What a run tells about its workers and its steps."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,3 +34,11 @@ def test_more_microbatches_do_not_make_a_straggler():
 
 def test_old_records_tell_nothing():
     assert run(*[((4, 4), ())] * 3).stragglers == {}
+
+
+def test_a_step_takes_its_mean_where_only_some_meet():
+    steps = run(*[((4, 4), ())] * 6)
+    some = replace(steps, reports=tuple(replace(one, seconds=5.0 if one.step == 4 else 1.0) for one in steps.reports))
+    assert some.seconds_per_step == 1.0
+    for plan in ("dp=2,local=4", "dp=2,server=1:staleness=2"):
+        assert replace(some, plan=Plan.parse(plan)).seconds_per_step == 1.8

@@ -1,12 +1,10 @@
 """Time to a loss: steps of a trial times predicted seconds."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
-import torch
 from click.testing import CliRunner
-from torch import nn
+from tiny import tiny
 
 from sheaf.api.plan import plan
 from sheaf.api.train import train
@@ -14,28 +12,13 @@ from sheaf.api.trial import Tried, read_trial, time_to_loss
 from sheaf.cli.plan import plan as command
 from sheaf.errors import RunError
 from sheaf.plans import Plan
-from sheaf.task import Task
 
 TRIAL = (Tried(Plan(dp=2), (5.0, 4.0, 3.0, 2.0)), Tried(Plan.parse("dp=2,local=4"), (5.0, 4.5, 4.0, 3.5)))
 
 
-def small(width=9):
-    generator = torch.Generator().manual_seed(0)
-    inputs, labels = torch.randn(48, 6, generator=generator), torch.randint(0, 3, (48,), generator=generator)
-    return Task(
-        model=lambda: nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 3)),
-        loss=lambda output, batch: nn.functional.cross_entropy(output, batch[1]),
-        optimizer=partial(torch.optim.SGD, lr=0.1),
-        data=torch.utils.data.TensorDataset(inputs, labels),
-        batch=12,
-        microbatch=3,
-        name="small",
-    )
-
-
 @pytest.fixture(scope="module")
 def ranking():
-    return plan(small(), cluster="h100-dgx", workers=2, allow_relaxed=True, explain=False)
+    return plan(tiny(), cluster="h100-dgx", workers=2, allow_relaxed=True, explain=False)
 
 
 def test_a_plan_takes_the_steps_of_its_like_times_its_own_seconds(ranking):
@@ -65,13 +48,13 @@ def test_a_loss_that_no_run_reached_is_refused_with_the_lowest(ranking):
 
 
 def test_a_trial_is_read_from_its_runs_and_refused_for_another_task(tmp_path):
-    train(small(), "serial", steps=3, out=tmp_path / "serial", quiet=True, predict=False)
-    (one,) = read_trial(small(), tmp_path)
+    train(tiny(), "serial", steps=3, out=tmp_path / "serial", quiet=True, predict=False)
+    (one,) = read_trial(tiny(), tmp_path)
     assert (one.plan, len(one.losses)) == (Plan(), 3)
     with pytest.raises(RunError, match="parameters: saved 93, given 113"):
-        read_trial(small(width=11), tmp_path)
+        read_trial(tiny(width=11), tmp_path)
     with pytest.raises(RunError, match="holds no runs"):
-        read_trial(small(), tmp_path / "serial")
+        read_trial(tiny(), tmp_path / "serial")
 
 
 def test_a_loss_without_a_trial_and_a_trial_without_relaxed_plans_are_refused(tmp_path):

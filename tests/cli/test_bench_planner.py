@@ -52,3 +52,9 @@ def test_people_get_a_table(runs, capsys):
 def test_a_missing_file_is_bad_input(tmp_path, capsys):
     assert run("--runs", tmp_path / "none.jsonl") == 2
     assert "cannot read the runs" in capsys.readouterr().err
+
+
+def test_constants_are_not_taken_from_a_file_that_says_nothing(runs, tmp_path, capsys):
+    (tmp_path / "half.jsonl").write_text('{"id": "half')
+    assert run("--runs", runs, "--fit", tmp_path / "half.jsonl") == 2
+    assert "none of the 1 rows of" in capsys.readouterr().err

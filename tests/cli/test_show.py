@@ -8,6 +8,7 @@ from rich.console import Console
 from sheaf.cli.plan import show
 from sheaf.cli.show import described
 from sheaf.cluster import read
+from sheaf.cluster.cluster import Tier
 from sheaf.cost.price import Price
 from sheaf.plans import Plan
 from sheaf.search import Entry, Ranking, Refusal
@@ -99,3 +100,24 @@ def test_what_the_first_plan_that_splits_layers_splits_is_told():
     assert "tp=2: 12 of 14 weight matrices split among 2 (8 by outputs, 4 by inputs), 6 sums of 1.00 MiB" in text
     assert "gathered, as no pair was found: input of cross_entropy in loss (2.00 KiB)" in text
     assert "kept whole: odd: PlanError: a sort" in text
+
+
+def test_links_of_tiers_are_told_from_the_nearest_on():
+    far = Tier(name="rack", workers=16, latency_seconds=1e-5, bytes_per_second=2e9)
+    near = Tier(name="socket", workers=4, latency_seconds=1e-6, bytes_per_second=3e9)
+    line = described(replace(read("a100-dgx"), tiers=(far, near)))[-1]
+    places = [line.index(one) for one in ("socket of 4,", "NVLink 3,", "rack of 16,", "between tiers HDR InfiniBand")]
+    assert places == sorted(places)
+
+
+def test_where_nothing_fits_it_is_said_how_many_workers_would_do():
+    none = ranking([], [Refusal("dp=2", "needs 161 GiB", "")])
+    assert "no plan fits: 48 workers of this kind would do" in shown(replace(none, workers_needed=48))
+    starved = (entry("dp=2", 0.2).price,)
+    assert "no plan fits, nor would one with a million workers" in shown(replace(none, starved=starved))
+
+
+def test_a_remedy_longer_than_a_line_is_whole():
+    remedy = "dp=46,tp=2,pp=11:zero-bubble,zero=2," + ",".join(f"blocks.{tens}[0-9]=recompute" for tens in range(1, 9))
+    text = shown(ranking([], [Refusal("dp=2", "needs room", f"use {remedy} (3 % slower)")]))
+    assert remedy in "".join(line.strip() for line in text.splitlines())

@@ -137,7 +137,7 @@ def test_every_problem_is_listed_at_once(tmp_path):
         (GOOD.replace("[[hosts]]", "[hosts]"), "hosts: found a table, wanted a list"),
         (GOOD.replace("flops_per_second = {fp32 = 50e9}", "flops_per_second = 1e9"), "wanted a table"),
         (GOOD + "thread_speedup = {two = 1.9}", "found 'two' as a key, wanted a whole number"),
-        (GOOD.replace('"cpu"', '"cup"'), "did you mean cpu?"),
+        (GOOD.replace('"cpu"', '"cup"'), "known: cpu, cuda, xla"),
         (GOOD.replace('"two boxes"', "2"), "name: found 2, wanted text"),
         (GOOD.replace("workers = 2", "workers = true"), "found True, wanted a number"),
         (GOOD.replace("count = 1", "count = 2"), "inter is missing"),

@@ -1,13 +1,16 @@
 """What a plan costs must move the right way when the world changes, and its terms must add up."""
 
+import random
+import tracemalloc
 from dataclasses import replace
 
 import made
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sheaf.cost import BYTES_TERMS, SECONDS_TERMS, microbatch_sizes, price
+from sheaf.cost import BYTES_TERMS, SECONDS_TERMS, clock, microbatch_sizes, price
 from sheaf.cost.communication import COUNTER_SECONDS, buckets, exposed, units
 from sheaf.cost.placement import contention, seats
 from sheaf.cost.seating import Seating
@@ -241,3 +244,35 @@ def test_a_profile_of_a_slower_host_is_slower():
 def test_more_workers_than_seats_are_refused_in_words():
     with pytest.raises(PlanError, match=r"needs 4 workers and made has 2: lower dp"):
         priced("dp=4", cluster=made.cluster(2))
+
+
+def test_a_pipelines_balanced_shares_are_those_of_its_replicas_speeds():
+    unlike, sizes = made.cluster(1, speeds=(1.0, 0.5, 1.0, 0.5)), [4] * 6  # two stages of a fast and a slow replica
+    for schedule in ("gpipe", "1f1b"):
+        balanced, weighted, equal = (
+            priced(f"dp=2,pp=2:{schedule}{shares}", cluster=unlike, sizes=sizes)
+            for shares in (",shares=balanced", ",shares=2:1", "")
+        )
+        assert balanced.memory == weighted.memory
+        assert balanced.step_seconds == pytest.approx(weighted.step_seconds)
+        assert balanced.step_seconds < equal.step_seconds
+        more = balanced.memory["activations"] - equal.memory["activations"]
+        # GPipe keeps all four microbatches of the fast replica in place of three; each is of two blocks of four
+        assert more == pytest.approx(2_100_000 if schedule == "gpipe" else 0, rel=0.1)
+    alike = (priced(f"dp=2,pp=2:gpipe{shares}", sizes=sizes) for shares in (",shares=balanced", ""))
+    assert next(alike).memory == next(alike).memory
+
+
+def test_leaping_over_waves_holds_little_and_changes_no_bit(monkeypatch):
+    monkeypatch.setattr(clock, "HELD", 96 * 96 * 7)
+    draw = random.Random(0)
+    wave = np.array([[draw.choice((-np.inf, draw.random())) for _ in range(96)] for _ in range(96)])
+    whole = (wave[:, :, None] + wave[None, :, :]).max(axis=1)
+    tracemalloc.start()
+    try:
+        twice = clock._twice(wave)
+        held_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (twice == whole).all()
+    assert held_bytes < 8 * 96**3 / 4, "the sums of a few rows at once"

@@ -45,11 +45,22 @@ def test_every_broken_field_is_told_at_once():
             batch__micro=math.nan,
             parallel__tp=1.5,
             parallel__zero_stage=7,
+            parallel__recompute=-3,
             hardware__gpu=None,
             precision="int3",
         )
     )
-    for place in ("hidden", "heads", "layers", "micro", "parallel.tp", "zero_stage", "hardware.gpu", "precision"):
+    for place in (
+        "hidden",
+        "heads",
+        "layers",
+        "micro",
+        "parallel.tp",
+        "zero_stage",
+        "recompute",
+        "hardware.gpu",
+        "precision",
+    ):
         assert sum(place in reason for reason in reasons) == 1, (place, reasons)
 
 
@@ -98,6 +109,26 @@ def test_layers_that_divide_only_with_embedding_and_head_are_dealt_out_with_them
     assert job(workload(row(**plan | {"model__layers": 32})), book()).stages == (8.0,) * 4
 
 
+def test_the_last_of_chunks_is_shorter_where_it_predicts_further_ahead():
+    model = {"family": "moe", "name": "DeepSeekV3", "layers": 61, "hidden": 7168, "heads": 128, "head_dim": 128}
+    model |= {"ffn": 18432, "vocab": 129280, "seq": 4096, "glu": True, "experts": 256, "experts_topk": 8}
+    model |= {"moe_ffn": 2048, "attention": "MLA causal"}
+    for stages, chunks, found in (
+        (8, 1, (8.0,) * 7 + (6.0,)),  # 5 and the one ahead
+        (2, 8, (32.0, 30.0)),  # "Et*4|(t*4|)*14tmL"
+        (4, 8, (16.0, 16.0, 15.0, 15.0)),  # 30 pairs, one alone, and the one ahead by itself
+    ):
+        plan = {"parallel__tp": 1, "parallel__pp": stages, "parallel__dp": 1, "parallel__vpp": chunks}
+        assert job(workload(row(model=model, **plan, hardware__num_gpus=stages)), book()).stages == found
+
+
+def test_the_software_is_the_title_of_the_section_where_a_run_says_so():
+    page = "gpt2.md:466 [GPT2 Experiments > Allocation > {}]"
+    said = {"software": "see section title", "parallel__zero_stage": 3}
+    for title, stack in (("HF + Deepspeed Zero 3", "jean-zay-hf"), ("Megatron + Deepspeed ZeRO", "jean-zay-zero")):
+        assert job(workload(row(**said, location=page.format(title))), book()).stack.name == stack
+
+
 @pytest.mark.parametrize("experts", [10**7, 3])
 def test_any_number_of_experts_is_priced_at_once(experts):
     many = row(model__family="moe", model__experts=experts, model__experts_topk=1, model__moe_ffn=64)
@@ -115,6 +146,7 @@ def test_a_split_that_is_not_known_is_said_to_be_left_out():
     said = workload(row(parallel__ulysses=4, parallel__pp=4, parallel__dp=1, parallel__schedule="zero-bubble")).assumed
     assert any("parallel.ulysses left out" in each for each in said)
     assert any("'zero-bubble' is not known" in each for each in said)
+    assert "parallel.recompute none: 'abc' is not known" in workload(row(parallel__recompute="abc")).assumed
 
 
 def test_hosts_of_four_have_their_own_links():

@@ -136,7 +136,32 @@ def test_zero_and_recomputation_take_memory_away():
 
 
 def test_generations_of_devices():
-    assert [kind_of(name) for name in ("B200", "GB300", "GH200-96GB")] == ["Blackwell", "Grace Blackwell", "GH200"]
+    assert [kind_of(name) for name in ("B200", "GB300", "GH200-96GB")] == ["B200", "GB300", "GH200"]
+    known = book()
+    older, newer = (set(known.effects(known.stack("NeMo 26.02"), kind)) for kind in ("GB200", "GB300"))
+    assert older ^ newer == {("", "GB200"), ("", "GB300")}  # the software is taken as the same on both
+
+
+def test_a_device_that_may_draw_more_power_multiplies_faster_at_the_same_peak():
+    rates = [read(name).hosts[0].device.flops_per_second for name in ("gb200-nvl72", "gb300-nvl72")]
+    for precision in ("bf16", "fp8"):
+        assert rates[1][precision] / rates[0][precision] == pytest.approx(1400 / 1200, rel=1e-3)
+
+
+def test_numbers_of_four_bits_are_rounded_in_passes_of_their_own_and_hide_no_collectives():
+    split = {"model__heads": 16, "parallel__tp": 2, "parallel__dp": 2, "hardware__num_gpus": 4, "batch__micro": 1}
+    split |= {"software": "NeMo 26.04", "hardware__gpu": "GB200", "batch__grad_accum": 8, "parallel__recompute": None}
+    split |= {"parallel__seq_parallel": True}
+    eight, four = (job(workload(row(**split, precision=said)), book()) for said in ("MXFP8", "NVFP4"))
+    passes = [(made.layers[0][1].forward.moved, made.layers[0][1].backward.moved) for made in (eight, four)]
+    tokens, hidden, ffn = 1024, 2048, 8192
+    forward = 6 * tokens * (hidden + hidden / 2 + hidden + ffn / 2)  # what enters four products
+    backward = 6 * tokens * (3 * hidden / 2 + hidden + ffn / 2 + hidden)  # what comes back from them
+    assert passes[1][0] - passes[0][0] == pytest.approx(forward)
+    assert passes[1][1] - passes[0][1] == pytest.approx(backward)
+    constants = dataclasses.replace(book().expected(), exposed_tensor=0.25, intra_seconds=1e-12)
+    shown = [seconds(made, constants, {})["tensor"] for made in (eight, four)]
+    assert shown[0] / shown[1] == pytest.approx(0.25, rel=0.01)
 
 
 def test_fp32_convolutions_of_3_x_3_take_fewer_multiplications():

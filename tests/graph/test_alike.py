@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from graph_cases import task, texts, token_loss, vectors
+from tiny import Doubled
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -102,18 +103,6 @@ def words(model: Callable[[], nn.Module], **options: Any) -> Task:
 
 def pairs(batch: Tensor) -> tuple[Tensor, Tensor]:
     return batch, batch
-
-
-class Doubled(torch.autograd.Function):
-    """A function of the user's own."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        return value * 2
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return gradients[0] * 2
 
 
 def aside(layers: Any, value: Tensor) -> Tensor:

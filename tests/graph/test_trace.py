@@ -18,6 +18,8 @@ from graph_cases import (
     vectors,
 )
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from sheaf.errors import TaskError
@@ -114,6 +116,13 @@ def test_recurrent_layers_are_counted():
         assert layers.forward_flops == 2 * 4 * 16 * weights
 
 
+def test_recurrent_layers_count_alike_from_torchs_cache():
+    one = text_task(lambda: Recurrent(nn.LSTM), inputs=lambda batch: (batch,))
+    FakeTensorMode.cache_clear()
+    first = trace(one, 4)
+    assert first == trace(one, 4), "the kernel gives one tensor as the gradient of both biases"
+
+
 def test_tied_weights_are_aliases_and_counted_once():
     facts = trace(text_task(gpt2), 4)
     tied = facts.parameter("transformer.wte.weight")
@@ -204,6 +213,22 @@ class Branching(nn.Module):
 def test_a_small_model_with_a_branch_on_values_is_traced_for_real():
     facts = trace(task(Branching, vectors(10)), 4)
     assert facts.block("layer").forward_flops == 2 * 4 * 10 * 10
+
+
+def test_what_nobody_needs_is_freed_while_a_model_is_traced_for_real():
+    freed = list[bool]()
+
+    class Frugal(Branching):
+        def forward(self, value: Tensor) -> Tensor:
+            large = super().forward(value) + 1
+            storage = StorageWeakRef(large.untyped_storage())
+            made = large.mean()
+            del large
+            freed.append(storage.expired())
+            return made
+
+    trace(task(Frugal, vectors(10)), 4)
+    assert freed == [True], "it stops at the branch on fake tensors"
 
 
 def test_a_large_model_with_a_branch_on_values_is_refused_with_its_line():

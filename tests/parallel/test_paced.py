@@ -12,7 +12,7 @@ from test_local import Played, adam_mlp, run, sgd_mlp
 from torch import nn
 
 from sheaf.errors import PlanError, WorkerFailed
-from sheaf.parallel import build
+from sheaf.parallel import build, refuse
 from sheaf.parallel.board import Board
 from sheaf.parallel.supply import Supply
 from sheaf.plans import Plan
@@ -342,10 +342,14 @@ def test_too_few_workers_end_the_run_with_a_reason():
 
 
 def test_a_schedule_that_looks_at_the_loss_is_refused(ranks):
+    task, plan = replace(sgd_mlp(), scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau), "dp=2,local=2:quorum=1"
+    with pytest.raises(PlanError, match="ReduceLROnPlateau looks at the loss of all workers"):
+        refuse(task, Plan.parse(plan))
+
     def built():
-        task = replace(sgd_mlp(), scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
+        hidden = replace(task, scheduler=lambda over: task.scheduler(over) if over.param_groups[0]["lr"] < 1 else None)
         with pytest.raises(PlanError, match="ReduceLROnPlateau looks at the loss of all workers"):
-            build(task, Plan.parse("dp=2,local=2:quorum=1"))
+            build(hidden, Plan.parse(plan))
         return True
 
     assert all(ranks(built, 2))

@@ -54,6 +54,12 @@ def test_a_loss_scale_that_workers_could_not_change_together(plan):
     refuse(mlp_float64(precision="fp16"), Plan(dp=2))
 
 
+@pytest.mark.parametrize("plan", ["serial", "dp=2", "dp=2,server=2", "dp=2,local=4"])
+def test_an_optimizer_that_wants_the_loss_again(plan):
+    with pytest.raises(TaskError, match=r"LBFGS computes the loss again .*: use an optimizer that steps by gradients"):
+        refuse(mlp_float64(optimizer=torch.optim.LBFGS), Plan.parse(plan))
+
+
 def _nothing_counts(output: Tensor, batch: Any) -> Loss:
     return Loss(output.sum() * 0, torch.zeros(()))
 

@@ -351,3 +351,32 @@ def test_clipping_is_bit_for_bit_that_of_torch_for_one_worker(clip):
     found, wanted = planned(task, "serial", 3), plain(task, 3)
     for ours, theirs in zip(found.weights, wanted.weights, strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+class Normed(torch.optim.Optimizer):
+    """Has no learning rate."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for value in (value for group in self.param_groups for value in group["params"]):
+            value -= 0.1 * value.grad / (value.grad.norm() + 1e-6)
+
+
+@pytest.mark.parametrize("plan", ["serial", "dp=2", "dp=2,local=2"])
+def test_an_optimizer_without_a_learning_rate_trains(ranks, plan):
+    def train() -> tuple[float | None, float]:
+        from sheaf.parallel import build
+        from sheaf.plans import Plan
+
+        step = build(mlp_float64(optimizer=Normed, scheduler=None), Plan.parse(plan))
+        reports = [step() for _ in range(2)]
+        step.close()
+        return reports[1].learning_rate, reports[1].loss
+
+    for rate, loss in ranks(train, Plan.parse(plan).workers):
+        assert rate is None
+        if plan != "dp=2,local=2":
+            assert loss == pytest.approx(plain(mlp_float64(optimizer=Normed, scheduler=None), 2).losses[1])

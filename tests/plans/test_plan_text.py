@@ -82,6 +82,20 @@ def test_text_and_toml_read_back(description):
             ["use server=2", "so zero=1 has nothing left to shard: drop zero, or use dp=2,zero=1 without a server"],
         ),
         ("dp=2,server=1:async,shares=stolen", ["use server=1,shares=stolen (lock-step), or weighted shares"]),
+        ("dp=2,server=2,compress=int8", ["server=2 and compress=int8 are two answers to how gradients meet: keep one"]),
+        ("dp=2,server=2,local=4:ring", ["ring is between workers themselves: use server=2,local=4:diloco, or drop"]),
+        ("dp=2,server=2,local=1:backup:quorum=1", ["backup is between workers", "use server=2:staleness=1,local=1"]),
+        ("dp=2,server=2,local=4:diloco:after=9", ["after= wants one over gradients: drop after, or server"]),
+        ("dp=2,server=2,local=4:fragments=2:overlap=1", ["all that it holds at once: drop fragments and overlap"]),
+        ("dp=2,server=2:async,local=4:quorum=1", ["use server=2:staleness=1,local=4:diloco in place of quorum and"]),
+        ("dp=2,tp=2,server=2,local=4", ["of replicas of one worker each, and tp=2 makes several of one: drop it"]),
+        ("dp=2,server=2,local=4,shares=stolen", ["shares=stolen lends out one step among all: drop shares"]),
+        ("dp=2,server=2:async,late=compensated,local=4", ["departures are none: use late=scaled or late=delayed"]),
+        (
+            "dp=2,server=2:async,late=delayed,local=4",
+            ["which average has not: use server=2:async,local=4:diloco"],
+        ),
+        ("dp=2,server=2,local=0", ["with 0 steps between meetings there are none: drop local"]),
         ("dp=2,local=soon", ["local=soon: write the steps between meetings first, such as local=16:diloco"]),
         ("dp=2,local=4:dilocoo", ["local=4:dilocoo: 'dilocoo' is no way to meet; did you mean diloco?"]),
         ("dp=2,local=4:diloco:lr=x:afer=3", ["lr=x is not a number it takes", "'afer' is no setting"]),
@@ -153,6 +167,8 @@ def test_a_server_reads_as_it_prints_and_says_whether_it_is_exact():
         ("dp=2,server=2:async,late=scaled:20", False),
         ("dp=2,server=1", True),
         ("dp=2,server=2:staleness=0", True),
+        ("dp=2,local=16:diloco,server=2:apart:async", False),
+        ("dp=2,local=16,server=2", False),
     ):
         plan = Plan.parse(text)
         assert str(plan) == text

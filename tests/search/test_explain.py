@@ -7,6 +7,7 @@ import made
 import pytest
 
 from sheaf.api.verdicts import finished, strategy, sweeps, what_if
+from sheaf.cluster.cluster import Tier
 from sheaf.errors import PlanError
 from sheaf.plans import Plan
 from sheaf.search import Question, search
@@ -39,6 +40,14 @@ def test_the_best_plan_is_taken_apart_and_what_others_need_makes_them_win():
             continue
         nearer = changed(asked, [Change(one.key, one.factor**0.9, factor=True)])
         assert nearer.rough(runner).step_seconds > nearer.rough(best.plan).step_seconds
+
+
+def test_a_tiers_link_is_among_what_may_change():
+    rack = Tier(name="rack", workers=4, latency_seconds=1e-5, bytes_per_second=1e7)
+    asked = question(cluster=replace(made.cluster(2, hosts=4), tiers=(rack,)))
+    found = explained(asked, search(asked))
+    assert "bandwidth of rack x" in " ".join(one.words for one in found.needed)
+    assert "waiting" not in replace(found, other_seconds=-1e-12).lines[0], "what sums are off by"
 
 
 def test_where_nothing_helps_that_is_said():

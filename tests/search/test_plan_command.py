@@ -73,13 +73,34 @@ def test_people_read_what_binds_it_and_what_would_change(here, capsys):
 
 
 def test_a_what_if_that_is_none_is_told_before_anything_is_traced(here, capsys):
-    assert run("plan", here / "task.py", "--cluster", here / "cluster.toml", "--what-if", "wrokers=2,memory=much") == 2
+    assert run("plan", here / "task.py", "--cluster", here / "cluster.toml", "--what-if", "wrokers=2,memory=80") == 2
     told = capsys.readouterr().err
     assert "did you mean workers?" in told
-    assert "memory=much" in told
+    assert "memory=80: wanted a size such as 80GiB" in told, "80 of what?"
     assert "tracing" not in told
     assert run("plan", here / "task.py", "--cluster", here / "cluster.toml", "--target-tokens", 5) == 2
     assert "give the target in samples" in capsys.readouterr().err
+
+
+def test_all_that_is_wrong_with_the_options_is_told_before_anything_is_read(here, capsys):
+    plan = ("plan", here / "nowhere.py", "--cluster", here / "cluster.toml")
+    assert run(*plan, "--chart", here / "chart.txt", "--seconds", "nan", "--target-loss", 3) == 2
+    told = capsys.readouterr().err
+    for words in ("--target-loss needs --trial", "--seconds nan is no number", "ends in .png, .svg, .pdf"):
+        assert words in told
+    assert run(*plan, "--chart", here / "task.py" / "chart.png") == 2
+    assert "cannot be written: File exists" in capsys.readouterr().err
+
+
+def test_what_training_would_refuse_is_not_planned(here, capsys):
+    model, optimizer = (f"lambda{one}" for one in (FILE.split("lambda")[1], FILE.split("lambda")[3]))
+    for was, wrong, told in (
+        (model.partition(",\n")[0], "lambda: exit(3)", "building the model raised SystemExit"),
+        (optimizer.partition(",\n")[0], "lambda parameters: None", "optimizer() returned a NoneType"),
+    ):
+        (here / "task.py").write_text(FILE.replace(was, wrong))
+        assert run("plan", here / "task.py", "--cluster", here / "cluster.toml") == 2
+        assert told in capsys.readouterr().err
 
 
 SEARCH = """
@@ -122,24 +143,28 @@ question = Question(
 began = time.process_time()
 found = search(question)
 print(time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, found.best.plan.workers,
-      found.least_seconds is None)
+      found.least_seconds is None, found.looked_at)
 """
 
 
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize(
-    ("cluster", "hosts", "batch", "most_seconds"), [("a100-dgx", 128, 1536, 6.0), ("h100-dgx", 12500, 12288, 30.0)]
+    ("cluster", "hosts", "batch", "most_seconds", "most_plans"),
+    [("a100-dgx", 128, 1536, 6.0, 120), ("h100-dgx", 12500, 12288, 30.0, 600)],
 )
 @pytest.mark.whole
 def test_a_model_of_175_billion_parameters_is_searched_in_seconds_and_little_memory(
-    cluster, hosts, batch, most_seconds
+    cluster, hosts, batch, most_seconds, most_plans
 ):
-    """Goals are a second and ten; these limits leave room for busy and slow machines."""
+    """Goals are a second and ten; these limits leave room for busy and slow machines. Plans that cannot fit or win are
+    not looked at.
+    """
     done = subprocess.run(
         [sys.executable, "-c", SEARCH, cluster, str(hosts), str(batch)], capture_output=True, text=True, check=True
     )
-    seconds, most_bytes, workers, proven = done.stdout.split()
+    seconds, most_bytes, workers, proven, looked_at = done.stdout.split()
     assert float(seconds) < most_seconds
     assert float(most_bytes) < 2e9
     assert int(workers) > 0.9 * 8 * hosts
     assert proven == "True"
+    assert int(looked_at) <= most_plans

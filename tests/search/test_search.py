@@ -264,7 +264,7 @@ def test_json_has_the_promised_shape():
     values = json.loads(json.dumps(search(question(batch=12, microbatch=6)).to_dict()))
     assert set(values) == {
         "plans", "refused", "cluster", "batch", "microbatch", "splits", "looked_at", "proven", "least_seconds",
-        "search_seconds", "explanation", "costs", "workers_needed",
+        "search_seconds", "explanation", "costs", "workers_needed", "cores_taken",
     }  # fmt: skip
     first, second = values["plans"][:2]
     shared = {

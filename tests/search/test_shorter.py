@@ -1,6 +1,7 @@
 """What three of many equal layers show must be what all of them show."""
 
 from collections import Counter
+from contextlib import suppress
 from itertools import pairwise
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sheaf.api.shorter import Shorter
+from sheaf.api.shorter import KEPT, Shorter, shortened
 from sheaf.api.splits import Rehearsals, rehearsed
 from sheaf.graph import trace
 from sheaf.split.rehearsal import rehearse
@@ -81,3 +82,15 @@ def test_rehearsals_of_one_model_find_what_each_finds_alone():
     for number, sequence in ((2, 3), (4, 0), (2, 0), (2, 1)):
         assert together.of(number, sequence) == rehearsed(given, facts, number, sequence)
     assert trace(given, 2, drawn=together.drawn) == facts
+
+
+def test_a_stack_is_whole_again_after_it_was_shortened() -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(2, 2) for _ in range(7)), "head": nn.Linear(2, 1)})
+    before = list(model.named_modules())
+    with suppress(RuntimeError), shortened(model, "layers", 7):
+        assert len(model.get_submodule("layers")._modules) == KEPT
+        raise RuntimeError("it counts its layers")
+    assert list(model.named_modules()) == before
+    with pytest.raises(TypeError, match="no list of 6 layers"), shortened(model, "layers", 6):
+        pass
+    assert list(model.named_modules()) == before

@@ -237,12 +237,12 @@ def test_a_push_sent_twice_counts_once():
         client.join(0)
         meta = put(client, gradient(0, 0))[0]
         link = client._links[0]
-        head = Head(Kind.PUSH, 0, client._incarnation, 1)
+        head = Head(Kind.PUSH, 0, client.incarnation, 1)
         for _ in range(3):
             link.start(head, meta, client.out[0].raw)
             link.finish()
         for _ in range(3):
-            link.ask(Head(Kind.PULL, 0, client._incarnation, 1, clock=1), into=client.values[0].raw)
+            link.ask(Head(Kind.PULL, 0, client.incarnation, 1, clock=1), into=client.values[0].raw)
         link.start(head, meta, client.out[0].raw)  # long after it was applied
         link.finish()
         assert servers.hosts[0].shard.version == 1

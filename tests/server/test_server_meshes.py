@@ -1,15 +1,19 @@
 """Replicas of several workers each beside a parameter server: split layers, stages, and what of both is shared."""
 
+import time
 from functools import partial
 
 import pytest
 import torch
 from plain import Look, Run, assert_same, copies_agree, mlp_float64, norm_resnet, plain, planned, ragged_gpt
-from server_cases import Servers, all_at_once, in_one_go, put
+from server_cases import KEYS, Servers, all_at_once, gradient, in_one_go, same
+from server_cases import step as one
+from server_cases import wanted as left_by
 from torch import nn
 from torch.distributed import barrier
 
 from sheaf.parallel import build
+from sheaf.parallel.server.client import GivenUp
 from sheaf.parallel.server.link import Failed
 from sheaf.parallel.server.log import Terms
 from sheaf.plans import Plan
@@ -171,14 +175,53 @@ def test_a_resumed_run_is_the_same_to_the_last_bit_and_its_weights_fit_any_plan(
                 torch.testing.assert_close(value.detach(), reference[name], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("staleness", [0, 2, None])
-def test_nobody_goes_on_without_a_replica_that_is_given_up(staleness):
-    with Servers(Terms(workers=2, shards=1, staleness=staleness, needed=True)) as servers:
+def test_in_lock_step_nobody_goes_on_without_a_replica_that_is_given_up():
+    with Servers(Terms(workers=2, shards=1, place=0)) as servers:
         first, second = servers.clients
         all_at_once([partial(client.join, 0) for client in (first, second)])
         servers.hosts[0].lose(1)
-        whole = {name: torch.ones_like(view) for name, view in first.out[0].views.items()}
-        metas = [{**meta, "losses": [[0, 1.0, 1.0]]} for meta in put(first, whole)]
         with pytest.raises(Failed) as caught:
-            first.exchange(0, metas)
+            one(first, 0, gradient(0, 0))
         assert caught.value.meta == {"why": "worker", "worker": 1, "clock": 0}
+
+
+class Died(Exception):
+    """In place of the end of a process."""
+
+
+def died(_):
+    raise Died
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_gradient_of_a_lost_replica_counts_at_all_places_or_at_none(told):
+    places = [Servers(Terms(workers=2, shards=2, staleness=1, place=place, lease_seconds=5.0)) for place in range(2)]
+    with places[0] as first, places[1] as second:
+        for place, (servers, other) in enumerate(((first, second), (second, first))):
+            for host in servers.hosts:
+                host.peers.place, host.peers.elsewhere = place, {1 - place: (other.addresses, KEYS)}
+            servers.clients[1].incarnation = first.clients[1].incarnation
+            for client in servers.clients:
+                client.join(0)
+
+        def lose(delay):
+            first.hosts[0].lose(1)
+            return delay
+
+        first.clients[1].agreed = died
+        with pytest.raises(Died):
+            one(first.clients[1], 0, gradient(1, 0))
+        if told:
+            one(second.clients[1], 0, gradient(1, 0))
+            first.hosts[0].lose(1)
+        else:  # its shards have it and are told to apply it when it was given up at the other place
+            second.clients[1].agreed = lose
+            with pytest.raises(GivenUp, match="replica 1 was given up"):
+                one(second.clients[1], 0, gradient(1, 0))
+        for servers in places:  # one shard has given it up, and the others do
+            while any(1 in host.shard.clocks.workers for host in servers.hosts):
+                time.sleep(0.01)
+            assert same(servers.read(), left_by([(1, 0)] if told else []))
+        dealing = first.hosts[0].shard.dealing
+        assert (dealing.next, dealing.returned) == ([1, int(told)], 1)
+        assert second.hosts[0].shard.dealing is None

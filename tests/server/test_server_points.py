@@ -20,6 +20,7 @@ BOUND_S = 10.0  # of a busy machine: `python -m bench server` measures how long 
 STOLEN = "stolen"
 WORKER = [name for name in points.NAMES if name.startswith("worker.")]
 SEATS = [name for name in points.NAMES if not name.startswith("worker.")]
+OF_A_CLOCK = ("primary.during_norms", "primary.before_sum")  # come to once in each clock
 CLAIMS = ("worker.before_claim", "worker.after_claim")
 
 
@@ -27,12 +28,12 @@ def cases():
     """Every place under every way to meet that comes to it, and who is told to end there."""
     for mode in (STOLEN, 2, 0):
         for name in WORKER:
-            comes = name != "worker.between_commits" if mode == STOLEN else name not in CLAIMS
+            comes = not name.endswith(("before_commit", "between_commits")) if mode == STOLEN else name not in CLAIMS
             if comes and mode != 0:  # in lock-step with shares of one's own no step can do without a worker
                 yield mode, name, ("worker", 1)
         for name in SEATS:
-            if name == "primary.during_norms" and mode == 2:
-                continue  # outside lock-step each gradient is clipped by its own worker
+            if name in OF_A_CLOCK and mode == 2:
+                continue  # outside lock-step no clock's gradients meet
             seat = BACKUP if name.startswith("backup.") else PRIMARY
             for number in (0, 1) if mode == STOLEN and seat == PRIMARY else (0,):
                 yield mode, name, (seat, number)
@@ -64,7 +65,8 @@ def test_wherever_it_ends_every_update_counts_once(mode, name, who):
         lease_seconds=lease_of(mode, name, who),
         lent=LENT if mode == STOLEN else 0,
     )
-    what = f"{name}:kill:{1 if name == 'backup.at_promotion' else 3 if who[0] == 'worker' else 9}"
+    seldom = who[0] == "worker" or name in OF_A_CLOCK
+    what = f"{name}:kill:{1 if name == 'backup.at_promotion' else 3 if seldom else 9}"
     with Processes(terms, CLOCKS, pause=0.002, fails={who: what}, held=HELD) as run:
         if name == "backup.at_promotion":
             run.until(0, 3)

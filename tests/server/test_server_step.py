@@ -166,7 +166,12 @@ def test_a_loss_that_is_no_number_is_named_everywhere_and_nothing_is_applied(ran
                 "precision": "fp16",
                 "optimizer": torch.optim.Adafactor,
             },
-            ["9 shards for 6 trained parameters: use at most server=6", "use bf16 or fp32", "such as AdamW"],
+            ["9 shards for 6 trained parameters: use at most server=6", "use bf16 or fp32", "Adafactor needs more"],
+        ),
+        (
+            "dp=2,server=2",
+            {"optimizer": lambda given: torch.optim.SparseAdam(list(given))},
+            ["and SparseAdam needs more"],
         ),
         ("dp=2,server=2:async,late=delayed", {}, ["momentum=0.9, nesterov=True), or late=buffered"]),
         (

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cases import Room, ThreadTeam, check, check_threads, cut, held, whole
+from tiny import Doubled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,18 +19,6 @@ from sheaf.split.tensor import Split
 class Pair(NamedTuple):
     first: Any
     second: Any
-
-
-class Doubled(torch.autograd.Function):
-    """A function that torch's dispatch to modes does not see."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return tensor * 2
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return gradients[0] * 2
 
 
 def lonely(parameters: dict[int, tuple[str, Slice]] | None = None) -> Splitting:

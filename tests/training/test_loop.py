@@ -122,6 +122,7 @@ def test_another_plan_is_not_resumed(tmp_path):
     train_rank(make_task(), SERIAL, 2, tmp_path, build=FakeStep)
     with pytest.raises(RunError, match=r"saved under serial by 1 workers.*resume with that plan"):
         train_rank(make_task(), Plan(recompute="full"), 4, tmp_path, resume=True, build=FakeStep)
+    assert Plan.from_toml((tmp_path / "plan.toml").read_text()) == SERIAL, "what was refused leaves the run's plan"
 
 
 def test_a_signal_ends_all_workers_at_the_same_step_with_a_checkpoint(ranks, tmp_path):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from counting import counted, counting, samples_of
+from counting import counted, counting, samples_of, second, twice
 from safetensors.torch import load_file
 from torch import nn
 
@@ -16,6 +16,7 @@ from sheaf import Loss, Task
 from sheaf.api.train import train as train_and_predict
 from sheaf.checkpoint import latest
 from sheaf.errors import WorkerFailed
+from sheaf.parallel.server import points
 from sheaf.record import read_record
 
 train = functools.partial(train_and_predict, predict=False, quiet=True, threads=1)
@@ -150,6 +151,53 @@ def test_with_staleness_every_sample_is_used_once_though_a_worker_dies_and_the_r
     assert used_once(out) == 16 + 2 * 4
     with pytest.raises(WorkerFailed, match="was killed by SIGKILL"):
         train(task({0: 20, 1: 30}), "dp=2,server=2:async", steps=12, out=tmp_path / "other")
+
+
+class Armed:
+    """As Indices, of which some arm a worker that fetches them: ``rank`` is killed at that place of its third step."""
+
+    def __init__(self, places):
+        self.places, self.fetched = dict(places), 0
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        self.fetched += "RANK" in os.environ
+        if self.fetched == 10 and (place := self.places.get(int(os.environ["RANK"]))):
+            points.arm(f"{place}:kill")
+        return index, index
+
+
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize(
+    ("plan", "places"),
+    [
+        ("dp=2,pp=2,server=1:staleness=2", {1: "worker.before_commit", 3: "worker.between_commits"}),
+        ("dp=2,tp=2,server=2:async", {0: "worker.after_push"}),
+    ],
+)
+def test_a_replica_of_several_workers_is_lost_with_one_and_every_sample_is_used_once(tmp_path, capfd, plan, places):
+    out, two = tmp_path / "run", {"model": twice, "loss": second}
+    run = train(counting(Armed(places), **two), plan, steps=12, out=out, save_every=5)
+    told = capfd.readouterr().err
+    for rank in places:
+        assert f"worker {rank} was killed by SIGKILL" in told
+    if len(places) == 1:
+        assert "worker 1 is of a replica that is lost, with workers 0; it computes no more" in told
+    assert run.reports[-1].step == 11
+    assert (out / "pipeline.json").exists() == ("pp" in plan)
+    for steps in (12, 16):
+        dealing = json.loads((latest(out).path / "worker_0.json").read_text())["values"]["shards"]["0"]["dealing"]
+        parts = [(step, place) for place, until in enumerate(dealing["next"]) for step in range(until)]
+        wanted = samples_of(part for part in parts if 2 * part[0] + part[1] not in dealing["back"])
+        for name, table in load_file(out / "model.safetensors").items():
+            assert counted(table, name, **two) == wanted, name
+        assert len(parts) - len(dealing["back"]) >= steps
+        assert dealing["returned"] == 1
+        if steps == 12:
+            again = train(counting(Armed({}), **two), plan, steps=16, out=out, resume=True)
+            assert again.reports[-1].step == 15
 
 
 def falling(dies, step):

@@ -1,7 +1,7 @@
 """The same task under several ways for gradients to meet, one run after another: loss by steps and by seconds."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
@@ -11,10 +11,13 @@ from sheaf import launch
 from sheaf.api.choice import Checked, balanced, checked
 from sheaf.api.run import Run
 from sheaf.api.train import folder_name, say, say_nothing, train
+from sheaf.checkpoint import from_first
 from sheaf.errors import PlanError, RunError, SheafError
 from sheaf.launch import FromFile
 from sheaf.plans import Plan
+from sheaf.record import step_reports
 from sheaf.task import Task
+from sheaf.training.directory import RECORD
 from sheaf.watch import draw_comparison
 from sheaf.watch.comparison import Curve
 from sheaf.watch.picture import trailing_mean
@@ -25,18 +28,23 @@ PICTURE = "comparison.png"
 
 @dataclass(frozen=True)
 class Comparison:
-    """The runs by mode, in order, and the picture of them."""
+    """The runs by mode, in order, and the picture of them.
+
+    ``failed`` says what ended a run before its last step; of such a mode ``runs`` has the steps that it did, if any.
+    """
 
     runs: dict[str, Run]
     picture: Path
+    failed: dict[str, SheafError] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[dict[str, object]]:
         """By mode: its plan, the loss at the end, seconds per step, and seconds until the first mode's last loss.
 
-        Losses are means of a tenth of the steps. The last is None where that loss was not reached.
+        Losses are means of a tenth of the steps. The last is None where that loss was not reached. The first mode is
+        that of those which came to their end; ``failed`` is why a mode did not.
         """
-        first = next(iter(self.runs.values()))
+        first = next(run for mode, run in self.runs.items() if mode not in self.failed)
         steps = len(first.losses)
         goal = smooth(first.losses, steps)[-1]
         return [
@@ -47,6 +55,7 @@ class Comparison:
                 "loss": smooth(run.losses, steps)[-1],
                 "seconds_per_step": run.seconds_per_step,
                 "seconds_to_loss": _reached(run, goal, steps),
+                "failed": str(self.failed[mode]) if mode in self.failed else None,
             }
             for mode, run in self.runs.items()
         ]
@@ -64,7 +73,7 @@ def modes(text: str, base: Plan) -> dict[str, Plan]:
         if not name:
             continue
         try:
-            plan = base if name == ALL_REDUCE else base.with_text(name)
+            plan = _all_reduce(base) if name == ALL_REDUCE else base.with_text(name)
         except PlanError as error:
             broken += [f"{name}: {rule}" for rule in error.broken]
             continue
@@ -77,6 +86,16 @@ def modes(text: str, base: Plan) -> dict[str, Plan]:
     if broken:
         raise PlanError(broken)
     return found
+
+
+def _all_reduce(base: Plan) -> Plan:
+    """The plan itself, whose gradients must meet so."""
+    if base.server or base.meets_locally.every or base.compression.kind != "none":
+        raise PlanError(
+            f"this is the plan itself, and gradients of {base} meet otherwise: give a plan without server, local and "
+            "compress, or name that way in its place"
+        )
+    return base
 
 
 def compare(
@@ -96,14 +115,16 @@ def compare(
     ``ways`` names them, parted by semicolons, as keys that are put on top of ``plan``; ``all-reduce`` is the plan
     itself. Each run has a directory under ``out``, and ``out`` the picture: loss by steps beside loss by seconds.
     Stages that the plan does not name are balanced by measured times; without ``predict`` operations are counted.
+    A run that an error ends, such as a loss that is no number, ends for itself: the others go on. Under torchrun, whose
+    workers may be gone then, it ends all.
 
-    Raises PlanError, TaskError and RunError for any of them before the first one starts.
+    Raises PlanError, TaskError and RunError for any of them before the first one starts, and the error of the first
+    where none comes to its end.
     """
     base = Plan.parse(plan) if isinstance(plan, str) else plan
     named = modes(ways, base)
-    place = Path(out)
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise RunError(f"{place} holds something already: give a new directory, or remove it")
+    world, note = launch.join(), say_nothing if quiet else say
+    place = Path(from_first(lambda: _unused(Path(out))))
     broken: list[str] = []
     found: dict[str, Checked] = {}
     for name, one in named.items():
@@ -114,29 +135,56 @@ def compare(
     if broken:
         raise PlanError(broken)
     runs: dict[str, Run] = {}
-    world, note = launch.join(), say_nothing if quiet else say
+    failed: dict[str, SheafError] = {}
     for name, one in found.items():
-        runs[name] = train(
-            task,
-            balanced(task, one, world=world, source=source, note=note) if predict else one.plan,
-            steps=steps,
-            out=place / folder_name(name),
-            quiet=quiet,
-            threads=threads,
-            source=source,
-            predict=False,
-        )
+        chosen = balanced(task, one, world=world, source=source, note=note) if predict else one.plan
+        directory = place / folder_name(name)
+        try:
+            runs[name] = train(
+                task,
+                chosen,
+                steps=steps,
+                out=directory,
+                quiet=quiet,
+                threads=threads,
+                source=source,
+                predict=False,
+            )
+        except SheafError as error:
+            if world is not None:
+                raise
+            note(f"{name}: {error}")
+            failed[name] = error
+            reports = step_reports(directory / RECORD) if (directory / RECORD).is_file() else []
+            if reports:
+                runs[name] = Run(directory=directory, plan=chosen, reports=tuple(reports), task=task)
+            continue
         if runs[name].stopped:
             break
+    if not set(runs) - set(failed):
+        raise next(iter(failed.values()))
     curves = [
-        Curve(name, run.losses, list(accumulate(report.seconds for report in run.reports)), exact=run.plan.exact)
+        Curve(
+            *(name, run.losses, list(accumulate(report.seconds for report in run.reports))),
+            exact=run.plan.exact,
+            broken=name in failed,
+        )
         for name, run in runs.items()
     ]
+    picture = place / PICTURE
     try:
-        picture = draw_comparison(place / PICTURE, curves, title=f"{task.name}  ·  {base}")
+        if world is None or world.rank == 0:
+            draw_comparison(picture, curves, title=f"{task.name}  ·  {base}")
     except Exception as error:
         raise SheafError(f"the runs are in {place}, but their picture could not be drawn: {error}") from error
-    return Comparison(runs, picture)
+    return Comparison(runs, picture, failed)
+
+
+def _unused(place: Path) -> str:
+    """The directory; raises RunError when it holds something."""
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise RunError(f"{place} holds something already: give a new directory, or remove it")
+    return str(place)
 
 
 def smooth(losses: Sequence[float], steps: int) -> list[float]:

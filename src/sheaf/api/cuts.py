@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from sheaf.api.finer import Finer, finer_cut
-from sheaf.api.profiles import measured_profiles
+from sheaf.api.profiles import busy_note, measured_profiles
 from sheaf.cost.pipeline import cut_seconds, measured_stages, perfect_seconds
 from sheaf.errors import PlanError
 from sheaf.graph import ModelFacts, Profile
@@ -28,8 +28,13 @@ def best_cut(
     return whole, _inside(task, whole, question, say, source)
 
 
-def cut_inside(task: Task, ranking: Ranking, say: Callable[[str], None], *, source: FromFile | None) -> Ranking:
-    """The ranking with its first pipeline cut as ``finer_cut`` does, where that might lead and is faster."""
+def cut_inside(
+    task: Task, ranking: Ranking, say: Callable[[str], None], *, source: FromFile | None, fresh: bool = False
+) -> Ranking:
+    """The ranking with its first pipeline cut as ``finer_cut`` does, where that might lead and is faster.
+
+    ``fresh`` measures pieces again that were measured before.
+    """
     question = ranking.asked
     price = next((entry.price for entry in ranking.ranked if entry.plan.pp > 1), None)
     if question is None or price is None or price.plan.begins:
@@ -37,7 +42,7 @@ def cut_inside(task: Task, ranking: Ranking, say: Callable[[str], None], *, sour
     plan = replace(price.plan, stages=":".join(str(count) for count in price.stages))
     basis = question.basis(plan)
     at_best = price.step_seconds * perfect_seconds(plan, basis) / cut_seconds(plan, basis)
-    cut = _inside(task, plan, question, say, source) if at_best <= ranking.best.step_seconds else None
+    cut = _inside(task, plan, question, say, source, fresh=fresh) if at_best <= ranking.best.step_seconds else None
     if cut is None:
         return ranking
     asked = cut.asked(question)
@@ -48,11 +53,20 @@ def cut_inside(task: Task, ranking: Ranking, say: Callable[[str], None], *, sour
 
 
 def _inside(
-    task: Task, plan: Plan, question: Question, say: Callable[[str], None], source: FromFile | None
+    task: Task,
+    plan: Plan,
+    question: Question,
+    say: Callable[[str], None],
+    source: FromFile | None,
+    *,
+    fresh: bool = False,
 ) -> Finer | None:
     def measured(facts: ModelFacts) -> Profile | None:
         say("measuring what is inside of blocks")
-        return next(iter(measured_profiles(task, [facts], plan.workers, source=source)), None)
+        found = measured_profiles(task, [facts], plan.workers, source=source, fresh=fresh)
+        if busy := busy_note(found):
+            say(busy)
+        return next(iter(found), None)
 
     return finer_cut(task, plan, question, measured, say)
 

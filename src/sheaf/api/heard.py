@@ -82,11 +82,12 @@ def question_from(
 ) -> Question:
     """The question of plans that use all these workers of ``cluster``; ``facts`` are of the task's microbatch.
 
-    Times are medians over the moments. A host whose worker is slower than the first counts as slower.
+    Times and speeds are medians over the moments: who is slow is slow in most. A host whose worker is slower than the
+    first counts as slower.
     """
-    each = [combined(profiles) for profiles in heard.moments]
-    speeds = [statistics.median(speeds[rank] for _, speeds in each) for rank in range(heard.workers)]
-    profile = median([one for one, _ in each])
+    each = [relative(profiles) for profiles in heard.moments]
+    speeds = [statistics.median(there[rank] for there in each) for rank in range(heard.workers)]
+    profile = median([combined(profiles, slowest(speeds)) for profiles in heard.moments])
     question = Question(
         batch=min(task.batch, task.num_samples),
         facts={facts.samples: facts},
@@ -98,7 +99,8 @@ def question_from(
     company = max(host.workers for host in question.cluster.hosts) if heard.workers > 1 else 1
     if heard.rehearsals is not None:
         # Where a worker may compute for a part of the time only, it is not as slow in steps as short as these.
-        small, paces = combined(heard.small)
+        paces = relative(heard.small)
+        small = combined(heard.small, slowest(paces))
         there = replace(question, cluster=paced(question.cluster, paces))
         profile = replace(profile, overheads=overheads(there, replace(heard.rehearsals, profile=small), company))
     else:
@@ -108,16 +110,27 @@ def question_from(
     return replace(question, profiles={(facts.samples, company): profile})
 
 
-def combined(profiles: Sequence[Profile]) -> tuple[Profile, tuple[float, ...]]:
-    """One profile in the first worker's times, and each worker's speed relative to the first, 1 where it is the same.
+def relative(profiles: Sequence[Profile]) -> tuple[float, ...]:
+    """Each worker's speed relative to the first, by what its blocks take; 1 where that is the same within 5 %."""
+    first, *_ = whole = [block_seconds(one) for one in profiles]
+    speeds = (first / seconds if seconds else 1.0 for seconds in whole)
+    return tuple(1.0 if abs(speed - 1) < SAME_SPEED else speed for speed in speeds)
 
-    Times are medians over workers, each counted at its own speed. Where one is slower, everyone waits for its update
-    and what else it does at a step's end; as this comes after messages that it waited for, and a worker that may
-    compute for a part of the time has saved some by then, it is not as slow there: its own times are taken.
+
+def slowest(speeds: Sequence[float]) -> tuple[int, ...]:
+    """The workers for which all others wait: the slowest and those as slow, or all."""
+    return tuple(rank for rank, speed in enumerate(speeds) if speed < min(speeds) * (1 + SAME_SPEED))
+
+
+def combined(profiles: Sequence[Profile], last: Sequence[int]) -> Profile:
+    """One profile in the first worker's times.
+
+    Times are medians over workers, each counted at its own speed. Everyone waits for the update of ``last`` and what
+    else they do at a step's end, and they wait for nothing but the network; as that comes after messages that they
+    waited for, and a worker that may compute for a part of the time has saved some by then, they are not as slow there:
+    their own times are taken.
     """
-    whole = [block_seconds(one) for one in profiles]
-    speeds = tuple(_relative(whole[0], seconds) for seconds in whole)
-    first = profiles[0]
+    speeds, first = relative(profiles), profiles[0]
 
     def middle(of: Callable[[Profile], float], ranks: Sequence[int] = range(len(profiles))) -> float:
         return statistics.median(of(profiles[rank]) * speeds[rank] for rank in ranks)
@@ -129,9 +142,6 @@ def combined(profiles: Sequence[Profile]) -> tuple[Profile, tuple[float, ...]]:
         )
         for name in first.blocks
     }
-    slowest = min(range(len(speeds)), key=lambda rank: speeds[rank])
-    # Who is done last waits for nothing but the network.
-    last = [slowest] if speeds[slowest] < 1 else range(len(profiles))
     return replace(
         first,
         blocks=blocks,
@@ -140,7 +150,8 @@ def combined(profiles: Sequence[Profile]) -> tuple[Profile, tuple[float, ...]]:
         host_seconds=middle(lambda one: one.host_seconds, last),
         exposed_seconds=statistics.median(profiles[rank].exposed_seconds for rank in last),
         uneven_seconds=statistics.median(profiles[rank].uneven_seconds for rank in last),
-    ), speeds
+        cores_taken=max(one.cores_taken for one in profiles),
+    )
 
 
 def paced(cluster: Cluster, speeds: Sequence[float]) -> Cluster:
@@ -157,11 +168,6 @@ def paced(cluster: Cluster, speeds: Sequence[float]) -> Cluster:
         cluster,
         hosts=tuple(replace(host, speed=speeds[rank]) for host, rank in zip(hosts, ranks, strict=True)),
     )
-
-
-def _relative(first_seconds: float, seconds: float) -> float:
-    speed = first_seconds / seconds if seconds else 1.0
-    return 1.0 if abs(speed - 1) < SAME_SPEED else speed
 
 
 def _rounded(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Rank every way to split a task over a machine or a cluster, with reasons."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -8,7 +9,7 @@ from pathlib import Path
 from sheaf.api.cuts import best_cut, cut_inside
 from sheaf.api.finer import Finer
 from sheaf.api.measure import measure
-from sheaf.api.profiles import measured_profiles
+from sheaf.api.profiles import busy_note, measured_profiles
 from sheaf.api.rehearsals import WORKERS as REHEARSING
 from sheaf.api.rehearsals import carried, kept_rehearsals, overheads, wanted
 from sheaf.api.splits import described, rehearsed, splits
@@ -30,7 +31,7 @@ from sheaf.search.measured import facts_for
 from sheaf.search.space import microbatch_choices
 from sheaf.split.sequences import sequences
 from sheaf.task import Task
-from sheaf.task.probe import elementwise
+from sheaf.task.probe import elementwise, over_stand_ins
 
 COLLECTIVE_FACTORS = (0.5, 4.0)  # what lies outside says more of the moment than of the machine
 MEASURED_UP_TO = 4  # workers: each number is measured; beyond, powers of two and the largest
@@ -94,8 +95,12 @@ def plan(
     if wanted(plans):
         say("rehearsing executors on 2 workers")
     profiles = _with_overheads(task, question, profiles, plans, source=source, fresh=fresh, say=say)
+    if busy := busy_note(profiles.values()):
+        say(busy)
+        if note is None:
+            warnings.warn(busy, RuntimeWarning, stacklevel=2)
     ranking = search(replace(question, profiles=profiles), seconds=seconds, heard=heard)
-    return whole(cut_inside(task, ranking, say, source=source))
+    return whole(cut_inside(task, ranking, say, source=source, fresh=fresh))
 
 
 def _with_overheads(
@@ -122,6 +127,7 @@ def _with_overheads(
     added = overheads(question, found, REHEARSING)
 
     def among(profile: Profile, busy: int) -> Profile:
+        profile = replace(profile, cores_taken=max(profile.cores_taken, found.profile.cores_taken))
         if busy <= REHEARSING:
             return replace(profile, overheads=added)
         pair = start if nearest == REHEARSING else profile
@@ -205,6 +211,7 @@ def ask(
     say("tracing the model")
     first = trace(task, task.microbatch or batch, drawn=drawn)
     allowed(task, first)
+    trainable(task, first)
     if cluster is None:
         say("measuring this machine, or taking what was measured before")
         chosen = measure(workers, quick=quick, fresh=fresh)
@@ -230,6 +237,14 @@ def ask(
 
 def _slices_apart(task: Task, facts: ModelFacts) -> bool:
     return elementwise(task.optimizer, [parameter.shape for parameter in facts.parameters])
+
+
+def trainable(task: Task, facts: ModelFacts) -> None:
+    """Raise TaskError where nothing of the model is trained, or its optimizer cannot be built."""
+    if not any(one.requires_grad for one in facts.parameters):
+        has = "no parameter of the model requires a gradient" if facts.parameters else "the model has no parameters"
+        raise TaskError(f"{has}, so there is nothing to train: give it one that requires_grad")
+    over_stand_ins(task.optimizer, [(len(one.shape), one.requires_grad) for one in facts.parameters])
 
 
 def allowed(task: Task, facts: ModelFacts) -> None:
@@ -311,6 +326,8 @@ def predicted(
                 splits = {**question.splits, kind: rehearsed(task, facts, *kind)} if kind[0] > 1 else question.splits
                 question = replace(question, splits=splits)
         found = _with_overheads(task, question, found, [plan], source=source, say=say)
+        if busy := busy_note(found.values()):
+            say(busy)
     question = replace(question, profiles=found)
     return question.price(plan) if cut is None else cut.asked(question).price(cut.plan)
 

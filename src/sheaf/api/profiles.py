@@ -2,7 +2,7 @@
 
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +11,11 @@ import torch
 import torch.distributed as dist
 
 from sheaf import launch
+from sheaf.cluster import others
 from sheaf.cluster.machine import available_cores
+from sheaf.cluster.others import disturbed, quiet
 from sheaf.graph import BlockTime, ModelFacts, Profile, cache, profile
+from sheaf.graph.profile import accelerator
 from sheaf.launch import FromFile
 from sheaf.parallel import build
 from sheaf.plans import Plan
@@ -32,30 +35,48 @@ def measured_profiles(
     """One profile for each of ``facts``, while ``workers`` workers of this machine measure at the same time.
 
     Each worker has its share of the cores; times are the median over workers. Kept beside ``sheaf.graph``'s own
-    profiles, by the same key; ``fresh`` measures again.
+    profiles, by the same key; ``fresh`` measures again. What was measured while other programs kept the cores busy
+    (``cores_taken``) is measured again as soon as they do not: at once, or when it is asked for the next time.
     """
     threads = max(1, available_cores() // workers)
-    known = {} if fresh else {one.samples: cache._read(_path(task, one, workers, threads), one) for one in facts}
-    missing = [one for one in facts if known.get(one.samples) is None]
-    if missing:
-        budget_seconds = max(LEAST_SECONDS, BUDGET_SECONDS / len(missing))
+
+    def measured(some: list[ModelFacts]) -> dict[int, Profile]:
+        budget_seconds = max(LEAST_SECONDS, BUDGET_SECONDS / len(some))
         given = task if source is None else source
         rows = launch.run(
-            measure_together,
-            workers,
-            given,
-            missing,
-            threads,
-            budget_seconds,
-            threads=threads,
-            timeout_s=TIMEOUT_SECONDS,
+            measure_together, workers, given, some, threads, budget_seconds, threads=threads, timeout_s=TIMEOUT_SECONDS
         )
-        for index, one in enumerate(missing):
-            combined = median([row[index] for row in rows])
+        return {one.samples: median([row[index] for row in rows]) for index, one in enumerate(some)}
+
+    paths = {one.samples: _path(task, one, workers, threads) for one in facts}
+    kept = {} if fresh else {one.samples: cache._read(paths[one.samples], one) for one in facts}
+    known = {samples: one for samples, one in kept.items() if one is not None}
+    if missing := [one for one in facts if one.samples not in known]:
+        known |= measured(missing)
+    unsure = [one for one in facts if disturbed(known[one.samples].cores_taken)]
+    if unsure and quiet():
+        for samples, again in measured(unsure).items():
+            known[samples] = min(again, known[samples], key=lambda one: one.cores_taken)
+    for samples, one in known.items():
+        if one is not kept.get(samples):
             with suppress(OSError):  # a folder that cannot be written to is done without
-                cache._write(_path(task, one, workers, threads), combined)
-            known[one.samples] = combined
-    return [found for one in facts if (found := known[one.samples]) is not None]
+                cache._write(paths[samples], one)
+    return [known[one.samples] for one in facts]
+
+
+def busy_note(profiles: Iterable[Profile]) -> str:
+    """What to say of times that were measured while other programs kept the cores busy; empty where none were."""
+    return busy_words(max((one.cores_taken for one in profiles), default=0.0))
+
+
+def busy_words(taken: float) -> str:
+    """What to say of times that were measured while other programs took so many cores; empty where it is not many."""
+    if not disturbed(taken):
+        return ""
+    return (
+        f"other programs kept {taken:.1f} of the workers' cores busy while this was measured: the figures, and the "
+        "order of plans, are those of a busy machine; plan again when it is quiet, and it is measured again"
+    )
 
 
 def measure_together(
@@ -75,22 +96,22 @@ def loaded(given: Task | FromFile) -> Task:
 def profiles_here(task: Task, facts: list[ModelFacts], threads: int, budget_seconds: float) -> list[Profile]:
     """This worker's profiles; the workers wait for each other, so that all measure the same thing at once."""
     workers = dist.get_world_size() if dist.is_initialized() else 1
-    return [
-        in_a_real_step(
+    profiles: list[Profile] = []
+    for one in facts:
+        start = others.now()
+        found = profile(
             task,
             one,
-            profile(
-                task,
-                one,
-                threads=threads,
-                concurrency=workers,
-                together=_barrier if workers > 1 else None,
-                budget_seconds=budget_seconds,
-            ),
-            budget_seconds / 3,
+            threads=threads,
+            concurrency=workers,
+            together=_barrier if workers > 1 else None,
+            budget_seconds=budget_seconds,
         )
-        for one in facts
-    ]
+        found = in_a_real_step(task, one, found, budget_seconds / 3)
+        if accelerator().type == "cpu":
+            found = replace(found, cores_taken=others.taken_since(start, threads))
+        profiles.append(found)
+    return profiles
 
 
 def median(profiles: Sequence[Profile]) -> Profile:
@@ -114,6 +135,7 @@ def median(profiles: Sequence[Profile]) -> Profile:
         host_seconds=statistics.median(one.host_seconds for one in profiles),
         exposed_seconds=statistics.median(one.exposed_seconds for one in profiles),
         uneven_seconds=statistics.median(one.uneven_seconds for one in profiles),
+        cores_taken=max(one.cores_taken for one in profiles),
     )
 
 

@@ -44,15 +44,29 @@ def predict_runs(runs: Path, *, fit: Path | None = None) -> dict[str, Any]:
     """Predict every run of a file; ``fit`` is a file of runs to take the constants from, else those that ship.
 
     Gives ``rows`` (``id``, ``predicted_seconds``, ``predicted_peak_bytes``, ``terms``; or ``refused`` with the
-    reasons) and a ``summary`` of errors where runs say what was measured.
+    reasons) and a ``summary`` of errors where runs say what was measured. Raises DataError for a file that cannot be
+    read, and for a ``fit`` of which no run can be fitted on.
     """
-    known = book() if fit is None else fit_runs(read_runs(fit))
-    return predict(read_runs(runs), known)
+    rows = read_runs(runs)
+    if fit is None:
+        return predict(rows, book())
+    given = read_runs(fit)
+    if not _samples(given, unfitted(book())):
+        raise DataError(
+            f"none of the {len(given)} rows of {fit} can be fitted on: wanted runs that can be predicted and say what "
+            "was measured; leave --fit out for the constants that ship"
+        )
+    return predict(rows, fit_runs(given))
 
 
 def fit_runs(rows: Iterable[Any]) -> Book:
     """The book with constants from these rows and no others, of which those count that can be priced."""
     empty = unfitted(book())
+    return fitted(empty, _samples(rows, empty))
+
+
+def _samples(rows: Iterable[Any], empty: Book) -> list[Sample]:
+    """What was measured of the rows that can be priced."""
     samples: list[Sample] = []
     for row in rows:
         try:
@@ -62,7 +76,7 @@ def fit_runs(rows: Iterable[Any]) -> Book:
             continue
         weight = NOISE / max(NOISE, _stated_noise(made))
         samples.append(Sample(made, measured_seconds(row) or 0.0, measured_bytes(row) or 0.0, weight))
-    return fitted(empty, [sample for sample in samples if sample.seconds or sample.peak_bytes])
+    return [sample for sample in samples if sample.seconds or sample.peak_bytes]
 
 
 def predict(rows: Sequence[Any], known: Book) -> dict[str, Any]:

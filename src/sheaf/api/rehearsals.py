@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from sheaf import launch
 from sheaf.api.profiles import REAL_STEP_BYTES, TIMEOUT_SECONDS, in_a_real_step, loaded, median
+from sheaf.cluster import others
 from sheaf.cluster.machine import available_cores
 from sheaf.cost.overheads import MEETING, REPLICAS, each, goes_on, in_microbatches, in_steps, without
 from sheaf.errors import SheafError
@@ -95,6 +96,8 @@ def kept_rehearsals(
     name = cache.cache_key(task, facts, threads=profile.threads, concurrency=WORKERS)
     path = cache.cache_folder() / f"{name}-rehearsed.json"
     known = None if fresh else _read(path)
+    if known is not None and others.disturbed(known.profile.cores_taken) and others.quiet():
+        known = None
     missing = [
         plan for plan in plans if known is None or (str(plan) not in known.seconds and str(plan) not in known.refused)
     ]
@@ -145,6 +148,7 @@ def rehearsed(task: Task, facts: ModelFacts, profile: Profile, plans: Sequence[P
     Plans are in turn, as many as fit comfortably at once, so that what disturbs one disturbs all; those that cannot run
     the task are left out.
     """
+    began = others.now()
     samples = min(SAMPLES, facts.samples)
     small = replace(task, batch=MICROBATCHES * samples, microbatch=samples)
     plain = in_a_real_step(small, replace(facts, samples=samples), scaled(profile, samples), 0.3)
@@ -158,7 +162,9 @@ def rehearsed(task: Task, facts: ModelFacts, profile: Profile, plans: Sequence[P
             refused=(*found.refused, *taken.refused),
             processor_seconds=found.processor_seconds | taken.processor_seconds,
         )
-    return found if accelerator().type == "cpu" else replace(found, processor_seconds={})
+    if accelerator().type != "cpu":
+        return replace(found, processor_seconds={})
+    return replace(found, profile=replace(plain, cores_taken=others.taken_since(began, profile.threads)))
 
 
 def _in_turn(small: Task, plans: Sequence[Plan]) -> Taken:

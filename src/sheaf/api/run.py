@@ -9,6 +9,7 @@ from torch import nn
 
 from sheaf.errors import RunError
 from sheaf.plans import Plan
+from sheaf.plans.typical import typical
 from sheaf.record import StepReport
 from sheaf.task import Task
 from sheaf.task.blueprint import Blueprint
@@ -40,9 +41,9 @@ class Run:
 
     @property
     def seconds_per_step(self) -> float:
-        """The median over all steps but the first, which warms up."""
+        """The median over all steps but the first, which warms up; the mean where only some steps meet or wait."""
         seconds = [report.seconds for report in self.reports]
-        return statistics.median(seconds[1:] or seconds) if seconds else 0.0
+        return typical(self.plan)(seconds[1:] or seconds) if seconds else 0.0
 
     @property
     def stragglers(self) -> dict[int, float]:

@@ -1,5 +1,7 @@
 """A stack of layers that do the same is rehearsed as three of them; what was found holds for all."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -71,6 +73,18 @@ def cut_down(model: nn.Module, stack: str, layers: int) -> None:
     if not isinstance(held, nn.ModuleList | nn.Sequential) or len(held) != layers:
         raise TypeError(f"{stack} is no list of {layers} layers")
     del held[KEPT:]
+
+
+@contextmanager
+def shortened(model: nn.Module, stack: str, layers: int) -> Iterator[None]:
+    """Cut a model down for a while, as ``cut_down`` does."""
+    held = model.get_submodule(stack)
+    before = dict(held._modules)
+    cut_down(model, stack, layers)
+    try:
+        yield
+    finally:
+        held._modules = before
 
 
 def _longest(facts: ModelFacts) -> tuple[str, int] | None:

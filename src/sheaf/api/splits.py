@@ -5,12 +5,12 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import sheaf.split
-from sheaf.api.shorter import Shorter, cut_down
+from sheaf.api.shorter import Shorter, shortened
 from sheaf.errors import SheafError, first_line
 from sheaf.graph import ModelFacts
 from sheaf.graph import cache as profiles
@@ -139,7 +139,6 @@ class Rehearsals:
         self._task, self._facts = task, facts
         self.drawn = drawn or Drawn(task)
         self._shorter = Shorter.of(task, facts)
-        self._alone: tuple[dict[Any, Any], dict[Any, Any]] = {}, {}  # of the shorter model, and of the whole
 
     def of(self, number: int, sequence: int) -> SplitFacts:
         """As ``rehearsed``."""
@@ -149,12 +148,25 @@ class Rehearsals:
             return stacks if stacks.slices else listed(self._task, number, samples=samples)
         shorter = self._shorter
         if shorter is not None:
-            with suppress(Exception), self.drawn.lent() as blueprint:  # such as a model that counts its layers
-                cut_down(blueprint.model, shorter.stack, shorter.layers)
-                common = Common(blueprint, self._alone[0])
-                return shorter.lengthened(_rehearsed(shorter.task, samples, number, sequence, common))
-        with self.drawn.lent() as blueprint:
-            return _rehearsed(self._task, samples, number, sequence, Common(blueprint, self._alone[1]))
+            model = self.drawn.blueprint.model
+            with (
+                suppress(Exception),  # such as a model that counts its layers
+                shortened(model, shorter.stack, shorter.layers),
+                self.drawn.lent(),
+            ):
+                return shorter.lengthened(_rehearsed(shorter.task, samples, number, sequence, self._short))
+        with self.drawn.lent():
+            return _rehearsed(self._task, samples, number, sequence, self._whole)
+
+    @cached_property
+    def _short(self) -> Common:
+        """What rehearsals of the shorter model have in common."""
+        return Common(self.drawn.blueprint)
+
+    @cached_property
+    def _whole(self) -> Common:
+        """What those of the whole model have."""
+        return Common(self.drawn.blueprint)
 
 
 def _rehearsed(task: Task, samples: int, number: int, sequence: int, common: Common) -> SplitFacts:

@@ -145,13 +145,14 @@ def _carry_out(
         if plan.serial:
             return training.train_rank(task, plan, steps, directory, device=World.alone().device, **arguments)
         given = task if source is None else source
-        survive = outlives(plan.serves, stolen=plan.stolen, split=plan.computing > plan.dp)
+        survive = outlives(plan.serves, stolen=plan.stolen, local=bool(plan.local))
         found = launch.run(
             *(_train_worker, plan.workers, given, plan, steps, directory, arguments),
             threads=threads,
             on_lost=functools.partial(_tell_lost, plan) if survive else None,
         )
-        return next(outcome for outcome in found if outcome is not None)
+        there = [outcome for outcome in found[: plan.computing] if outcome is not None]
+        return max(there, key=lambda outcome: outcome.steps)  # one that only served in the end has done fewer
     except SheafError as error:
         _note_failure(directory, error)
         raise
@@ -172,7 +173,7 @@ def _tell_lost(plan: Plan, rank: int, why: str) -> None:
             f"worker {rank}, the only one that served, {why}. Start again from the last checkpoint; with "
             f"server=2:{APART} or more each shard has a backup"
         )
-    print(f"sheaf: worker {rank} {why}; the others go on", file=sys.stderr, flush=True)
+    print(f"sheaf: worker {rank} {why}; {training.goes_on(plan, rank)}", file=sys.stderr, flush=True)
 
 
 def _loaded(source: FromFile) -> Task:

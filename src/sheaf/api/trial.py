@@ -88,9 +88,11 @@ def read_trial(task: Task, directory: Path | str) -> tuple[Tried, ...]:
     for run in runs:
         plan, saved = read_plan(run), read_task(run)
         losses = [report.loss for report in step_reports(run / RECORD)]
-        if plan is None or saved is None or not losses:
+        if plan is None or saved is None:
             broken.append(f"{run.name} holds no whole run")
             continue
+        if not losses:
+            continue  # a way that broke off in its first step, as the comparison said
         broken += [f"{run.name}: {one}" for one in differences(saved, describe(task, plan))]
         found[plan] = losses
     if not broken and not any(plan.exact for plan in found):

@@ -1,10 +1,12 @@
 """``sheaf plan``: every plan worth pricing, ranked, with reasons."""
 
+import gc
 import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 import click
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 _ROWS = 12  # a longer ranking is cut unless asked for
 _REFUSALS = 8  # and so are reasons why plans were refused
+_PICTURES = (".png", ".svg", ".pdf")
 _NUMBERS, _REASON = 30, 20  # columns that a plan's numbers take, and that what it loses on needs
 
 
@@ -64,7 +67,7 @@ def plan(
 ) -> None:
     """Rank the plans for a task, with the step time and memory that each is expected to take, and why."""
     with Answer(as_json=as_json) as answer:
-        _check_trial(trial, target_loss, allow_relaxed=allow_relaxed)
+        _check_options(trial, target_loss, chart, seconds, allow_relaxed=allow_relaxed)
         from sheaf.api.measure import measure
         from sheaf.api.plan import plan as rank
         from sheaf.api.trial import goal_of, read_trial, time_to_loss
@@ -74,6 +77,7 @@ def plan(
         from sheaf.search.change import parse
 
         task = load(file)
+        gc.freeze()  # torch stays: looking for garbage in it takes a fifth of a long search
         tried = None if trial is None else read_trial(task, trial)
         goal = None if tried is None else goal_of(tried, target_loss)
         note(f"the cluster: {source or 'this machine, measured'}")
@@ -144,7 +148,7 @@ def _say_what_if(before: "Ranking", after: "Ranking", changes: str, console: Con
     """The ranking with other figures, and where each plan was before."""
     console.print(Text.assemble("\n", (f"if {changes}", "bold")))
     if not after.ranked:
-        console.print("no plan fits" + (f"; {after.workers_needed} workers would do" if after.workers_needed else ""))
+        console.print(_none_fits(after))
         return
     places = {str(entry.plan): (place, entry) for place, entry in enumerate(before.ranked, start=1)}
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
@@ -171,14 +175,33 @@ def _say_what_if(before: "Ranking", after: "Ranking", changes: str, console: Con
         console.print(f"{new.plan} leads as before, and takes {times:.2f} times as long", soft_wrap=True)
 
 
-def _check_trial(trial: Path | None, target_loss: float | None, *, allow_relaxed: bool) -> None:
+def _check_options(
+    trial: Path | None, target_loss: float | None, chart: Path | None, seconds: float | None, *, allow_relaxed: bool
+) -> None:
+    """Raise RunError with everything that is wrong with the options, before anything is read or measured."""
     broken = ["--target-loss needs --trial: how many steps a loss takes is seen in one"] * (
         trial is None and target_loss is not None
     )
     if trial is not None and not allow_relaxed:
         broken.append("--trial tells relaxed plans apart, and none is looked at: add --allow-relaxed")
+    if seconds is not None and math.isnan(seconds):
+        broken.append("--seconds nan is no number: give how long the search may take, such as 10")
+    if chart is not None and chart.suffix.lower() not in _PICTURES:
+        broken.append(f"--chart {chart}: a picture's name ends in {', '.join(_PICTURES)}")
+    elif chart is not None and (why := _unwritable(chart)):
+        broken.append(f"--chart {chart} cannot be written: {why}; choose another place")
     if broken:
         raise RunError("; ".join(broken))
+
+
+def _unwritable(file: Path) -> str:
+    """Why a file cannot be written there; empty where it can. Its folder is made, and a file that is there stays."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=file.parent):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def _say_to_loss(learnt: "TimeToLoss", console: Console, rows: int | None) -> None:
@@ -210,6 +233,7 @@ def show(ranking: "Ranking", cluster: "Cluster | None", console: Console, *, row
         if hidden > 0:
             console.print(f"and {hidden} more; `sheaf plan --all` shows every one", style="dim")
         console.print(f"looked at {ranking.looked_at} plans in {pretty_seconds(ranking.seconds)}", style="dim")
+        _say_busy(ranking, console)
         best = ranking.ranked[0]
         console.print(Text.assemble("\n", (str(best.plan), "bold green"), f" leads: {best.reason}"))
         if best.price.begins:
@@ -217,6 +241,8 @@ def show(ranking: "Ranking", cluster: "Cluster | None", console: Console, *, row
         _say_why(ranking, console)
         _say_split(ranking, console)
         _say_cautions(ranking, rows, console)
+    else:
+        console.print(_none_fits(ranking), style="bold", soft_wrap=True)
     # The plans that would use most of what there is come first: those are the ones people ask about.
     refusals = sorted(ranking.refusals(), key=lambda refusal: -max(_workers(text) for text in refusal[2]))
     if refusals:
@@ -224,12 +250,33 @@ def show(ranking: "Ranking", cluster: "Cluster | None", console: Console, *, row
     shown_refusals = refusals if rows is None else refusals[:_REFUSALS]
     for reason, remedy, plans in shown_refusals:
         shown = ", ".join(plans[:4]) + (f" and {len(plans) - 4} more" if len(plans) > 4 else "")
-        grid = Table.grid(padding=(0, 1))
-        grid.add_row(Text("-"), Text.assemble((shown, "bold"), f": {reason}", (f"; {remedy}" if remedy else "", "dim")))
-        console.print(grid)
+        _item(console, shown, f": {reason}", f"; {remedy}" if remedy else "")
     if len(refusals) > len(shown_refusals):
         more = sum(len(plans) for _, _, plans in refusals[len(shown_refusals) :])
         console.print(f"and {more} more plans; `sheaf plan --all` shows why each", style="dim")
+
+
+def _item(console: Console, plan_text: str, words: str, remedy: str = "") -> None:
+    """One of a list, plans whole in as many lines as they take: they are what users copy."""
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column()
+    grid.add_column(overflow="fold")
+    grid.add_row(Text("-"), Text.assemble((plan_text, "bold"), words, (remedy, "dim")))
+    console.print(grid)
+
+
+def _none_fits(ranking: "Ranking") -> str:
+    if ranking.workers_needed:
+        return f"no plan fits: {ranking.workers_needed} workers of this kind would do"
+    return "no plan fits" + (", nor would one with a million workers of this kind" if ranking.starved else "")
+
+
+def _say_busy(ranking: "Ranking", console: Console) -> None:
+    """That other programs ran while times were measured, where they did."""
+    from sheaf.api.profiles import busy_words
+
+    if busy := busy_words(ranking.cores_taken):
+        console.print(busy, style="yellow", soft_wrap=True)
 
 
 def _say_why(ranking: "Ranking", console: Console) -> None:
@@ -243,9 +290,7 @@ def _say_why(ranking: "Ranking", console: Console) -> None:
     if found is not None and found.needed:
         console.print("\nwhat it would take for others to win", style="bold")
         for one in found.needed:
-            grid = Table.grid(padding=(0, 1))
-            grid.add_row(Text("-"), Text.assemble((one.plan, "bold"), f": {one.words}"))
-            console.print(grid)
+            _item(console, one.plan, f": {one.words}")
     if money is not None:
         text = str(ranking.ranked[0].plan)
         said = f"{money.per_hour[text]:.2f} {money.currency} per hour, {money.per_step[text]:.3g} per step"
@@ -277,9 +322,7 @@ def _say_cautions(ranking: "Ranking", rows: int | None, console: Console) -> Non
     if found:
         console.print("\nrelaxed: these do not compute the serial answer", style="bold")
     for caution, plan_text in found.items():
-        grid = Table.grid(padding=(0, 1))
-        grid.add_row(Text("-"), Text.assemble((plan_text, "bold"), f": {caution}"))
-        console.print(grid)
+        _item(console, plan_text, f": {caution}")
 
 
 def _workers(text: str) -> int:

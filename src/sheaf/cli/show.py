@@ -9,14 +9,17 @@ if TYPE_CHECKING:
 
 
 def described(cluster: "Cluster") -> list[str]:
-    """Who works, how fast each computes (two lines for each kind of host), and one line of links."""
+    """Who works, how fast each computes (two lines for each kind of host), and one line of links, nearest first."""
     lines: list[str] = []
     for host in cluster.hosts:
         lines.extend(_host(cluster, host))
-    links = f"{cluster.backend}: {_link(cluster.intra)}"
-    if cluster.inter is not None:
-        links += f"; between hosts {_link(cluster.inter)}"
-    return [*lines, links]
+    inside = max(host.workers for host in cluster.hosts)
+    tiers = sorted(cluster.tiers, key=lambda tier: tier.workers)
+    near = [_link(tier.link, tier.workers) for tier in tiers if tier.workers < inside]
+    far = [_link(tier.link, tier.workers) for tier in tiers if tier.workers > inside]
+    links = [*near, _link(cluster.intra), *far]
+    links += [f"between {'tiers' if far else 'hosts'} {_link(cluster.inter)}"] if cluster.inter is not None else []
+    return [*lines, f"{cluster.backend}: {'; '.join(links)}"]
 
 
 def _host(cluster: "Cluster", host: "Host") -> list[str]:
@@ -34,5 +37,6 @@ def _host(cluster: "Cluster", host: "Host") -> list[str]:
     ]
 
 
-def _link(link: "Link") -> str:
-    return f"{link.name}, {pretty_seconds(link.latency_seconds)}, {pretty_rate(link.bytes_per_second, 'B')}"
+def _link(link: "Link", workers: int = 0) -> str:
+    name = f"{link.name} of {workers}" if workers else link.name
+    return f"{name}, {pretty_seconds(link.latency_seconds)}, {pretty_rate(link.bytes_per_second, 'B')}"

@@ -63,22 +63,24 @@ def train(
         task = load(file)
         if ways is not None:
             _refuse_with_compare(resume=resume, save_every=save_every)
-            _compare(answer, task, ways, plan, steps, out, workers, own_source(task, file), predict=not no_predict)
-            return
-        done = run(
-            task,
-            plan,
-            workers=workers,
-            steps=steps,
-            out=out,
-            resume=resume,
-            save_every=save_every,
-            quiet=not leads(),
-            source=own_source(task, file),
-            predict=not no_predict,
-        )
-        answer.give(_values(done), lambda console: _show(done, console))
-    context.exit(INTERRUPTED if done.stopped else 0)
+            given = (answer, task, ways, plan, steps, out, workers, own_source(task, file))
+            code = _compare(*given, predict=not no_predict)
+        else:
+            done = run(
+                task,
+                plan,
+                workers=workers,
+                steps=steps,
+                out=out,
+                resume=resume,
+                save_every=save_every,
+                quiet=not leads(),
+                source=own_source(task, file),
+                predict=not no_predict,
+            )
+            answer.give(_values(done), lambda console: _show(done, console))
+            code = INTERRUPTED if done.stopped else 0
+    context.exit(code)
 
 
 def _values(run: "Run") -> dict[str, object]:
@@ -130,7 +132,7 @@ def _compare(
     source: "FromFile | None",
     *,
     predict: bool,
-) -> None:
+) -> int:
     from sheaf.api.compare import compare
     from sheaf.api.measure import default_workers
     from sheaf.api.train import run_directory
@@ -140,6 +142,7 @@ def _compare(
     place = out or run_directory(task, None)
     done = compare(task, ways, plan, steps=steps, out=place, quiet=not leads(), source=source, predict=predict)
     answer.give({"rows": done.rows, "picture": str(done.picture)}, lambda console: _show_rows(done, console))
+    return 1 if done.failed else 0
 
 
 def _show_rows(done: "Comparison", console: Console) -> None:
@@ -156,4 +159,6 @@ def _show_rows(done: "Comparison", console: Console) -> None:
             "not reached" if reached is None else pretty_seconds(float(str(reached))),
         )
     console.print(table)
+    for mode, error in done.failed.items():
+        console.print(f"{mode} did not come to its end: {error}", markup=False, soft_wrap=True)
     console.print(f"losses by steps and by seconds: {done.picture}", markup=False, soft_wrap=True)

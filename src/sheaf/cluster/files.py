@@ -14,14 +14,14 @@ from typing import Any
 import tomli_w
 
 from sheaf.cluster.cluster import OVERLAP_RANGE, Cluster, Link, Timing
+from sheaf.cluster.contradictions import contradictions
 from sheaf.cluster.links import OPERATIONS
 from sheaf.cluster.tables import decode
 from sheaf.errors import ClusterError, nearest
 from sheaf.task import PRECISIONS
 
+_KINDS = ("cpu", "cuda", "xla")
 _NARROW = ("tf32", "fp8", "fp4")  # precisions of matrix units that no task names, published runs do
-_TAKEN = {"intra", "inter", "links", "workers", "memory", "flops", "batch"}  # names that mean something else
-NO_INTER = "inter is missing: several hosts need the link between them; add a table [inter]"
 _KNOWN = resources.files("sheaf.cluster") / "known"
 
 
@@ -59,11 +59,9 @@ def read(source: str | Path, *, hosts: int | None = None) -> Cluster:
     except tomllib.TOMLDecodeError as error:
         raise ClusterError(f"{name} is not TOML: {error}") from None
     problems: list[str] = []
+    if hosts is not None:
+        table = _with_hosts(table, hosts, problems)
     cluster = _cluster(table, problems)
-    if cluster is not None and hosts is not None:
-        cluster = _with_hosts(cluster, hosts, problems)
-    if cluster is not None:
-        problems += _contradictions(cluster)
     if problems or cluster is None:
         raise ClusterError([f"{name}: {problem}" for problem in problems])
     return cluster
@@ -112,79 +110,18 @@ def _cluster(table: dict[str, Any], problems: list[str]) -> Cluster | None:
         if isinstance(link, dict) and "timings" in link:
             timings[tier] = _timings(link["timings"], f"{tier}.timings", problems)
             table = {**table, tier: {key: value for key, value in link.items() if key != "timings"}}
-    before = len(problems)
-    cluster: Cluster | None = decode(Cluster, _with_devices(table, problems), "", problems, _RULES)
-    if len(problems) > before or cluster is None:
-        problems += _apparent(table)
+    named = _with_devices(table, problems)
+    cluster: Cluster | None = decode(Cluster, _stood_in(named), "", problems, _RULES)
+    problems += contradictions(named)
+    if cluster is None:
         return None
     if not cluster.hosts:
         problems.append("hosts is empty: add at least one [[hosts]]")
     return replace(cluster, **{tier: replace(_link(cluster, tier), timings=found) for tier, found in timings.items()})
 
 
-def _apparent(table: dict[str, Any]) -> list[str]:
-    """Contradictions that show in a file of which some fields are wrong, so that all is told at once."""
-    hosts = table.get("hosts")
-    if not isinstance(hosts, list):
-        return []
-    found: list[str] = []
-    counts = [host.get("count", 1) for host in hosts if isinstance(host, dict)]
-    if sum(count for count in counts if isinstance(count, int)) > 1 and "inter" not in table:
-        found.append(NO_INTER)
-    for index, host in enumerate(hosts):
-        device = host.get("device") if isinstance(host, dict) else None
-        if not isinstance(device, dict) or device.get("kind") != "cpu":
-            continue
-        own, shared = device.get("memory_bytes"), host.get("memory_bytes")
-        if isinstance(own, int) and isinstance(shared, int) and 0 < shared < own:
-            found.append(_too_little(f"hosts[{index}]", own, shared))
-    return found
-
-
-def _too_little(place: str, own: int, shared: int) -> str:
-    return (
-        f"{place}: the device has {own} bytes of memory and its host {shared}, which CPU workers share: give the host "
-        "at least as many"
-    )
-
-
-def _contradictions(cluster: Cluster) -> list[str]:
-    """Fields that are sound each, and do not go together."""
-    found: list[str] = []
-    if sum(host.count for host in cluster.hosts) > 1 and cluster.inter is None:
-        found.append(NO_INTER)
-    for index, host in enumerate(cluster.hosts):
-        place, device = f"hosts[{index}]", host.device
-        if not device.flops_per_second:
-            found.append(f"{place}.device.flops_per_second is empty: give a rate, such as fp32 = 19.5e12")
-        if device.kind == "cpu" and device.memory_bytes > host.memory_bytes:
-            found.append(_too_little(place, device.memory_bytes, host.memory_bytes))
-        wanted = {"gloo": ("cpu", "cuda"), "nccl": ("cuda",), "xla": ("xla",)}[cluster.backend]
-        if device.kind not in wanted:
-            found.append(
-                f"backend {cluster.backend} is for {' or '.join(wanted)}, {place}.device.kind is {device.kind}"
-            )
-    priced = [host for host in cluster.hosts if host.device.price_per_hour]
-    if priced and not cluster.currency:
-        found.append('price_per_hour is given and currency is not: name it, such as currency = "USD"')
-    if priced and len(priced) < len(cluster.hosts):
-        found.append("price_per_hour is given for some hosts' devices and not for others: give all of them, or none")
-    names = [tier.name for tier in cluster.tiers]
-    found += [f"two tiers are called {name!r}: name each once" for name in sorted(set(names)) if names.count(name) > 1]
-    found += [f"a tier is called {name!r}, which is a table of its own" for name in sorted(set(names) & _TAKEN)]
-    sizes = {host.workers for host in cluster.hosts}
-    for index, tier in enumerate(cluster.tiers):
-        apart = [size for size in sizes if max(size, tier.workers) % min(size, tier.workers)]
-        if apart or (min(sizes) < tier.workers < max(sizes)) or tier.workers in sizes:
-            found.append(
-                f"tiers[{index}].workers: {tier.workers} is no part of a host of {_listed(sizes)} workers and no "
-                "number of whole hosts: use a divisor, or a multiple"
-            )
-    return found
-
-
 def _with_devices(table: dict[str, Any], problems: list[str]) -> dict[str, Any]:
-    """The table with known devices in the place of their names."""
+    """The table with known devices in the place of their names; names that are not known stay."""
     hosts = table.get("hosts")
     if not isinstance(hosts, list):
         return table
@@ -197,8 +134,21 @@ def _with_devices(table: dict[str, Any], problems: list[str]) -> dict[str, Any]:
         devices = _devices()
         if name not in devices:
             problems.append(f"hosts[{index}].device: {name!r} is not known; {nearest(name, devices)}")
-        filled.append({**host, "device": devices.get(name, next(iter(devices.values())))})
+        filled.append({**host, "device": devices.get(name, name)})
     return {**table, "hosts": filled}
+
+
+def _stood_in(table: dict[str, Any]) -> dict[str, Any]:
+    """The table with some device wherever a name stands that is not known, which has been told."""
+    hosts = table.get("hosts")
+    if not isinstance(hosts, list):
+        return table
+    some = next(iter(_devices().values()))
+    named = [isinstance(host, dict) and isinstance(host.get("device"), str) for host in hosts]
+    return {
+        **table,
+        "hosts": [{**host, "device": some} if one else host for host, one in zip(hosts, named, strict=True)],
+    }
 
 
 @cache
@@ -209,10 +159,6 @@ def _devices() -> dict[str, dict[str, Any]]:
         for host in tomllib.loads((_KNOWN / f"{name}.toml").read_text(encoding="utf-8"))["hosts"]:
             found.setdefault(host["device"]["name"], host["device"])
     return found
-
-
-def _listed(numbers: set[int]) -> str:
-    return " or ".join(str(number) for number in sorted(numbers))
 
 
 def _link(cluster: Cluster, tier: str) -> Link:
@@ -257,13 +203,16 @@ def _series(timings: tuple[Timing, ...]) -> list[dict[str, Any]]:
     return series
 
 
-def _with_hosts(cluster: Cluster, hosts: int, problems: list[str]) -> Cluster:
+def _with_hosts(table: dict[str, Any], hosts: int, problems: list[str]) -> dict[str, Any]:
+    """The table with so many hosts of its one kind."""
+    there = table.get("hosts")
     if hosts < 1:
         problems.append(f"hosts={hosts}: wanted at least one host")
-    if len(cluster.hosts) != 1:
-        problems.append(f"hosts={hosts} is given, and there are {len(cluster.hosts)} kinds of them: edit their counts")
-        return cluster
-    return replace(cluster, hosts=(replace(cluster.hosts[0], count=hosts),))
+    elif isinstance(there, list) and len(there) > 1:
+        problems.append(f"hosts={hosts} is given, and there are {len(there)} kinds of them: edit their counts")
+    elif isinstance(there, list) and there and isinstance(there[0], dict):
+        return {**table, "hosts": [{**there[0], "count": hosts}]}
+    return table
 
 
 def _pruned(value: Any) -> Any:
@@ -288,6 +237,11 @@ def _one_of(words: tuple[str, ...]) -> Callable[[Any], str | None]:
     return lambda value: None if value in words else f"found {value!r}; {nearest(value, words)}"
 
 
+def _kind(value: Any) -> str | None:
+    """All are told: of `gpu` the nearest is cpu, and cuda is meant."""
+    return None if value in _KINDS else f"found {value!r}; known: {', '.join(_KINDS)}"
+
+
 def _above_zero(value: Any) -> str | None:
     return None if value > 0 else f"found {value}, wanted a number above zero"
 
@@ -302,7 +256,7 @@ def _overlap(value: Any) -> str | None:
 
 
 _RULES: dict[str, Callable[[Any], str | None]] = {
-    "kind": _one_of(("cpu", "cuda", "xla")),
+    "kind": _kind,
     "backend": _one_of(("gloo", "nccl", "xla")),
     "operation": _one_of(OPERATIONS),
     "flops_per_second key": _one_of((*PRECISIONS, *_NARROW)),

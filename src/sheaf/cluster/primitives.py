@@ -50,16 +50,17 @@ def start_reduce_scatter(
 
     With ``sizes``, the same on all ranks, parts have so many elements by rank. Where they differ they go pairwise on
     every backend, in as many messages. Pairwise the parts are added in rank order, so the sum does not depend on what
-    arrived first. Raises ValueError when the sizes do not fit.
+    arrived first; ``given`` must stay as it is until then, and not be where ``output`` is. Raises ValueError when the
+    sizes do not fit.
     """
     rank, sizes = dist.get_rank(group), _fitting(output, given, group, sizes)
     if _native(given, group, sizes):
         traffic.collective("reduce_scatter", given.nbytes, len(sizes))
         return Pending([_work(dist.reduce_scatter_tensor(output, given, group=group, async_op=True))])
     parts = given.view(-1).split(sizes)
-    received = given.new_empty(len(sizes), output.numel())
-    received[rank].copy_(parts[rank])
-    return start_swap(list(received), parts, group).then(lambda: torch.sum(received, 0, out=output.view(-1)))
+    others = given.new_empty(len(sizes) - 1, output.numel()).unbind()
+    received = [*others[:rank], parts[rank], *others[rank:]]
+    return start_swap(received, parts, group).then(lambda: _add(received, output.view(-1)))
 
 
 def start_all_gather(
@@ -134,6 +135,16 @@ def reduce_scatter(output: Tensor, given: Tensor, group: dist.ProcessGroup | Non
 def all_gather(output: Tensor, given: Tensor, group: dist.ProcessGroup | None = None) -> None:
     """``start_all_gather``, and wait."""
     start_all_gather(output, given, group).wait()
+
+
+def _add(parts: Sequence[Tensor], out: Tensor) -> None:
+    """The sum of all parts, one after the other: what ``torch.sum`` gives for up to four, without laying them out."""
+    if len(parts) == 1:
+        out.copy_(parts[0])
+        return
+    torch.add(parts[0], parts[1], out=out)
+    for part in parts[2:]:
+        out.add_(part)
 
 
 def _pairwise(tensor: Tensor, group: dist.ProcessGroup | None) -> bool:

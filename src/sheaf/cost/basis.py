@@ -208,8 +208,12 @@ class Basis:
             whole, seat = self.whole, self.seats(plan.workers)[0]
             seconds = block_seconds(whole.facts, whole.profile, seat, again=again)
             crossing = self.crossing(whole, self.fabric(plan, "tp"))
-            for name in {move.block for move in whole.moves}:
-                seconds[name] = seconds.get(name, 0.0) + crossing.of(name).seconds(self.facts.samples, again=again)
+            known: dict[Any, float] = {}  # by what is moved: alike blocks take as long
+            for name, moves in crossing.by_block.items():
+                kind = (name in crossing.repeated, *((one.operation, one.size_bytes, one.backward) for one in moves))
+                if kind not in known:
+                    known[kind] = crossing.of(name).seconds(self.facts.samples, again=again)
+                seconds[name] = seconds.get(name, 0.0) + known[kind]
             names = [block.name for block in placed(self.facts)]
             found = [seconds[name] for name in names]
             if found:

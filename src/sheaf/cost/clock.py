@@ -3,12 +3,15 @@
 Who waits for whom does not depend on how long anything takes: what repeats itself is counted, not played.
 """
 
+# ruff: noqa: FURB136  the loops run millions of times, and calling max takes a third of theirs
+
 from collections.abc import Sequence
 from functools import lru_cache
 from math import inf
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sheaf.errors import PlanError
 from sheaf.plans.schedule import (
@@ -22,6 +25,7 @@ from sheaf.plans.schedule import (
 from sheaf.plans.timeline import Timeline, simulate
 
 LEAST_LEAPT = 8  # waves; fewer are quicker one by one
+HELD = 2**20  # sums of a product of two waves, at once
 
 
 class Course(NamedTuple):
@@ -73,12 +77,14 @@ def _in_turn_seconds(course: Course) -> float:
         wave += 1
         first, end = max(0, wave + stages - count), min(stages, wave + stages)
         made = [
-            max(now, before) + cost
+            (now if now > before else before) + cost
             for now, before, cost in zip(free[first:end], come[first:end], ahead[first:end], strict=True)
         ]
         free[first:end] = made
         sent = slice(first + 1, min(end + 1, stages))
-        come[sent] = [max(done, before) + passing for done, before in zip(made, come[sent], strict=False)]
+        come[sent] = [
+            (done if done > before else before) + passing for done, before in zip(made, come[sent], strict=False)
+        ]
         if wave < 0:
             continue
         if leaping < wave < last_full - LEAST_LEAPT and not (quick or _queued(free, come, passing)):
@@ -87,9 +93,11 @@ def _in_turn_seconds(course: Course) -> float:
             back_there = [-inf] * stages
             wave = last_full
         for stage in range(stages - 1, -1, -1):
-            free[stage] = done = max(free[stage], back_there[stage]) + back[stage]
+            now, there = free[stage], back_there[stage]
+            free[stage] = done = (now if now > there else there) + back[stage]
             if stage:
-                back_there[stage - 1] = max(done, back_there[stage - 1]) + passing
+                before = back_there[stage - 1]
+                back_there[stage - 1] = (done if done > before else before) + passing
         for stage in range(min(stages, wave + 1)) if weights else ():
             free[stage] += weights[stage]
     for stage in range(stages) if weights else ():
@@ -123,8 +131,15 @@ def _leapt(course: Course, forwarded: Sequence[float], waves: int) -> list[float
         if waves % 2 or waves <= 2 * stages:  # two waves at once take as long as all stages' waves one by one
             done, waves = (wave + done).max(axis=1), waves - 1
         else:
-            wave, waves = (wave[:, :, None] + wave[None, :, :]).max(axis=1), waves // 2
+            wave, waves = _twice(wave), waves // 2
     return done.tolist()
+
+
+def _twice(wave: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Two waves at once: the matrix times itself where sums are maxima, a few rows at a time."""
+    rows = max(1, HELD // wave.size)
+    parts = (wave[start : start + rows, :, None] + wave for start in range(0, len(wave), rows))
+    return np.concatenate([part.max(axis=1) for part in parts])
 
 
 def _interleaved_seconds(course: Course) -> float:
@@ -136,7 +151,7 @@ def _interleaved_seconds(course: Course) -> float:
     ahead, back = course.forward_seconds, course.backward_seconds
     # when what a stage made of a microbatch is with the next, or here where nobody waits for it
     forwarded, backwarded = ([[-1.0] * count for _ in range(stages)] for _ in (FORWARD, BACKWARD))
-    sent = [[-inf] * workers for _ in (FORWARD, BACKWARD)]  # when the last message of a worker was there
+    sent = [(-inf, -inf)] * workers  # when the last message of a worker was there, in either direction
     free = [0.0] * workers
     steps = [(0, 0)] * workers  # forwards and backwards that each has done
     warmups = [2 * (workers - 1 - worker) + (stages // workers - 1) * largest for worker in range(workers)]
@@ -146,6 +161,7 @@ def _interleaved_seconds(course: Course) -> float:
         for worker in range(workers):
             now = free[worker]
             forwards, backwards = steps[worker]
+            pushed, returned = sent[worker]
             while forwards + backwards < 2 * total:
                 if forwards < total and forwards <= warmups[worker] + backwards:
                     turn, microbatch = order[forwards]
@@ -153,10 +169,11 @@ def _interleaved_seconds(course: Course) -> float:
                     before = forwarded[stage - 1][microbatch] if stage else 0.0
                     if before < 0:
                         break
-                    now = max(now, before) + ahead[stage]
+                    now = (now if now > before else before) + ahead[stage]
+                    there = now
                     if stage < last:
-                        sent[0][worker] = max(now, sent[0][worker]) + passing
-                    forwarded[stage][microbatch] = sent[0][worker] if stage < last else now
+                        pushed = there = (now if now > pushed else pushed) + passing
+                    forwarded[stage][microbatch] = there
                     forwards += 1
                 else:
                     turn, microbatch = order[backwards]
@@ -164,13 +181,14 @@ def _interleaved_seconds(course: Course) -> float:
                     after = backwarded[stage + 1][microbatch] if stage < last else 0.0
                     if after < 0 or forwarded[stage][microbatch] < 0:
                         break
-                    now = max(now, after) + back[stage]
+                    now = (now if now > after else after) + back[stage]
+                    there = now
                     if stage:
-                        sent[1][worker] = max(now, sent[1][worker]) + passing
-                    backwarded[stage][microbatch] = sent[1][worker] if stage else now
+                        returned = there = (now if now > returned else returned) + passing
+                    backwarded[stage][microbatch] = there
                     backwards += 1
             moved = moved or steps[worker] != (forwards, backwards)
-            free[worker], steps[worker] = now, (forwards, backwards)
+            free[worker], steps[worker], sent[worker] = now, (forwards, backwards), (pushed, returned)
             if forwards + backwards == 2 * total:
                 waiting.discard(worker)
         if waiting and not moved:

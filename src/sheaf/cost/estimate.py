@@ -14,7 +14,7 @@ from sheaf.cost.experts import expert_times, replicated
 from sheaf.cost.memory import memory
 from sheaf.cost.overheads import microbatch_seconds, uneven_seconds, with_meetings
 from sheaf.cost.parts import held, part_times
-from sheaf.cost.piped import pipeline_times, slowest_clock
+from sheaf.cost.piped import pipeline_times, runs, slowest_clock
 from sheaf.cost.pipeline import Pipeline, kept_stages, stage_names, workers
 from sheaf.cost.placement import Seat
 from sheaf.cost.portion import Portion
@@ -89,7 +89,8 @@ def _met_over(plan: Plan, basis: Basis) -> Fabric:
 def holding(plan: Plan, basis: Basis, sizes: Sequence[int]) -> dict[str, int]:
     """Peak bytes of the fullest worker by term: a price's ``memory``, quicker than the price."""
     if plan.pp > 1:
-        kept = kept_stages(plan, len(sizes))
+        fullest = max(len(share) for _, share in runs(Pipeline.of(plan, basis), sizes)) if plan.balanced else 0
+        kept = kept_stages(plan, len(sizes), fullest)
         most: dict[int, tuple[int, Portion]] = {}
         for portion, stages in zip(workers(plan, basis), kept, strict=True):
             most[id(portion)] = max(most.get(id(portion), (0, portion)), (stages, portion), key=lambda one: one[0])

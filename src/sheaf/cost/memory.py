@@ -45,10 +45,11 @@ def memory(
     stepped = shard(plan, replicated.trainable_bytes) if plan.zero else replicated.trainable_bytes
     served = _served(plan, replicated.trainable_bytes, state) if plan.server else 0
     apart = plan.serves.apart
+    here = (0 if apart else served) + (round(stepped * state) if plan.local else 0)
     held = {
         "parameters": _parameters(plan, portion),
         "gradients": own + _gradients(plan, replicated),
-        "optimizer_state": (0 if apart else served) if plan.server else round(stepped * state + own * state),
+        "optimizer_state": here if plan.server else round(stepped * state + own * state),
         "activations": round(activation_bytes(plan, portion, kept) * scale),
         "buffers": sum(buffer.size_bytes for buffer in facts.buffers),
         "workspace": _workspace(plan, portion, replicated, scale),
@@ -90,8 +91,13 @@ def _gradients(plan: Plan, portion: Portion) -> int:
 
 
 def _served(plan: Plan, trainable_bytes: int, state: float) -> int:
-    """What the worker with most seats of shards holds: values, optimizer state, room for everyone's gradient."""
+    """What the worker with most seats of shards holds: values, optimizer state, room for everyone's gradient.
+
+    With steps between meetings the optimizer is the outer one, whose state is a velocity.
+    """
     served = plan.serves
+    if plan.local:
+        state = 1.0 if plan.meets_locally.momentum else 0.0
     seats = min(2, served.shards)  # a shard, and the backup of another
     copies = 1 + state + plan.dp + 1 + (plan.dp if served.late == "compensated" else 0)
     return round(seats * trainable_bytes / served.shards * copies)
@@ -102,8 +108,8 @@ def _workspace(plan: Plan, portion: Portion, replicated: Portion, scale: float) 
     if plan.alike > 1 and plan.zero == 0:
         travelling = replicated.trainable_bytes  # all-reduced buckets are kept from step to step
         travelling *= 1 + _relaxed_copies(plan)
-    if plan.server:  # what is pushed, and what was pulled
-        travelling = 2 * replicated.trainable_bytes
+    if plan.server:  # what is pushed, what was pulled, and between meetings what it began with
+        travelling = (3 if plan.local else 2) * replicated.trainable_bytes
     elif plan.zero:
         held = replicated.units(plan.bucket_bytes)
         sent = (*held.block_trainable_bytes, held.glue_trainable_bytes)

@@ -64,11 +64,12 @@ def in_steps(plan: Plan) -> tuple[Plan, ...]:
         found.append(Plan(dp=2, zero=1))
     if plan.compress != "none" and not plan.local:
         found.append(Plan(dp=2, compress=plan.compress))
-    if plan.local:
-        found.append(Plan(dp=2, local=of_two(plan.local, MEETING), compress=plan.compress))
+    local = of_two(plan.local, MEETING) if plan.local else ""
     if plan.server:
         few = min(2, plan.serves.shards)  # two workers hold two shards at most
-        found.append(Plan(dp=2, server=beside(plan.server, few), late=plan.late))
+        found.append(Plan(dp=2, server=beside(plan.server, few), late=plan.late, local=local))
+    elif plan.local:
+        found.append(Plan(dp=2, local=local, compress=plan.compress))
     return tuple(found)
 
 

@@ -16,6 +16,7 @@ from sheaf.cost.step import (
     after_rounds,
     alone,
     backward_seconds,
+    by_speed,
     in_runs,
     own_terms,
     reduced,
@@ -96,7 +97,7 @@ def _timed(pipeline: Pipeline, basis: Basis, sizes: Sequence[int]) -> list[_Time
     passing = basis.seating.passing(Mesh.of(plan), basis.factor)
     alike = basis.alike(plan.workers)
     found: dict[tuple[int, ...], _Timed] = {}
-    for replicas, share in in_runs(plan, sizes):
+    for replicas, share in runs(pipeline, sizes):
         samples = sum(share)
         for replica in passing.unlike(replicas) if alike and not plan.server else replicas:
             served = replica if plan.server else 0
@@ -104,6 +105,18 @@ def _timed(pipeline: Pipeline, basis: Basis, sizes: Sequence[int]) -> list[_Time
             if key not in found:
                 found[key] = _Timed(replica, share, _replica_seconds(pipeline, basis, replica, share))
     return list(found.values())
+
+
+def runs(pipeline: Pipeline, sizes: Sequence[int]) -> list[tuple[range, list[int]]]:
+    """Replicas in a row that are dealt the same, and what: as the plan says, or by how fast their busiest worker is."""
+    plan, paces = pipeline.plan, pipeline.paces
+    if not plan.balanced or all(one is paces[0] for one in paces):
+        return in_runs(plan, sizes)
+    seconds = [
+        max(pipeline.busy_seconds(replica, worker, sizes[:1]) for worker in pipeline.unlike_workers(replica))
+        for replica in range(plan.dp)
+    ]
+    return [(range(replica, replica + 1), share) for replica, share in enumerate(by_speed(sizes, seconds))]
 
 
 def _replica_seconds(

@@ -135,11 +135,14 @@ def _default_cut(basis: Basis, count: int) -> tuple[int, ...]:
     return basis.once(("default", count), lambda: balanced(costs, count))
 
 
-def kept_stages(plan: Plan, num_microbatches: int) -> tuple[int, ...]:
-    """The most microbatches each pipeline rank keeps at once, each of its stages counted."""
+def kept_stages(plan: Plan, num_microbatches: int, fullest: int = 0) -> tuple[int, ...]:
+    """The most microbatches each pipeline rank keeps at once, each of its stages counted.
+
+    A replica is dealt ``fullest`` at most, where that is known: shares dealt by speed count as equal otherwise.
+    """
     even = ":" not in plan.shares
-    most = max(1, -(-num_microbatches // plan.dp) if even else max(apportion(num_microbatches, plan.weights)))
-    return kept(plan.schedule, plan.pp, plan.num_stages, most)
+    most = fullest or -(-num_microbatches // plan.dp) if even else max(apportion(num_microbatches, plan.weights))
+    return kept(plan.schedule, plan.pp, plan.num_stages, max(1, most))
 
 
 def measured_stages(plan: Plan, basis: Basis) -> str:

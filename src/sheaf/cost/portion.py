@@ -95,7 +95,8 @@ def scoped(plan: Plan, facts: ModelFacts, split: SplitFacts | None) -> SplitFact
         raise ValueError(
             f"{plan} splits layers among {degree} workers; pricing it needs their split facts, and {there}"
         )
-    moves = [replace(move, block=_owner(facts, move.block)) for move in split.moves]
+    names = {block.name for block in facts.blocks}
+    moves = [move if move.block in names else replace(move, block=_owner(names, move.block)) for move in split.moves]
     split = _inherited(split, facts)
     if plan.cp > 1:
         return replace(split, moves=tuple(moves))
@@ -224,10 +225,9 @@ def together(parts: Sequence[Portion], facts: ModelFacts) -> Portion:
     return Portion(merged, first.profile, tuple(move for part in parts for move in part.moves), first.samples)
 
 
-def _owner(facts: ModelFacts, module: str) -> str:
-    """The block that a module is, or is in; the glue where it is in none."""
+def _owner(names: Collection[str], module: str) -> str:
+    """The block that a module is in, of the blocks of these names; the glue where it is in none."""
     parts = module.split(".")
-    names = {block.name for block in facts.blocks}
     inner = (".".join(parts[:count]) for count in range(len(parts), -1, -1))
     return next((name for name in inner if name in names), GLUE)
 

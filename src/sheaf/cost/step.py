@@ -82,8 +82,8 @@ def step_times(
     if rounds:
         _by_own_pace(times, plan, alone)
     if plan.server:  # shards update, and workers wait for them
-        times.seconds["server"] += updating / plan.serves.shards
-    else:
+        times.seconds["server"] += updating / plan.serves.shards / max(1, plan.meets_locally.every)
+    if plan.local or not plan.server:
         times.seconds["optimizer"] = updating
     times.seconds["host"] += max(pace.host_seconds for pace in paces)
     if not rounds:
@@ -131,7 +131,7 @@ def told(times: StepTimes, plan: Plan, portion: Portion, fabric: Fabric, num_mic
     if not plan.server:
         sizes += [8 * (2 * num_microbatches + replicas + 1), 4 * (len(facts.parameters) + replicas)]
     merged = sum(buffer.size_bytes for buffer in facts.buffers if buffer.updated)
-    if merged and (plan.exact or not plan.server):
+    if merged and plan.serves.exact:
         sizes.append(num_microbatches * STATISTICS * merged)
     for size in sizes:
         times.seconds["all_reduce"] += fabric.seconds(ALL_REDUCE, size)
@@ -164,7 +164,12 @@ def dealt(plan: Plan, sizes: Sequence[int], paces: Sequence[Pace] = ()) -> list[
     """Contiguous runs in proportion to the plan's weights, or to how fast the replicas' ``paces`` are."""
     if not (plan.balanced and paces):
         return [share for replicas, share in in_runs(plan, sizes) for _ in replicas]
-    return _cut(sizes, soonest(len(sizes), [own_seconds(plan, pace, sizes[0]) for pace in paces]))
+    return by_speed(sizes, [own_seconds(plan, pace, sizes[0]) for pace in paces])
+
+
+def by_speed(sizes: Sequence[int], seconds: Sequence[float]) -> list[list[int]]:
+    """Contiguous runs for replicas that take so long for a microbatch each, so that the last is done soonest."""
+    return _cut(sizes, soonest(len(sizes), seconds))
 
 
 def in_runs(plan: Plan, sizes: Sequence[int]) -> list[tuple[range, list[int]]]:
@@ -254,24 +259,29 @@ def reduced(
 def served(times: StepTimes, plan: Plan, portion: Portion, fabric: Fabric) -> None:
     """Gradients go to shards, from there to backups, and values come back, with nothing to hide behind.
 
-    Beside replicas the busiest is a worker with a shard: it hands every push to the backup and gives values to all, and
-    the next shard's backup may be beside it. What a worker and its own shard tell each other stays in its machine.
-    Shards apart carry that on links of their own, and a worker sends its gradient only.
+    A backup is given every push while others come in; in lock-step with shares of one's own only their sum, once it is
+    there. Beside replicas the busiest is a worker with a shard, which gives values to all; the next shard's backup may
+    be beside it. What a worker and its own shard tell each other stays in its machine. Shards apart carry that on links
+    of their own, and a worker sends its gradient only. With steps between meetings, a step's share of it.
     """
-    whole, others = portion.trainable_bytes, plan.dp - 1
-    shard = -(-whole // plan.serves.shards)
-    if plan.serves.apart:
-        all_pushed = plan.dp * shard  # to a shard, by it to its backup, and as much to the backup beside it
-        mirrored = all_pushed if plan.serves.shards > 1 else 0
-        times.seconds["server"] += fabric.passing_seconds(max(whole, all_pushed + mirrored))
-        times.seconds["server"] += fabric.passing_seconds(max(whole, all_pushed))
-        times.traffic_bytes += whole
-        return
-    pushed, mirrored, given = whole - shard, plan.dp * shard, others * shard
-    received = given + (mirrored if plan.serves.shards > 1 else 0)
-    times.seconds["server"] += fabric.passing_seconds(max(pushed + mirrored, received))
-    times.seconds["server"] += fabric.passing_seconds(max(given, pushed))
-    times.traffic_bytes += pushed + mirrored + given
+    whole, serves, every = portion.trainable_bytes, plan.serves, max(1, plan.meets_locally.every)
+    shard = -(-whole // serves.shards)
+    sums = serves.exact and not plan.stolen
+    mirrored = shard if sums else plan.dp * shard
+    if serves.apart:
+        pushed, given, sent = whole, plan.dp * shard, whole
+        mirrored = mirrored if serves.shards > 1 else 0
+    else:
+        pushed, given = whole - shard, (plan.dp - 1) * shard
+        sent = pushed + mirrored + given
+    if sums:
+        seconds = fabric.passing_seconds(max(pushed, given)) + fabric.passing_seconds(mirrored)
+    else:
+        coming = given + (mirrored if serves.shards > 1 else 0)
+        leaving = mirrored if serves.apart else pushed + mirrored
+        seconds = fabric.passing_seconds(max(pushed, coming, leaving))
+    times.seconds["server"] += (seconds + fabric.passing_seconds(max(given, pushed))) / every
+    times.traffic_bytes += sent / every
 
 
 def met(times: StepTimes, plan: Plan, portion: Portion, fabric: Fabric, window_seconds: float, overlap: float) -> None:

@@ -54,8 +54,15 @@ class Crossing:
 
     def of(self, block: str) -> "Crossing":
         """Those of one block alone."""
-        mine = tuple(move for move in self.moves if move.block == block)
-        return Crossing(self.fabric, mine, self.samples, self.repeated)
+        return Crossing(self.fabric, self.by_block.get(block, ()), self.samples, self.repeated)
+
+    @cached_property
+    def by_block(self) -> dict[str, tuple[Move, ...]]:
+        """The moves of each block, in order."""
+        found: dict[str, list[Move]] = {}
+        for move in self.moves:
+            found.setdefault(move.block, []).append(move)
+        return {block: tuple(moves) for block, moves in found.items()}
 
     @cached_property
     def _kinds(self) -> tuple[Counter[tuple[str, int]], ...]:

@@ -307,7 +307,7 @@ class Again(Counter):
         sizes = [size for _, size in log.output_storages]
         done = {key: size for key, size, follows in zip(fresh, sizes, log.follow, strict=True) if follows}
         self._crossings.repeat(used, done, len(self.order))
-        self._alive.append(made)
+        self._apart += ops.kept_apart(made)
 
     # What a block that is logged does -------------------------------------------------------------------------------
 

@@ -84,7 +84,7 @@ class Counter(TorchDispatchMode):
         self._owner_of_parameter = self._parameter_owners(blocks)
         self._counted: set[int] = set()  # saved storages that some block has counted
         self._given: set[int] = set()  # storages that were some block's input
-        self._alive: list[Any] = []  # keeps storages' identities from being used again
+        self._apart: list[Any] = []  # keeps storages' identities from being used again
         self._modules: list[tuple[int, str]] = []
         self._default = GLUE
         self._owner = GLUE
@@ -149,7 +149,7 @@ class Counter(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        result = func(*args, **kwargs)
+        result = ops.as_run(func, func(*args, **kwargs))
         if ops.is_kernel(func):
             self._count(func, args, kwargs, result)
         return result
@@ -250,7 +250,7 @@ class Counter(TorchDispatchMode):
             self.order.append(block)
         tally.calls += 1
         given = ops.tensors(values)
-        self._alive.append(given)
+        self._apart += ops.kept_apart(given)
         storages = ops.storage_bytes(given)
         tally.inputs.update(storages)
         tally.input_shapes += [f"{tensor.dtype}{list(tensor.shape)}{tensor.requires_grad}" for tensor in given]
@@ -262,7 +262,7 @@ class Counter(TorchDispatchMode):
         tally = self.tally(self._owner)
         for key, size in ops.storage_bytes([tensor]).items():
             if self._keep(tally, key, size):
-                self._alive.append(tensor)
+                self._apart += ops.kept_apart([tensor])
         return tensor
 
     def _keep(self, tally: Tally, key: int, size: int) -> bool:

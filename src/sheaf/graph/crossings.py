@@ -19,7 +19,7 @@ class Crossings:
         self._lasting = self._trained | set(ops.storage_bytes([*model.buffers()]))
         self._made: dict[int, tuple[int, int]] = {}  # storage -> (blocks begun, bytes)
         self._used: dict[int, int] = {}
-        self._alive: list[Any] = []  # keeps storages' identities from being used again
+        self._apart: list[Any] = []  # keeps storages' identities from being used again
 
     def note(self, given: Any, result: Any, begun: int) -> None:
         """One operator has run."""
@@ -32,7 +32,7 @@ class Crossings:
         for key, size_bytes in ops.storage_bytes(made).items():
             if key not in self._made and key not in self._lasting:
                 self._made[key] = begun, size_bytes
-                self._alive.append(made)
+                self._apart += ops.kept_apart(made)
 
     def follows(self, key: int) -> bool:
         """Whether a storage was made of what is trained."""

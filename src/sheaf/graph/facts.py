@@ -209,6 +209,7 @@ class Profile:
     uneven_seconds: float = 0.0  # of a real dp step, in which equally fast workers waited for the last of them
     collective_factor: float = 1.0  # how much longer a collective takes in a step than when it was measured alone
     overheads: dict[str, float] = field(default_factory=dict[str, float])  # seconds by rehearsed plan: cost.overheads
+    cores_taken: float = 0.0  # by other programs while this was measured, of those that the workers wanted
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON knows; of each block the seconds of forward and of backward."""
@@ -235,4 +236,5 @@ class Profile:
             uneven_seconds=float(told["uneven_seconds"]),
             collective_factor=float(told["collective_factor"]),
             overheads={str(plan): float(seconds) for plan, seconds in told["overheads"].items()},
+            cores_taken=float(told.get("cores_taken", 0.0)),
         )

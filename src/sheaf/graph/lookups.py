@@ -30,7 +30,7 @@ SHAPES = frozenset(
 _SAMPLED = 8  # microbatches
 
 
-class Look(TorchFunctionMode):
+class Uses(TorchFunctionMode):
     """Notes the functions that take each parameter of a model on fake tensors, and the rows that they look up.
 
     ``ids`` by parameter name: of each lookup; None where its indices are not known without computing.
@@ -73,9 +73,9 @@ class _Enough(Exception):
     """All lookups have been seen."""
 
 
-def look(task: Task, blueprint: Blueprint, step: int, microbatch: Microbatch, *, most: int | None = None) -> Look:
+def noted(task: Task, blueprint: Blueprint, step: int, microbatch: Microbatch, *, most: int | None = None) -> Uses:
     """A forward and its loss on the blueprint's model, until its end, ``most`` lookups, or control flow on values."""
-    seen = Look(blueprint, most=most)
+    seen = Uses(blueprint, most=most)
     with torch.random.fork_rng(devices=[]), put_back(blueprint.model):
         batch = fetch(task, microbatch.samples, key(task.seed, "data", step, microbatch.index))
         batch = moved(batch, torch.device("cpu"), torch.float64 if task.precision == "fp64" else None)
@@ -90,7 +90,7 @@ def uses(task: Task, blueprint: Blueprint) -> dict[str, set[Callable[..., Any]]]
 
     ``blueprint.task`` has its microbatch decided. What comes after control flow on values is not seen.
     """
-    return look(task, blueprint, 0, _order(task, task.microbatch or task.batch).step(0)[0]).functions
+    return noted(task, blueprint, 0, _order(task, task.microbatch or task.batch).step(0)[0]).functions
 
 
 def tables(task: Task, samples: int, blueprint: Blueprint | None = None) -> tuple[TableFact, ...]:
@@ -104,11 +104,11 @@ def tables(task: Task, samples: int, blueprint: Blueprint | None = None) -> tupl
         return ()
     samples = samples if task.microbatch else max(1, min(samples, task.batch // _SAMPLED))
     found = [(step, one) for step, one in _sampled(task, samples) if len(one.samples) == min(samples, task.num_samples)]
-    first = look(task, blueprint, *found[0])
+    first = noted(task, blueprint, *found[0])
     looked_up = [name for name, ids in first.ids.items() if ids and all(one is not None for one in ids)]
     ids = {name: [_together(first.ids[name])] for name in looked_up}
     for step, microbatch in found[1:] if looked_up else ():
-        seen = look(task, blueprint, step, microbatch, most=first.count).ids
+        seen = noted(task, blueprint, step, microbatch, most=first.count).ids
         for name in looked_up:
             ids[name].append(_together(seen.get(name, [])))
     return tuple(_fact(blueprint, name, first.functions[name], ids[name], samples) for name in looked_up)

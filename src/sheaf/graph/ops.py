@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -99,6 +100,16 @@ def stored_bytes(tensor: Tensor) -> int:
         return tensor.numel() * tensor.element_size()
     held = math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or not size)
     return held * tensor.element_size()
+
+
+def as_run(operator: OpOverload, result: Any) -> Any:
+    """What a call gives, with one tensor in all places in which the kernel gives one, as it does when it runs.
+
+    On fake tensors some calls come from torch's cache, which makes a tensor for each place.
+    """
+    if operator.overloadpacket is aten.mkldnn_rnn_layer_backward:
+        return (*result[:4], result[3], *result[5:])  # the gradient of both biases
+    return result
 
 
 def tensors(value: object) -> list[Tensor]:
@@ -208,3 +219,8 @@ def storage_bytes(values: Sequence[Tensor]) -> dict[int, int]:
         else:
             found[id(tensor)] = tensor.numel() * tensor.element_size()
     return found
+
+
+def kept_apart(values: Sequence[Tensor]) -> list[Any]:
+    """What to hold so that no other storage gets the identity of one beneath these tensors; their memory may go."""
+    return [StorageWeakRef(tensor.untyped_storage()) if tensor.layout is torch.strided else tensor for tensor in values]

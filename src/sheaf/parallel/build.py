@@ -34,7 +34,7 @@ from sheaf.parallel.server.assemble import refuse_served, serve
 from sheaf.parallel.server.beside import Losses
 from sheaf.parallel.server.replica import held_in_part, serve_replicas
 from sheaf.parallel.sharded import Sharded
-from sheaf.parallel.shares import AbstractDealer, dealer
+from sheaf.parallel.shares import AbstractDealer, Dealt, dealer
 from sheaf.parallel.spread import Spread
 from sheaf.parallel.stages import Stages, placed
 from sheaf.parallel.stand_ins import StandIns, originals
@@ -42,6 +42,7 @@ from sheaf.parallel.statistics import BatchStatistics
 from sheaf.parallel.step import Step
 from sheaf.parallel.ties import Ties
 from sheaf.parallel.together import Together
+from sheaf.parallel.wants import looks, refuse_closure, refuse_looking
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
 from sheaf.plans.server import counted
@@ -167,6 +168,8 @@ def refuse(task: Task, plan: Plan) -> SplitFacts | None:
     refuse_again(plan, blueprint.model)
     rows = tables(task, plan, blueprint)
     _refuse_scaled(task, plan)
+    refuse_closure(task)
+    refuse_looking(plan, looking=looks(task))
     if plan.server:
         refuse_served(task, plan, blueprint)
     splits = split_facts(task, plan, world)
@@ -266,6 +269,8 @@ def _statistics(plan: Plan, spread: Spread, model: nn.Module) -> BatchStatistics
 
 
 def _dealer(plan: Plan, spread: Spread) -> AbstractDealer:
+    if plan.server and not plan.serves.exact:
+        return Dealt((1,), 0)  # what the server deals is this replica's own
     number = spread.world.number("sheaf/builds") if plan.stolen else 0
     return dealer(plan, spread.place.dp, spread.world.counter, f"sheaf/stolen/{number}")
 

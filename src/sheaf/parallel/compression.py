@@ -20,6 +20,16 @@ from sheaf.plans.compression import Compression, matrix, top_count
 class AbstractCompressor(ABC):
     """Sums one flat tensor again and again. Collective: every worker starts and waits in the same order."""
 
+    _world: World
+    _lost: Tensor  # what coding has cost this worker's tensors, in their order, and then padding
+
+    def give_back(self, start: int, unused: Tensor) -> None:
+        """Nobody takes this part of the sum, from ``start`` on: each worker brings its share of it to the next one.
+
+        So it is when coding still owed something to a parameter that has no gradient in this step.
+        """
+        self._lost.view(-1)[start : start + unused.numel()].add_(unused.reshape(-1), alpha=1 / self._world.workers)
+
     @abstractmethod
     def start(self, flat: Tensor) -> Pending:
         """Begin to sum; once waited for, ``flat`` (one-dimensional) is about the sum, the same on every worker."""

@@ -12,6 +12,7 @@ from sheaf.parallel.compression import AbstractCompressor, compressor
 from sheaf.parallel.exchange import Exchange
 from sheaf.parallel.holding import Factor
 from sheaf.parallel.meeting import adasum, mixed, neighbours
+from sheaf.parallel.optimizers import learning_rate
 from sheaf.parallel.outer import Outer
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.replicated import Replicated
@@ -125,6 +126,10 @@ class LocalSteps(Replicated):
         """Whether gradients meet in this step."""
         return int(self._steps) < self._local.after
 
+    @property
+    def touched(self) -> set[str]:
+        return super().touched if self.together or self._own_weight() else set()
+
     def arm(self, *, last: bool) -> None:
         if self.together:
             super().arm(last=last)
@@ -137,8 +142,12 @@ class LocalSteps(Replicated):
         if self.together:
             super().finish(used)
             return
-        gradients, weight = list(self.held().values()), self._own_weight()
-        if gradients and weight:  # without any, all its samples were padding, and its gradients are zero
+        weight = self._own_weight()
+        if not weight:  # all its samples were padding: nothing to step by, and nothing moves by momentum or decay
+            for parameter in self.parameters.values():
+                parameter.grad = None
+        gradients = list(self.held().values())
+        if gradients:
             counted = self._exchange.told().weight / self._world.workers if self._local.graph else weight
             torch._foreach_mul_(gradients, self._expectation.weight / counted)
 
@@ -266,7 +275,7 @@ class LocalSteps(Replicated):
         if fragment.anchor is None:
             fragment.put(fragment.travelling)
             return
-        rate = float(self.optimizer.param_groups[0]["lr"])
+        rate = learning_rate(self.optimizer) or 0.0
         before = float(fragment.rate)
         fragment.rate.fill_(rate)
         ratio = rate / before if before else 1.0

@@ -17,6 +17,12 @@ from sheaf.plans.layout import Piece
 from sheaf.task.recorder import replace_tensors
 
 
+def learning_rate(optimizer: torch.optim.Optimizer) -> float | None:
+    """That of the first group; None for an optimizer that has none."""
+    rate = optimizer.param_groups[0].get("lr") if optimizer.param_groups else None
+    return None if rate is None else float(rate)
+
+
 def sliced_optimizer(portion: Portion, slices: Mapping[str, tuple[Tensor, Piece | None]]) -> torch.optim.Optimizer:
     """The task's optimizer, made over the whole parameters without memory, then moved to this worker's slices.
 

@@ -1,11 +1,12 @@
 """What becomes of weights when workers that stepped alone meet: the mean, or an outer optimizer's step towards it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sheaf.plans.local import OUTER
+from sheaf.plans.local import OUTER, Local
 
 
 @dataclass(frozen=True)
@@ -40,3 +41,16 @@ class Outer:
             return torch.sub(anchor, velocity, alpha=self.lr)
         velocity.mul_(self.momentum).add_(departure)
         return anchor - self.lr * (departure + self.momentum * velocity)
+
+
+def optimizer_of(local: Local, values: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """The same as one of torch's over ``values``, which takes departures for gradients; the inner rate does not change.
+
+    >>> value = torch.ones(1)
+    >>> value.grad = value - 0.75
+    >>> optimizer_of(Local.parse("4"), [value]).step()
+    >>> value
+    tensor([0.7500])
+    """
+    nesterov = local.kind == "diloco" and local.momentum > 0
+    return torch.optim.SGD(list(values), lr=local.lr, momentum=local.momentum, nesterov=nesterov)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sheaf.parallel.holding import Factor
 from sheaf.parallel.meeting import summed_among
+from sheaf.parallel.optimizers import learning_rate
 from sheaf.parallel.outer import Outer
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.replicated import Replicated
@@ -94,7 +95,7 @@ class OwnPace(Replicated):
 
     def meet(self, present: Sequence[int], total: float) -> None:
         """Meet those who are ``present``, whose weights add up to ``total`` (collective among them)."""
-        rate = float(self.optimizer.param_groups[0]["lr"])
+        rate = learning_rate(self.optimizer) or 0.0
         ratio = rate / float(self.rate) if float(self.rate) else 1.0
         for meeting in self.meetings:
             departure = summed_among(self._everyone, present, meeting.brought(self._counted(total)))

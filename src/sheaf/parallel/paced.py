@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from sheaf.cluster.traffic import traffic
-from sheaf.errors import NonFiniteLoss, PlanError, TaskError
+from sheaf.errors import NonFiniteLoss, TaskError
 from sheaf.graph import cut
 from sheaf.parallel.board import Board, Closed
 from sheaf.parallel.exchange import Exchange
-from sheaf.parallel.optimizers import load_named_state, named_state
+from sheaf.parallel.optimizers import learning_rate, load_named_state, named_state
 from sheaf.parallel.own_pace import OwnPace
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.precision import LossScale
@@ -29,6 +29,7 @@ from sheaf.parallel.spread import Spread
 from sheaf.parallel.statistics import BatchStatistics
 from sheaf.parallel.step import Step, memory_bytes
 from sheaf.parallel.supply import Part, Supply
+from sheaf.parallel.wants import refuse_looking
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
 from sheaf.record import StepReport
@@ -49,11 +50,7 @@ class PacedStep(Step):
     def __init__(self, plan: Plan, portion: Portion, runner: AbstractRunner, everyone: World) -> None:
         super().__init__(plan, portion, runner)
         assert isinstance(self._holding, OwnPace)
-        if isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise PlanError(
-                f"local={plan.local}: ReduceLROnPlateau looks at the loss of all workers, which nobody knows between "
-                "meetings: use another scheduler, or drop quorum and steps"
-            )
+        refuse_looking(plan, looking=isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau))
         self._own, self._everyone, self._local = self._holding, everyone, plan.meets_locally
         self._own.meets(() if self._statistics is None else self._statistics.moving)
         self._board = self._new_board()
@@ -128,7 +125,7 @@ class PacedStep(Step):
             seconds=time.perf_counter() - start,
             terms={"compute": self._runner.compute_seconds, "communicate": self._everyone.waited_seconds - waited},
             gradient_norm=norm if self.task.clip is not None else None,
-            learning_rate=float(self._holding.optimizer.param_groups[0]["lr"]),
+            learning_rate=learning_rate(self._holding.optimizer),
             memory_bytes=memory_bytes(self._world.device),
             microbatches=tuple(
                 sum(len(part.microbatches) for part in turns) if worker == self.rank else 0

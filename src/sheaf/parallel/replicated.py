@@ -3,6 +3,7 @@
 The bucketing and overlap are those of DistributedDataParallel (Li et al., 2020, arXiv:2006.15704).
 """
 
+import itertools
 from collections.abc import Collection
 
 import torch
@@ -117,6 +118,8 @@ class Replicated(AbstractHolding):
         self._pending.clear()
         for name, view in self._views.items():
             self.parameters[name].grad = view if name in used else None
+        if self._compressors:
+            self._give_back(used)
         gradients = [gradient for name in self._apart if (gradient := self.parameters[name].grad) is not None]
         if gradients:
             torch._foreach_mul_(gradients, self._factor())
@@ -182,6 +185,14 @@ class Replicated(AbstractHolding):
         else:
             what = f"gradients of {self._buckets[bucket][-1]}"
             self._pending.append(self._world.all_reduce(self._flats[bucket], what))
+
+    def _give_back(self, used: set[str]) -> None:
+        """What coding owed parameters that have no gradient in this step comes to them in a later one."""
+        for compress, names in zip(self._compressors, self._buckets, strict=True):
+            starts = itertools.accumulate((self.parameters[name].numel() for name in names), initial=0)
+            for name, start in zip(names, starts, strict=False):
+                if name not in used:
+                    compress.give_back(start, self._views[name])
 
     def _flat(self, names: list[str]) -> Tensor:
         first = self.parameters[names[0]]

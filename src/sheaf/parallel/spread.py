@@ -116,7 +116,7 @@ class Spread:
             gives = (sliced or self.leads) if own else self.speaks(sliced=sliced)
             if name in local and portion.counts(name) and gives:
                 if found is not None:
-                    _put(made, local[name], found.dim, found.cut.ranges(self.part))
+                    put_slice(made, local[name], found.dim, found.cut.ranges(self.part))
                 else:
                     made.copy_(local[name])
             if made.numel():
@@ -157,7 +157,8 @@ def _replicas(mesh: Mesh) -> list[list[int]]:
     return [[rank for rank in range(mesh.workers) if mesh.place(rank).dp == replica] for replica in range(mesh.dp)]
 
 
-def _put(whole: Tensor, local: Tensor, dim: int, ranges: tuple[tuple[int, int], ...]) -> None:
+def put_slice(whole: Tensor, local: Tensor, dim: int, ranges: tuple[tuple[int, int], ...]) -> None:
+    """Put a slice back where it was cut from: these ranges of ``dim``."""
     start = 0
     for low, high in ranges:
         whole.narrow(dim, low, high - low).copy_(local.narrow(dim, start, high - low))

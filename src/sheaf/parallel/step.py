@@ -12,7 +12,7 @@ from sheaf.cluster.traffic import traffic
 from sheaf.errors import NonFiniteLoss, PlanError, TaskError
 from sheaf.parallel.agreement import Agreement
 from sheaf.parallel.exchange import Told
-from sheaf.parallel.optimizers import load_named_state, named_state
+from sheaf.parallel.optimizers import learning_rate, load_named_state, named_state
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.resharding import State, checked, resharded
 from sheaf.parallel.runner import AbstractRunner
@@ -249,8 +249,10 @@ class Step:
         whole = self._spread.assembled(
             self._holding.full_parameters(), self._portion, list(self._portion.blueprint.parameters)
         )
-        if not self.gives_whole:
-            return {}
+        return self._named(whole) if self.gives_whole else {}
+
+    def _named(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole parameters by canonical name, and this worker's persistent buffers, by the names of a state_dict."""
         first = {id(parameter): name for name, parameter in self.model.named_parameters()}
         named: dict[str, Tensor] = {}
         for path, module in self.model.named_modules(remove_duplicate=False):
@@ -379,7 +381,7 @@ class Step:
             seconds=seconds,
             terms=terms,
             gradient_norm=norm if self.task.clip is not None else None,
-            learning_rate=float(self._holding.optimizer.param_groups[0]["lr"]),
+            learning_rate=learning_rate(self._holding.optimizer),
             memory_bytes=memory_bytes(self._world.device),
             microbatches=self._spread.shared(told.counts),
             computed=tuple(computed),

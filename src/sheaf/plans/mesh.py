@@ -49,6 +49,14 @@ class Mesh:
         """Who stands there."""
         return (pp * self.dp + dp) * self.tp + tp
 
+    def mates(self, rank: int) -> tuple[int, ...]:
+        """The workers of a rank's replica, itself among them.
+
+        >>> Mesh(pp=2, dp=2, tp=1).mates(2)
+        (0, 2)
+        """
+        return tuple(other for other in range(self.workers) if self.place(other).dp == self.place(rank).dp)
+
     @property
     def tp_groups(self) -> tuple[tuple[int, ...], ...]:
         """Ranks that split layers together."""

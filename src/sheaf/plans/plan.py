@@ -344,7 +344,7 @@ def _broken_relaxed(plan: Plan) -> list[str]:
 
 def _broken_server(plan: Plan) -> list[str]:
     cuts = {"tp": plan.tp, "cp": plan.cp, "pp": plan.pp, "zero": plan.zero}
-    meets = f"local={plan.local}" if plan.local else f"compress={plan.compress}" if plan.compress != "none" else ""
+    meets = plan.local, plan.compress
     return unservable(plan.server, plan.late, dp=plan.dp, cuts=cuts, parts=plan.parts, stolen=plan.stolen, meets=meets)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sheaf.errors import PlanError, nearest
+from sheaf.plans.departing import undeparting
 from sheaf.plans.served import unservable_replicas
 
 ASYNC, APART = "async", "apart"
@@ -135,17 +136,17 @@ def counted(computing: int, serving: int) -> str:
     return f"{computing + serving} workers{of_these}"
 
 
-def outlives(served: Server, *, stolen: bool, split: bool = False) -> bool:
+def outlives(served: Server, *, stolen: bool, local: bool = False) -> bool:
     """Whether a run goes on when it loses workers: where no step needs any one of them, or some only serve.
 
-    ``split`` replicas are several workers each, who need each other.
+    In lock-step with ``local`` steps between meetings each has what its checkpoint needs, so all are needed.
 
     >>> outlives(Server.parse("2:async"), stolen=False), outlives(Server.parse("2"), stolen=False)
     (True, False)
-    >>> outlives(Server.parse("2:async"), stolen=False, split=True)
-    False
+    >>> [outlives(Server.parse("2:apart"), stolen=False, local=local) for local in (False, True)]
+    [True, False]
     """
-    return served.shards > 0 and (stolen or not served.exact or served.apart) and not split
+    return served.shards > 0 and (stolen or not served.exact or (served.apart and not local))
 
 
 def unservable(
@@ -156,12 +157,12 @@ def unservable(
     cuts: Mapping[str, int],
     parts: Sequence[tuple[str, str]],
     stolen: bool,
-    meets: str,
+    meets: tuple[str, str],
 ) -> list[str]:
     """Every rule that a plan with this ``server`` and ``late`` breaks.
 
     ``cuts`` are the degrees to which it cuts a replica (``tp``, ``cp``, ``pp``) or its state (``zero``), ``parts`` its
-    answers for modules, ``meets`` another answer to how gradients meet.
+    answers for modules, ``meets`` what it says of ``local`` and ``compress``.
     """
     if not server:
         return [] if late == "plain" else [f"late={late} is of a server that may be behind: add server=1:async"]
@@ -184,6 +185,10 @@ def unservable(
             f"shares=stolen shares out one step among all workers, and with server={server} each has a step of its "
             f"own: use server={served.shards},shares=stolen (lock-step), or weighted shares"
         )
-    if meets:
-        broken.append(f"server={server} and {meets} are two answers to how gradients meet: keep one")
+    local, compress = meets
+    if local:
+        several = ", ".join(f"{key}={cuts[key]}" for key in ("tp", "pp") if cuts[key] > 1)
+        broken += undeparting(server, _parts(server)[0], late, local, several=several, stolen=stolen)
+    if compress != "none":
+        broken.append(f"server={server} and compress={compress} are two answers to how gradients meet: keep one")
     return broken

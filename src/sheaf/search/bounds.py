@@ -1,22 +1,27 @@
 """The least that a plan could take and hold, found without pricing it: what a search of many plans leaves out by.
 
 Every bound is below the price, whatever the plan's other answers: computing of the busiest replica, what its layers
-send, a pipeline's filling and draining; parameters and what is kept for them.
+send, a pipeline's filling and draining; parameters, what is kept for them, and for backward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, TypeVar
+
+import numpy as np
 
 from sheaf.cost.basis import Basis
 from sheaf.cost.communication import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER
 from sheaf.cost.compute import STATE_BYTES_PER_BYTE
 from sheaf.cost.memory import needed_bytes
-from sheaf.cost.pipeline import stage_names, workers
+from sheaf.cost.pipeline import kept_stages, stage_names, workers
 from sheaf.cost.placement import Seat
 from sheaf.cost.step import own_seconds
+from sheaf.graph.facts import BlockFact
 from sheaf.plans import Plan
+from sheaf.plans.schedule import tells_apart
+from sheaf.plans.stages import placed
 
 SAFE = 1 - 1e-9  # sums in another order differ by less
 T = TypeVar("T")
@@ -52,7 +57,7 @@ class Bounds:
         if not cut:
             return SAFE * turns * sum(own) / plan.pp
         # The last microbatch's gradients of weights may be found while those of inputs go on their way back.
-        waits = ahead if turns >= 1 and plan.schedule != "zero-bubble" else (0.0,) * len(ahead)
+        waits = ahead if turns >= 1 and not tells_apart(plan) else (0.0,) * len(ahead)
         return SAFE * max(turns * mine + before for mine, before in zip(own, waits, strict=True))
 
     def meeting(self, plan: Plan) -> float:
@@ -71,20 +76,25 @@ class Bounds:
 
         return SAFE * self._once((id(fullest), id(links), plan.zero, plan.bucket_bytes), made)
 
-    def fits(self, plan: Plan) -> bool:
-        """Whether its parameters, and what is kept for each, may fit; a plan that fits always does."""
+    def fits(self, plan: Plan, *, cut: bool = True) -> bool:
+        """Whether what it holds may fit; a plan that fits always does. Without ``cut``, nor does one of the same mesh
+        with other stages or another schedule, or that recomputes.
+        """
         if plan.by_parts or plan.server:
             return True
-        basis = self.basis(plan)
+        basis, alike = self.basis(plan), plan.alike
         seats = basis.seating.kinds(plan.workers)
-        whole = basis.whole
         state = basis.profile.optimizer_state_bytes_per_byte if basis.profile else STATE_BYTES_PER_BYTE
-        held, trained, alike = whole.parameter_bytes, whole.trainable_bytes, plan.alike
-        least = (
-            held / (alike if plan.zero == 3 else 1)
-            + trained / (alike if plan.zero >= 2 else 1)
-            + trained * state / (alike if plan.zero else 1)
-        ) / plan.pp
+        # Bytes by byte of parameters, and of those that are trained: gradients, the sent or sharded ones, and state.
+        held = 1 / alike if plan.zero == 3 else 1.0
+        trained = 1 + (alike > 1) + state if not plan.zero else (plan.zero == 1) + (1 + state) / alike
+        least = (basis.whole.parameter_bytes * held + basis.whole.trainable_bytes * trained) / plan.pp
+        if cut and plan.pp > 1:
+            key = (id(basis), "held", plan.num_stages, plan.pp, plan.stages, plan.again)
+            each = self._once(key, lambda: self._each_holds(plan, basis))
+            size = min(self.size(plan), self.batch)
+            kept = np.array(kept_stages(plan, -(-self.batch // size))) / plan.virtual * size / basis.facts.samples
+            least = max(least, *(each[:, 0] * held + each[:, 1] * trained + each[:, 2] * kept).tolist())
         return any(needed_bytes(int(least * SAFE), seat.device_kind) <= seat.available_bytes for seat in seats)
 
     def _whole(self, plan: Plan, basis: Basis, size: int) -> float:
@@ -107,10 +117,30 @@ class Bounds:
         own = tuple(sum(costs[worker :: plan.pp]) for worker in range(plan.pp))
         return own, (0.0, *accumulate(costs[: plan.pp - 1]))
 
+    def _each_holds(self, plan: Plan, basis: Basis) -> np.ndarray:
+        """By worker of a pipeline, what its blocks hold as ``_block_holds`` says it: (pp, 3)."""
+
+        def made() -> np.ndarray:
+            whole = basis.whole.facts
+            sizes = {one.name: (one.size_bytes, one.size_bytes * one.requires_grad) for one in whole.parameters}
+            return np.array([_block_holds(block, sizes, again=plan.again) for block in placed(whole)], dtype=float)
+
+        blocks = self._once((id(basis), "blocks", plan.again), made)
+        starts = [0, *accumulate(map(len, stage_names(plan, basis)))]
+        stages = np.add.reduceat(blocks, starts[:-1])
+        return stages.reshape(plan.virtual, plan.pp, 3).sum(axis=0)
+
     def _once(self, key: Any, make: Callable[[], T]) -> T:
         if key not in self._known:
             self._known[key] = make()
         return self._known[key]
+
+
+def _block_holds(block: BlockFact, sizes: Mapping[str, tuple[int, int]], *, again: bool) -> tuple[int, int, int]:
+    """Bytes of a block's parameters, of those trained, and of what a microbatch keeps of it; ``sizes`` by parameter."""
+    mine = [sizes[name] for name in block.parameters]
+    kept = block.fresh_input_bytes if again and block.composite else block.saved_bytes + block.saved_input_bytes
+    return sum(size for size, _ in mine), sum(size for _, size in mine), kept
 
 
 def _times_as_long(first: Seat, seat: Seat, basis: Basis) -> float:

@@ -1,10 +1,12 @@
 """Another cluster, another batch: a question with some of its figures changed, from text such as ``inter=10Gbit``."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sheaf.cluster.cluster import Cluster, Host, Link, Tier
+from sheaf.cluster.contradictions import MOST_WORKERS
 from sheaf.errors import PlanError, nearest
 from sheaf.graph.facts import BlockTime, Profile
 from sheaf.search.question import Question
@@ -14,7 +16,7 @@ _SCALES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
 _ALIASES = {"intra_node": "intra", "inter_node": "inter", "bandwidth": "links", "flops/device": "flops"}
 _WANTED = {
     "links": "a bandwidth such as 10Gbit or 25GB/s, or a factor such as x2",
-    "workers": "a whole number such as 64, or a factor such as x2",
+    "workers": f"a whole number such as 64, {MOST_WORKERS} at most, or a factor such as x2",
     "memory": "a size such as 80GiB, or a factor such as x2",
     "flops": "a rate such as 300T, or a factor such as x2",
     "batch": "a whole number such as 512, or a factor such as x2",
@@ -75,13 +77,14 @@ def _change(key: str, said: str) -> Change | None:
     if multiple:
         return Change(key, float(multiple[1]), factor=True) if float(multiple[1]) > 0 else None
     if key in ("workers", "batch"):
-        return Change(key, int(said)) if re.fullmatch(r"[1-9]\d*", said) else None
+        most = MOST_WORKERS if key == "workers" else math.inf
+        return Change(key, int(said)) if re.fullmatch(r"[1-9]\d*", said) and int(said) <= most else None
     if key == "memory":
         try:
             size = parse_bytes(said)
         except ValueError:
             return None
-        return Change(key, size) if size > 0 else None
+        return Change(key, size) if size > 0 and not said.strip().isdigit() else None  # 80 of what?
     unit = r"(?:FLOPS?|FLOP/s)?" if key == "flops" else r"(bit(?:/s|ps)?|bps|B(?:/s)?)"
     rate = re.fullmatch(rf"(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmgtp]?){unit}", said, flags=re.IGNORECASE)
     if rate is None or float(rate[1]) <= 0:
@@ -99,6 +102,8 @@ def changed(question: Question, changes: Sequence[Change]) -> Question:
             batch = max(1, round(change.of(batch)))
         elif change.key == "workers":
             workers = max(1, round(change.of(question.available)))
+            if workers > MOST_WORKERS:
+                raise PlanError(f"what-if: workers={workers}: no more than {MOST_WORKERS} are planned for")
             cluster = _with_workers(cluster, workers)
         elif change.key == "memory":
             cluster = replace(cluster, hosts=tuple(_with_memory(host, change) for host in cluster.hosts))

@@ -92,6 +92,7 @@ def _figures(question: Question) -> Iterator[tuple[str, Callable[[float], Change
     tiers += (
         ["inter"] if question.cluster.inter is not None and sum(one.count for one in question.cluster.hosts) > 1 else []
     )
+    tiers += [tier.name for tier in question.cluster.tiers]
     for key in (*tiers, "flops", "batch"):
         yield key, lambda factor, key=key: Change(key, factor, factor=True)
 
@@ -157,5 +158,5 @@ def _said(question: Question, key: str, factor: float) -> str:
         return f"a batch of {max(1, round(question.batch * factor))} ({times})"
     if key == "flops":
         return f"devices {times} as fast"
-    link = question.cluster.intra if key == "intra" else question.cluster.inter
+    link = {"intra": question.cluster.intra, "inter": question.cluster.inter}.get(key)
     return f"bandwidth of {link.name if link else key} {times}"

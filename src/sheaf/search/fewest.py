@@ -16,7 +16,7 @@ from sheaf.plans.stages import placed
 from sheaf.search import rules, words
 from sheaf.search.question import Question
 
-LOOKED_AT = 3  # plans that recompute all, of the fastest, for which fewer are tried
+LOOKED_AT = 3  # plans that recompute all, of those that would be fastest with fewer, for which these are priced
 SPARE_BYTES = 1024  # sums of whole numbers are a few bytes off
 
 
@@ -26,6 +26,16 @@ def fewest(question: Question, plan: Plan) -> Plan | None:
 
     ``plan`` recomputes none, and its microbatch is known. Of blocks that keep as much the first ones count.
     """
+    found = _needed(question, plan)
+    if found is None:
+        return None
+    written = globs(found[0], [block.name for block in question.basis(plan).facts.blocks])
+    better = replace(plan, parts=(*plan.parts, *((glob, AGAIN) for glob in written)))
+    return better if rules.too_large(question.held(better), question.cluster) is None else None
+
+
+def _needed(question: Question, plan: Plan) -> tuple[set[str], float] | None:
+    """The names of those blocks, and which share they are of all that might be recomputed; None as for ``fewest``."""
     if plan.again or plan.split_parts:
         return None
     basis, sizes = question.basis(plan), microbatch_sizes(question.batch, question.size(plan))
@@ -40,25 +50,24 @@ def fewest(question: Question, plan: Plan) -> Plan | None:
         if found is None:
             return None
         chosen |= found
-    if not chosen or len(chosen) == able:
-        return None
-    written = globs(chosen, [block.name for block in basis.facts.blocks])
-    better = replace(plan, parts=(*plan.parts, *((glob, AGAIN) for glob in written)))
-    return better if rules.too_large(question.held(better), question.cluster) is None else None
+    return (chosen, len(chosen) / able) if 0 < len(chosen) < able else None
 
 
 def instead(question: Question, prices: Sequence[Price]) -> list[Price]:
-    """What of the fastest plans that recompute all blocks is left when only the fewest are, where it may come first."""
+    """Plans that recompute all blocks with only the fewest, where such a plan may come first: the likeliest of them."""
     if not prices:
         return []
     best = min(one.step_seconds for one in prices)
-    full = sorted((one for one in prices if one.plan.recompute == "full"), key=lambda one: one.step_seconds)
-    found: list[Price] = []
-    for one in full[:LOOKED_AT]:
-        if one.step_seconds - one.seconds["recompute"] <= best * (1 + words.TIE):
-            better = fewest(question, replace(one.plan, recompute="none"))
-            found += [question.rough(better)] if better is not None else []
-    return found
+    likely: list[tuple[float, Plan]] = []
+    for one in prices:
+        spared = one.seconds["recompute"] if one.plan.recompute == "full" else 0.0
+        if spared and one.step_seconds - spared <= best * (1 + words.TIE):
+            plan = replace(one.plan, recompute="none")
+            needed = _needed(question, plan)
+            likely += [(one.step_seconds - spared * (1 - needed[1]), plan)] if needed is not None else []
+    likely.sort(key=lambda pair: pair[0])
+    better = [fewest(question, plan) for _, plan in likely[:LOOKED_AT]]
+    return [question.rough(plan) for plan in better if plan is not None]
 
 
 def _room(available_bytes: int, device_kind: str) -> float:

@@ -120,6 +120,12 @@ class Ranking:
             raise PlanError(broken or ["there is no plan to choose from: give at least one worker"])
         return self.ranked[0].price
 
+    @property
+    def cores_taken(self) -> float:
+        """Cores that other programs took, of those that the workers wanted, while what is ranked by was measured."""
+        profiles = self.asked.profiles.values() if self.asked is not None else ()
+        return max((one.cores_taken for one in profiles), default=0.0)
+
     def entry(self, plan: Plan | str) -> Entry | None:
         """The entry of a plan, if it was ranked."""
         return next((entry for entry in self.ranked if str(entry.plan) == str(plan)), None)
@@ -151,4 +157,5 @@ class Ranking:
             "explanation": self.explanation and self.explanation.to_dict(),
             "costs": self.costs and self.costs.to_dict(),
             "workers_needed": self.workers_needed,
+            "cores_taken": self.cores_taken,
         }

@@ -61,7 +61,7 @@ def broken(
                 "zero=0, or an elementwise optimizer such as AdamW or SGD",
             )
         )
-    elif not elementwise and plan.server:
+    elif not elementwise and plan.server and not plan.local:
         found.append(
             Refusal(
                 str(plan),

@@ -18,7 +18,7 @@ from sheaf.search.ranking import Entry, Ranking, Refusal
 from sheaf.search.remedies import Remedies, told
 
 EVERYTHING_UP_TO = 64  # workers: every plan is priced
-RANKED_AT_LEAST = 24  # plans, where not everything is
+RANKED_AT_LEAST = 16  # plans, where not everything is
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class _Taken:
         self.best: Price | None = None
         self.count, self.left, self.wide = 0, 0, False
         self.least: float | None = None
-        self.hopeless: Callable[[Plan], bool] | None = None  # whether a plan that fits cannot be as fast as the best
+        self.bounds: Bounds | None = None  # where plans are left out that cannot be as fast as the best, or not fit
         self._question, self._budget, self._heard = question, seconds, heard
         self._began = time.monotonic()
 
@@ -120,20 +120,39 @@ class _Taken:
         if not legal:
             self.refused.append(faults[0])
             return
-        held = [self._question.held(plan) for plan in legal]
+        held = [self._question.held(plan) for plan in self.worthwhile(legal)]
         self.count += len(held)
         fitting = [one.plan for one in held if rules.too_large(one, self._question.cluster) is None]
+        if not held:
+            return
         if not fitting:
             leanest = min(held, key=lambda one: one.peak_bytes)
             if not self.wide or len(self.starved) < RANKED_AT_LEAST:
                 self.starved.append((leanest, rules.too_large(leanest, self._question.cluster) or ""))
-            return
-        if self.hopeless is not None and all(map(self.hopeless, fitting)):
+        if all(map(self._hopeless, fitting)):
             return
         self.prices.append(_ordered([self._question.rough(plan) for plan in fitting])[0])
         if self.best is None or self.prices[-1].step_seconds < self.best.step_seconds:
             self.best = self.prices[-1]
             self.tell()
+
+    def worthwhile(self, choices: Sequence[Plan]) -> list[Plan]:
+        """Of plans that differ in the microbatch only those that may fit, where one of them may be the best.
+
+        Until enough is told of plans that do not fit, those too that would if they kept little for backward.
+        """
+        if self.bounds is None:
+            return [*choices]
+        enough = len(self.starved) >= RANKED_AT_LEAST
+        fitting = [plan for plan in choices if self.bounds.fits(plan, cut=enough)]
+        return [] if enough and all(map(self._hopeless, fitting)) else fitting
+
+    def _hopeless(self, plan: Plan) -> bool:
+        """Whether a plan that fits cannot be as fast as the best."""
+        if self.bounds is None or self.best is None or len(self.prices) < RANKED_AT_LEAST:
+            return False
+        least, most = self.bounds.seconds(plan), self.best.step_seconds * (1 + words.TIE)
+        return least > most or least + self.bounds.meeting(plan) > most
 
     def tell(self) -> None:
         """Say how far it is."""
@@ -156,18 +175,11 @@ def _best_first(question: Question, took: _Taken) -> None:
     Groups of plans on one mesh go by the least of their mesh; opened, each family by its own.
     """
     took.wide = True
-    bounds = Bounds(question.batch, question.basis, question.size)
-
-    def hopeless(plan: Plan) -> bool:
-        if took.best is None or len(took.prices) < RANKED_AT_LEAST:
-            return False
-        return bounds.seconds(plan) + bounds.meeting(plan) > took.best.step_seconds * (1 + words.TIE)
-
-    took.hopeless = hopeless
+    took.bounds = bounds = Bounds(question.batch, question.basis, question.size)
     heap: list[tuple[float, int, Group | list[Plan]]] = []
     number = itertools.count()
     for group in groups(question):
-        if not group.leanest or any(map(bounds.fits, group.leanest)):
+        if not group.leanest or any(bounds.fits(plan, cut=False) for plan in group.leanest):
             least = min((bounds.seconds(plan, cut=False) for plan in group.examples), default=0.0)
             heapq.heappush(heap, (least, next(number), group))
     while heap:
@@ -180,12 +192,12 @@ def _best_first(question: Question, took: _Taken) -> None:
             return  # what is left may be faster than what was found: ``least`` says by how much at most
         if isinstance(item, Group):
             for choices in item.families():
-                fitting = [plan for plan in choices if bounds.fits(plan)]
+                fitting = took.worthwhile(choices)
                 if fitting:
                     heapq.heappush(heap, (min(map(bounds.seconds, fitting)), next(number), fitting))
         else:
             took.priced(item)
-    took.least, took.hopeless = None, None
+    took.least, took.bounds = None, None
     _asked_for(question, took)
 
 

@@ -6,6 +6,8 @@ from typing import Any
 from sheaf.search.words import TERM_WORDS
 from sheaf.units import pretty_seconds
 
+_SAID = 1e-8  # seconds: less is what sums are off by
+
 
 @dataclass(frozen=True)
 class Needed:
@@ -44,7 +46,9 @@ class Explanation:
     def lines(self) -> tuple[str, ...]:
         """The same in sentences."""
         sent, whole = self.alpha * self.compute_seconds, self.compute_seconds * (1 + self.alpha)
-        other = f", waiting and the update add {pretty_seconds(self.other_seconds)}" if self.other_seconds else ""
+        other = (
+            f", waiting and the update add {pretty_seconds(self.other_seconds)}" if self.other_seconds >= _SAID else ""
+        )
         made_of = (
             f"computing takes T = {pretty_seconds(self.compute_seconds)}, sending that nothing hides "
             f"{pretty_seconds(sent)} (α = {self.alpha:.2f}): T·(1+α) = {pretty_seconds(whole)}{other}"

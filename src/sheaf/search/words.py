@@ -69,7 +69,7 @@ def caution(plan: Plan) -> str:
     kinds += [plan.meets_locally.kind] if plan.local else []
     kinds += ["speed"] if plan.meets_locally.steps == "speed" else []
     kinds += ["quorum"] if plan.meets_locally.quorum and plan.meets_locally.kind != "backup" else []
-    kinds += ["async" if plan.serves.staleness is None else "staleness"] if plan.server else []
+    kinds += ["async" if plan.serves.staleness is None else "staleness"] if not plan.serves.exact else []
     return "; ".join(_CAUTIONS[kind] for kind in kinds if kind in _CAUTIONS) or "not the serial answer"
 
 

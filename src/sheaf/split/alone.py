@@ -27,7 +27,8 @@ class Alone:
 
     def collect(self, own: Tensor, shapes: Sequence[Sequence[int]], why: str) -> list[Tensor]:
         """Zeros from the others."""
-        parts = [own, *(own.new_zeros(tuple(shape)) for shape in shapes[1:])]
+        zeros = {shape: own.new_zeros(shape) for shape in dict.fromkeys(map(tuple, shapes[1:]))}
+        parts = [own, *(zeros[tuple(shape)] for shape in shapes[1:])]
         self._note("all_gather", sum(part.nbytes for part in parts), why)
         return parts
 

@@ -16,6 +16,10 @@ class Counted(TorchDispatchMode):
         super().__init__()
         self._mode = mode
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is compiled
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if torch._C._current_graph_task_id() == -1:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import sheaf.split.rules  # noqa: F401  # pyright: ignore[reportUnusedImport] - gives the rules to the registry
 from sheaf.errors import PlanError, first_line
 from sheaf.graph import cut as blocks_of
-from sheaf.graph.example import converted, example, global_streams_kept, precision
+from sheaf.graph.example import example, global_streams_kept, precision
 from sheaf.graph.facts import GLUE, LOSS
 from sheaf.graph.trace import SMALL_BYTES, quiet, widen
 from sheaf.plans.split import Cut, Move, Slice, SplitFacts, pattern
@@ -26,6 +26,7 @@ from sheaf.split.common import Common
 from sheaf.split.counting import Counted, Saved
 from sheaf.split.mode import Splitting
 from sheaf.split.moves import sliced
+from sheaf.split.recalled import Recalled
 from sheaf.split.tensor import Split
 from sheaf.task import Task, arguments, as_loss
 from sheaf.task.blueprint import Blueprint
@@ -258,8 +259,6 @@ class Stage:
             try:
                 with ExitStack() as stack:
                     self._enter(stack, mode, module)
-                    if counted:
-                        stack.enter_context(Counted(mode))
                     self._run(mode, counted=counted)
             except Exception as error:  # noqa: BLE001 - whatever it is, it may come of splitting
                 self._after(error, module[0], workers == 1)
@@ -280,9 +279,7 @@ class Stage:
             self.model = self.blueprint.fill(torch.device("cpu"))
         elif self.task.precision == "fp64":
             widen(self.model, self.mode)
-        self.batch = example(self.task, self.samples)
-        if not real:
-            self.batch = converted(self.batch, self.mode.from_tensor)
+        self.batch = example(self.task, self.samples) if real else self.common.batch(self.task, self.samples)
         self.model.train()
         self.names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         self.small = small(self.names.values(), [parameter.numel() for parameter in self.model.parameters()])
@@ -301,6 +298,7 @@ class Stage:
         if not self.real:
             stack.enter_context(quiet())
             stack.enter_context(self.mode)
+            stack.enter_context(Recalled(self.mode, self.common.known))
 
     def _given(self, mode: Any) -> tuple[Any, Any]:  # noqa: ARG002 - sequences are split by it
         """What the model is called with."""
@@ -308,8 +306,13 @@ class Stage:
 
     def _run(self, mode: Rehearses, *, counted: bool) -> None:
         positional, named = self._given(mode)
-        saved = torch.autograd.graph.saved_tensors_hooks(Saved(mode, self.model).pack, lambda tensor: tensor)
-        with precision(self.task, torch.device("cpu")), saved, mode:
+        with ExitStack() as stack:
+            stack.enter_context(precision(self.task, torch.device("cpu")))
+            if counted:
+                pack = Saved(mode, self.model).pack
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
+                stack.enter_context(Counted(mode))
+            stack.enter_context(mode)
             output = self.model(*positional, **named)
             mode.block = LOSS
             loss = as_loss(self.task.loss(output, self.batch), self.samples)

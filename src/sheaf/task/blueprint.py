@@ -158,7 +158,7 @@ class Blueprint:
                     return self._faked(first)
             except TaskError:
                 raise
-            except Exception as error:  # noqa: BLE001 - any constructor that wants real values ends here
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever wants real values ends here
                 self.whole = f"{type(error).__name__}: {error}".splitlines()[0]
         self._recorder = Recorder(self.task.seed)
         with _seeded(self.task.seed) as drew:
@@ -169,7 +169,7 @@ class Blueprint:
                     model = copy.deepcopy(model)  # it was there before: the next build must find it as it was
             except TaskError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise TaskError(f"building the model raised {type(error).__name__}: {error}") from error
         return self._faked(model)
 

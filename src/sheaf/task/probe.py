@@ -3,11 +3,13 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn, optim
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from sheaf.errors import TaskError
 
 _SHAPES = ((3, 4), (5,), (2, 1, 2, 2))
 _LARGE = ((257, 129), (5000,))  # beyond the sizes at which optimizers change their rule
@@ -44,6 +46,21 @@ def elementwise(optimizer: _Optimizer, shapes: Sequence[Sequence[int]] | None = 
             return _same(_whole(optimizer, values), _split(optimizer, values))
         except Exception:  # noqa: BLE001 - whatever it raises, its slices cannot be stepped
             return False
+
+
+def over_stand_ins(optimizer: _Optimizer, parameters: Sequence[tuple[int, bool]]) -> optim.Optimizer:
+    """The optimizer over small stand-ins of parameters, each given by its dimensions and whether it is trained.
+
+    Raises TaskError where it cannot be built, or is none.
+    """
+    stand_ins = [nn.Parameter(torch.zeros((1,) * dimensions), requires_grad=grad) for dimensions, grad in parameters]
+    try:
+        made = cast("object", optimizer(stand_ins))
+    except Exception as error:
+        raise TaskError(f"building the optimizer raised {type(error).__name__}: {error}") from error
+    if not isinstance(made, optim.Optimizer):
+        raise TaskError(f"optimizer() returned a {type(made).__name__}; it must return a torch.optim.Optimizer")
+    return made
 
 
 def _is_known(optimizer: _Optimizer, shapes: list[tuple[int, ...]]) -> bool:

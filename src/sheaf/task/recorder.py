@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
-import sheaf.task.fakes  # noqa: F401  # pyright: ignore[reportUnusedImport] - tells fake tensors what torch does not
+from sheaf.task.fakes import Fakes
 from sheaf.task.reach import replace_tensors
 from sheaf.task.storage import storage_id
 from sheaf.task.streams import key
@@ -51,7 +51,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode = Fakes(allow_non_fake_inputs=True)
         # The mode keeps weak references to the storages of constants; in torch 2.13 a collection of garbage that frees
         # both together ends the process. They only serve to forget constants, which nothing here reads.
         setattr(self.mode.fake_tensor_converter, "add_constant_storage_mapping", _no_mapping)  # noqa: B010

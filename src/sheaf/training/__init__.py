@@ -3,6 +3,7 @@
 from sheaf.training.checks import affordable, first_sample
 from sheaf.training.description import describe, digest
 from sheaf.training.directory import check, in_use
+from sheaf.training.heirs import goes_on
 from sheaf.training.loop import Outcome, train_rank
 from sheaf.training.pipeline import measured_rows
 
@@ -13,6 +14,7 @@ __all__ = [
     "describe",
     "digest",
     "first_sample",
+    "goes_on",
     "in_use",
     "measured_rows",
     "train_rank",

@@ -3,17 +3,14 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, cast
-
-import torch
-from torch import nn
+from typing import Any
 
 from sheaf.checkpoint.files import crc32
-from sheaf.errors import TaskError
 from sheaf.plans import Plan
 from sheaf.plans.stages import default_microbatch
 from sheaf.task import Task
 from sheaf.task.blueprint import Blueprint
+from sheaf.task.probe import over_stand_ins
 
 
 def describe(task: Task, plan: Plan) -> dict[str, Any]:
@@ -70,16 +67,8 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 def _optimizer(task: Task, blueprint: Blueprint) -> dict[str, Any]:
     """The optimizer's kind and settings, read from one built over small stand-ins."""
-    stand_ins = [
-        nn.Parameter(torch.zeros((1,) * fake.dim()), requires_grad=fake.requires_grad)
-        for fake in blueprint.parameters.values()
-    ]
-    try:
-        optimizer = cast("object", task.optimizer(stand_ins))
-    except Exception as error:
-        raise TaskError(f"building the optimizer raised {type(error).__name__}: {error}") from error
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TaskError(f"optimizer() returned a {type(optimizer).__name__}; it must return a torch.optim.Optimizer")
+    parameters = [(fake.dim(), fake.requires_grad) for fake in blueprint.parameters.values()]
+    optimizer = over_stand_ins(task.optimizer, parameters)
     settings = {name: value for name, value in optimizer.defaults.items() if _is_plain(value)}
     return {"kind": type(optimizer).__qualname__, **json.loads(json.dumps(settings))}
 

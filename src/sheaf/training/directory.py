@@ -67,6 +67,8 @@ def claimed(out: Path) -> Iterator[None]:
 def prepare(out: Path, values: dict[str, Any], plan: Plan, *, resume: bool) -> str:
     """Check the directory, make it, write the resolved task and plan into it; returns the task's digest.
 
+    A plan that is there stays, until what was saved has been found to go on under another (``keep_plan``).
+
     Raises RunError as ``check`` does, and when it cannot be written to.
     """
     check(out, values, resume=resume)
@@ -74,11 +76,17 @@ def prepare(out: Path, values: dict[str, Any], plan: Plan, *, resume: bool) -> s
         out.mkdir(parents=True, exist_ok=True)
         if not (out / TASK).exists():
             _whole(out / TASK, json.dumps(values, indent=1) + "\n")
-        if read_plan(out) != plan:  # a run may go on under another
+        if read_plan(out) is None:
             _whole(out / PLAN, plan.to_toml())
     except OSError as error:
         raise RunError(f"{out} cannot be written to: {error}; choose another --out") from error
     return digest(values)
+
+
+def keep_plan(out: Path, plan: Plan) -> None:
+    """The run goes on under this plan."""
+    if read_plan(out) != plan:
+        _whole(out / PLAN, plan.to_toml())
 
 
 def read_task(out: Path) -> dict[str, Any] | None:

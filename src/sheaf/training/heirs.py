@@ -8,6 +8,10 @@ from torch import Tensor
 
 from sheaf import checkpoint
 from sheaf.checkpoint.save import Saveable
+from sheaf.errors import WorkerFailed
+from sheaf.plans import Plan
+from sheaf.plans.mesh import Mesh
+from sheaf.training.pipeline import Spans
 
 
 @runtime_checkable
@@ -28,6 +32,10 @@ class Outliving(Saveable, Protocol):
 
     def full_state_alone(self) -> dict[str, Tensor]: ...
 
+    def brought(self, name: str, mine: Any) -> dict[int, Any]: ...
+
+    def stays(self, error: WorkerFailed) -> bool: ...
+
 
 @runtime_checkable
 class Settling(Protocol):
@@ -44,6 +52,17 @@ class Serving(Protocol):
     def outlives_workers(self) -> bool: ...
 
     def serve(self, lost: Callable[[], Collection[int]]) -> None: ...
+
+
+def goes_on(plan: Plan, rank: int) -> str:
+    """What becomes of the others when a worker is lost.
+
+    >>> goes_on(Plan.parse("dp=2,tp=2,server=1:async"), 3)
+    'its replica (workers 2, 3) computes no more, the others go on'
+    """
+    mates = Mesh.of(plan).mates(rank) if rank < plan.computing > plan.dp else ()
+    lost = f"its replica (workers {', '.join(map(str, mates))}) computes no more, " if mates else ""
+    return f"{lost}the others go on"
 
 
 class Heirs:
@@ -66,7 +85,18 @@ class Heirs:
         """Who was lost since this was asked last."""
         new = sorted(set(self._lost()) - self._known)
         self._known |= set(new)
-        return [f"worker {rank} was lost by step {self._step.index}; the others go on" for rank in new]
+        return [f"worker {rank} was lost by step {self._step.index}; {goes_on(self._step.plan, rank)}" for rank in new]
+
+    def stays(self, error: WorkerFailed) -> bool:
+        """After what a step raised: whether the others went on without this worker, and are done."""
+        return self._step.stays(error)
+
+    def write_spans(self, spans: Spans, out: Path) -> None:
+        """Leave what was measured of a pipeline's step, on the replica of the worker that writes."""
+        if self._step.plan.pp > 1:
+            brought = self._step.brought("spans", spans.kept())
+            if self.writes:
+                spans.write_of(brought, out)
 
     def once(self, name: str, do: Callable[[], Any]) -> Any:
         """What ``do`` gives on the worker that writes, on every worker."""

@@ -16,12 +16,12 @@ from torch import Tensor
 from sheaf import checkpoint
 from sheaf.checkpoint import barrier, from_first
 from sheaf.checkpoint.save import Saveable
-from sheaf.errors import RunError, SheafError
+from sheaf.errors import RunError, SheafError, WorkerFailed
 from sheaf.plans import Plan
 from sheaf.record import Record, StepReport
 from sheaf.task import Task
 from sheaf.training.description import describe
-from sheaf.training.directory import MODEL, RECORD, claimed, prepare
+from sheaf.training.directory import MODEL, RECORD, claimed, keep_plan, prepare
 from sheaf.training.heirs import Heirs, Outliving, Serving, Settling
 from sheaf.training.pipeline import Span, Spans
 from sheaf.training.stop import stopping
@@ -97,39 +97,53 @@ def train_rank(
         book = stack.enter_context(_Book.opened(out, step.rank))
         if resume:
             _resume(step, out, book)
+            if step.rank == 0:
+                keep_plan(out, plan)
         if isinstance(step, Serving) and step.outlives_workers:
             stack.enter_context(stopping(step.request_stop, alone=False))
             step.serve(lost)
             return Outcome(step.index, steps, stopped=False)
         heirs = Heirs(step, lost) if isinstance(step, Outliving) and step.outlives_workers else None
-        first, stopped = step.index, False
-        spans = Spans(step)
+        first = step.index
         saver = _Saver(step, out, keep, digest, book, save_every, heirs)
         book.begin(step, steps, events or {}, observers)
         stack.enter_context(stopping(step.request_stop, alone=step.workers == 1))
-        while step.index < steps and not stopped:
-            report = step()
-            stopped = report.stop
-            if heirs is not None and heirs.writes:
-                book.inherit(out)
-            for line in heirs.news() if heirs is not None else ():
-                book.warn(line)
-            book.report(report)
-            spans.after(report)
-            saver.after(report)
-        if isinstance(step, Settling):
-            step.settle()
-        saver.save()
-        spans.write(out)
-        if heirs is not None:
-            heirs.write_model(out / MODEL)
-        else:
-            weights = step.full_state()
-            if step.rank == 0:
-                checkpoint.write_model(out / MODEL, weights)
-            barrier()
+        try:
+            stopped = _carry_out(step, steps, out, book, saver, heirs)
+        except WorkerFailed as error:  # what this worker was needed for, the others may do without
+            if heirs is None or not heirs.stays(error):
+                raise
+            return Outcome(first, step.index, stopped=False)
         book.event("end", step=step.index, stopped=stopped)
         return Outcome(first, step.index, stopped)
+
+
+def _carry_out(step: TrainingStep, steps: int, out: Path, book: "_Book", saver: "_Saver", heirs: Heirs | None) -> bool:
+    """Step until ``steps`` are done or somebody asks to stop, and leave what training found; whether it was stopped."""
+    spans, stopped = Spans(step), False
+    while step.index < steps and not stopped:
+        report = step()
+        stopped = report.stop
+        if heirs is not None and heirs.writes:
+            book.inherit(out)
+        for line in heirs.news() if heirs is not None else ():
+            book.warn(line)
+        book.report(report)
+        spans.after(report)
+        saver.after(report)
+    if isinstance(step, Settling):
+        step.settle()
+    saver.save()
+    if heirs is not None:
+        heirs.write_spans(spans, out)
+        heirs.write_model(out / MODEL)
+    else:
+        spans.write(out)
+        weights = step.full_state()
+        if step.rank == 0:
+            checkpoint.write_model(out / MODEL, weights)
+        barrier()
+    return stopped
 
 
 def _build(task: Task, plan: Plan, *, device: torch.device | None) -> TrainingStep:

@@ -5,6 +5,7 @@ import socket
 import time
 import zlib
 from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -60,9 +61,27 @@ class Spans:
         report, spans = self._recent[chosen]
         rows = gathered(spans)
         if is_first():
-            values = {"step": report.step, "plan": str(self._step.plan), "columns": COLUMNS, "rows": rows}
-            with suppress(OSError):  # watching never stops a run
-                (out / SPANS).write_text(json.dumps(values) + "\n", encoding="utf-8")
+            self._leave(out, report.step, rows)
+
+    def kept(self) -> dict[str, Any]:
+        """This worker's actions by step, and whose clock they are by, of what JSON knows."""
+        return {"clock": _machine(), "steps": {str(report.step): spans for report, spans in self._recent}}
+
+    def write_of(self, brought: Mapping[int, dict[str, Any]], out: Path) -> None:
+        """The same of what some workers ``kept``, by worker: of those with this worker's clock, without the others."""
+        lengths = {report.step: report.seconds for report, _ in self._recent}
+        here = {rank: told["steps"] for rank, told in brought.items() if told["clock"] == _machine()}
+        whole = [step for step in lengths if all(str(step) in steps for steps in here.values())]
+        if not whole:
+            return
+        step = sorted(whole, key=lengths.__getitem__)[len(whole) // 2]
+        rows: list[Row] = [(rank, *span) for rank, steps in sorted(here.items()) for span in steps[str(step)]]
+        self._leave(out, step, _from_the_first(rows))
+
+    def _leave(self, out: Path, step: int, rows: list[Row]) -> None:
+        values = {"step": step, "plan": str(self._step.plan), "columns": COLUMNS, "rows": rows}
+        with suppress(OSError):  # watching never stops a run
+            (out / SPANS).write_text(json.dumps(values) + "\n", encoding="utf-8")
 
 
 def gathered(spans: list[Span]) -> list[Row]:
@@ -88,6 +107,11 @@ def gathered(spans: list[Span]) -> list[Row]:
         late = 0.0 if here else float(clocks[worker, 1] - clocks[0, 1])
         for kind, microbatch, stage, start, stop in table[worker, : int(most[worker])].tolist():
             rows.append((worker, _KINDS[int(kind)], int(microbatch), int(stage), start - late, stop - late))
+    return _from_the_first(rows)
+
+
+def _from_the_first(rows: list[Row]) -> list[Row]:
+    """The same with times since the first began."""
     begin = min((row[4] for row in rows), default=0.0)
     return [(*row[:4], row[4] - begin, row[5] - begin) for row in rows]
 

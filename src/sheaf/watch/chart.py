@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from sheaf.units import pretty_seconds
 
 _STRATEGIES = 7  # lines: the others are never near the best
+_FEW_TICKS = 8.0  # times from the lowest to the highest: below, an axis marked 1, 2, 5 may have one mark only
 
 Line = Sequence[float | None]
 
@@ -88,7 +89,9 @@ def _draw(ax: Axes, sweep: Mapping[str, Any], key: str, kept: Sequence[str]) -> 
         ax.set_xticks(x)
         ax.xaxis.set_minor_formatter(NullFormatter())
     if key == "seconds":
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = ax.get_ylim()
+        subs = (1, 2, 5) if high > _FEW_TICKS * low else (1, 1.5, 2, 3, 4, 5, 6, 8)
+        ax.yaxis.set_major_locator(LogLocator(subs=subs))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: pretty_seconds(value)))
         ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel(sweep["figure"])

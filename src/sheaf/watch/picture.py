@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from sheaf.errors import RunError, SheafError
 from sheaf.plans import Plan
+from sheaf.plans.typical import typical
 from sheaf.record import StepReport, read_record, step_reports
 from sheaf.units import pretty_bytes, pretty_seconds
 
@@ -58,8 +59,8 @@ def draw(run_directory: str | Path) -> Path:
     """Draw ``picture.png`` into a run's directory and return its path.
 
     Reads ``record.jsonl`` (steps, and the latest ``plan`` event with its predicted seconds by term) and ``plan.toml``.
-    Measured times are medians over the steps taken since the latest start, without the first, which warms up.
-    Raises RunError when there is no record.
+    Measured times are medians (where only some steps meet or wait: means) over the steps taken since the latest start,
+    without the first, which warms up. Raises RunError when there is no record.
     """
     directory = Path(run_directory)
     run = _read(directory)
@@ -82,13 +83,13 @@ def draw(run_directory: str | Path) -> Path:
 def compared(run_directory: str | Path) -> dict[str, dict[str, float]]:
     """Seconds ``predicted`` and ``measured`` of the ``step`` and of each of its terms; empty where either is not known.
 
-    Measured are medians over the steps that the picture counts; means where weights meet every few steps, since a
-    prediction shares a meeting out among them. Raises RunError when there is no record.
+    Measured are medians over the steps that the picture counts; means where only some steps meet or wait, since a
+    prediction shares that out among them. Raises RunError when there is no record.
     """
     run = _read(Path(run_directory))
     if not run.predicted or not run.timed:
         return {}
-    middle = fmean if Plan.parse(run.plan).meets_locally.every else median
+    middle = typical(Plan.parse(run.plan))
     predicted = as_measured(run.predicted)
     measured = {term: middle(seconds) for term, seconds in measured_terms(run.timed).items()}
     terms = {
@@ -246,7 +247,8 @@ def _terms(axes: Axes, run: _Run) -> None:
     names.insert(0, "whole step")
     height = 0.36 if predicted else 0.6
     places = np.arange(len(names), dtype=float)
-    bars = [(name, median(series.get(name) or [0.0]), place) for name, place in zip(names, places, strict=True)]
+    middle = typical(Plan.parse(run.plan)) if run.plan else median
+    bars = [(name, middle(series.get(name) or [0.0]), place) for name, place in zip(names, places, strict=True)]
     farthest = max([seconds for _, seconds, _ in bars] + [predicted.get(name, 0.0) for name in names])
     unit, scale = ("s", 1.0) if farthest >= 1 else ("ms", 1e3)
     shift = height / 2 + 0.015 if predicted else 0.0
@@ -256,7 +258,8 @@ def _terms(axes: Axes, run: _Run) -> None:
         for place, value in zip(places, values, strict=True):
             _label(axes, value, value * scale, place - shift)
     several = len(run.timed) > 2
-    measured = f"measured (median of {len(run.timed)} steps, line: 10 to 90 %)" if several else "measured"
+    word = "median" if middle is median else "mean"
+    measured = f"measured ({word} of {len(run.timed)} steps, line: 10 to 90 %)" if several else "measured"
     axes.barh(places + shift, [value * scale for _, value, _ in bars], height, color=_MEASURED, label=measured)
     for name, value, place in bars:
         low, high = np.quantile(series.get(name) or [0.0], [0.1, 0.9])

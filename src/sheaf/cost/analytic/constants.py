@@ -56,6 +56,7 @@ class Stack:
     backward_bytes: int = 0  # per parameter: gradients as backward makes them, kept beside those that are added up
     overlaps: bool = True  # gradients travel during backward
     hides: bool = False  # collectives of a split layer run beside its products
+    hides_nothing: bool = False  # such collectives run by themselves, where sequences are split along too
     distributed: bool = False  # each replica updates its shard of the masters though ZeRO is not named
     compiled: bool = False  # element-wise operations are fused
     tf32: bool = False  # products of fp32 numbers run on matrix units that round them
@@ -119,6 +120,7 @@ class Book:
     measured: dict[tuple[str, str, str], Measured] = field(default_factory=dict[tuple[str, str, str], Measured])
     held: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
     kin: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])  # of a kind of device
+    alike: dict[str, str] = field(default_factory=dict[str, str])  # kinds of device that a stack is taken as one on
     loose: dict[str, dict[str, float]] = field(
         default_factory=dict[str, dict[str, float]]
     )  # times a constant's width, by kind
@@ -172,11 +174,12 @@ class Book:
         """Everything that says something of its constants, from all runs to this stack on this device."""
         stacks = [each.name for each in self.lineage(stack)]
         kinds = [*self.kin.get(kind, ()), kind]
+        one = self.alike.get(kind, kind)
         return (
             ("", ""),
             *(("", each) for each in kinds),
             *((each, "") for each in stacks),
-            *((each, kind) for each in stacks),
+            *((each, one) for each in stacks),
         )
 
     def lineage(self, stack: Stack) -> tuple[Stack, ...]:
@@ -191,11 +194,9 @@ class Book:
 def kind_of(device: str) -> str:
     """The generation of a device, by its name.
 
-    >>> kind_of("A100-SXM4-80GB"), kind_of("H100-SXM5-80GB"), kind_of("TPU v5e")
-    ('A100', 'H100', 'TPU v5e')
+    >>> kind_of("A100-SXM4-80GB"), kind_of("GB300"), kind_of("TPU v5e")
+    ('A100', 'GB300', 'TPU v5e')
     """
-    if re.match(r"G?B[23]00", device):
-        return "Grace Blackwell" if device.startswith("G") else "Blackwell"
     found = re.match(r"[A-Z]+\d+(?=-|$)", device)
     return found[0] if found else device
 
@@ -212,6 +213,7 @@ def book() -> Book:
         priors={name: Prior(**one) for name, one in table["priors"].items()},
         kernels=table["kernels"],
         kin={kind: tuple(kin) for kind, kin in table["kin"].items()},
+        alike=table["alike"],
         loose=table["loose"],
         memory_priors={name: Prior(**one) for name, one in table["memory"].items()},
         held=known["memory"],

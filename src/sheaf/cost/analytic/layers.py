@@ -5,6 +5,7 @@ tiles (see ``products``). Traffic of element-wise kernels counts each array that
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -30,6 +31,9 @@ _WIDE_FORWARD, _WIDE_FUSED = 8.0, 5.0
 _WIDE_APART = 31.0
 _INSIDE_APART = 2.0  # bias of the feed-forward's inside
 _BACKWARD = 1.6  # times the forward's traffic
+# Bytes moved per element to round it to four bits, beside what rounding to eight takes: read for the tensor's largest,
+# read and written by a Hadamard transform. NVIDIA/TransformerEngine docs, NVFP4; NVIDIA et al. 2025, arXiv:2509.25149.
+_ROUNDED_TO_FOUR = 6.0
 _UNFUSED = 12.0  # arrays of a feed-forward's inside: biases, clamps, scale and product, each by itself
 _LOSS_BYTES = 40.0  # per logit, forward and backward: cast to fp32, largest, exponential, sum, gradient
 # Kernels of a layer of experts beside a dense one's: routing, sorting, casts and products of each group, and waits for
@@ -154,8 +158,11 @@ def layer(work: Workload, stack: Stack, kernels: Kernels, *, expert: bool = Fals
         attention = Amounts(attention=core, moved=scores * (_SCORES_FORWARD * size + apart))
         attention_back = Amounts(attention=2 * core, moved=scores * (_SCORES_BACKWARD * size + apart))
     sent = _sent(work, tokens, size, expert=expert)
-    forwards = Amounts(product=forward, grouped=grouped, moved=moved) + attention + sent
-    backwards = Amounts(product=backward, grouped=grouped_back, moved=_BACKWARD * moved) + attention_back + sent
+    rounded = _rounded(work, products) + _rounded(work, routed).times(local)
+    rounded_back = _rounded(work, products, back=True) + _rounded(work, routed, back=True).times(local)
+    forwards = Amounts(product=forward, grouped=grouped, moved=moved) + rounded + attention + sent
+    backwards = Amounts(product=backward, grouped=grouped_back, moved=_BACKWARD * moved) + rounded_back
+    backwards += attention_back + sent
     again = {
         "none": Amounts(),
         "selective": attention,
@@ -265,6 +272,14 @@ def _routed(work: Workload, tokens: float) -> list[Product]:
     width = shape.expert_ffn / work.split.tp
     parts = 2 if shape.gated else 1
     return [(rows, parts * width, shape.hidden), (rows, shape.hidden, width)]
+
+
+def _rounded(work: Workload, products: Sequence[Product], *, back: bool = False) -> Amounts:
+    """Rounding to four bits of what enters products; going back, of the gradients that come to them."""
+    if work.precision != "fp4":
+        return Amounts()
+    elements = sum(rows * (columns if back else inner) for rows, columns, inner in products)
+    return Amounts(moved=_ROUNDED_TO_FOUR * elements)
 
 
 def _split_arrays(shape: Shape, stack: Stack, *, expert: bool) -> float:

@@ -228,6 +228,8 @@ def _layers_of(name: str, hidden: int, ffn: int, vocabulary: int) -> int | None:
 def _software(read: _Reader, split: Split) -> str:
     """Everything by which a stack may be known: where it was published, what ran, and how state was spread."""
     words = [read.text(place) for place in ("source", "software", "parallel.overlap")]
+    if "section title" in words[1]:  # of the page that the run stands on
+        words.insert(2, read.text("location").rpartition(">")[2].strip(" ]"))
     return " ".join([*words, f"zero={split.zero}", f"family={read.text('model.family')}"]).strip()
 
 
@@ -270,7 +272,7 @@ def _split(read: _Reader, shape: Shape) -> Split:
         shards=min(dp * cp, read.whole("parallel.fsdp_shard", dp * cp)) if zero else 1,
         sequence=read.yes("parallel.seq_parallel", shape.family == "moe" or "NeMo" in read.text("software")),
         schedule="gpipe" if "gpipe" in schedule else "1f1b",
-        recompute=_recompute(read.get("parallel.recompute")),
+        recompute=_recompute(read),
         offload=bool(read.text("parallel.offload")),
         stages=stages,
         overlap="tp comm overlap" in read.text("parallel.overlap"),
@@ -278,16 +280,20 @@ def _split(read: _Reader, shape: Shape) -> Split:
     )
 
 
-def _recompute(said: Any) -> str:
+def _recompute(read: _Reader) -> str:
     """The kind, from the sources' own words.
 
-    >>> _recompute("selective (per-op)"), _recompute(None), _recompute("save dots"), _recompute("selective")
-    ('alternate', 'none', 'elementwise', 'selective')
+    >>> said = ["selective (per-op)", None, "save dots", "selective", True]
+    >>> [_recompute(_Reader({"parallel": {"recompute": one}})) for one in said]
+    ['alternate', 'none', 'elementwise', 'selective', 'full']
     """
-    words = str(said or "none").lower()
+    said = read.get("parallel.recompute")
+    words = ("full" if said else "none") if isinstance(said, bool) else read.text("parallel.recompute", "none").lower()
     for mark, kind in _RECOMPUTED.items():
         if mark in words:
             return kind
+    if words not in ("", "none", "no", "off"):
+        read.assumed.append(f"parallel.recompute none: {_shown(said)} is not known")
     return "none"
 
 

@@ -19,6 +19,7 @@ from sheaf.cost.analytic.layers import (
 )
 from sheaf.cost.analytic.machine import Machine, machine
 from sheaf.cost.analytic.networks import networks
+from sheaf.cost.analytic.stages import stage_layers
 from sheaf.cost.analytic.workload import Workload
 
 TERMS: tuple[str, ...] = (
@@ -127,26 +128,7 @@ class Job:
     @cached_property
     def stages(self) -> tuple[float, ...]:
         """Layers of each stage."""
-        split, layers = self.work.split, max(1, self.work.shape.layers) + self.work.shape.ahead
-        if split.stages:
-            return tuple(float(count) for count in split.stages)
-        if split.pp == 1:
-            return (float(layers),)
-        chunks = split.pp * split.virtual
-        balanced = split.balanced or (layers % chunks > 0 and (layers + 2) % chunks == 0)
-        ends = 2 if balanced else 0
-        if split.virtual > 1:
-            even = [(layers + ends) / split.pp] * split.pp
-            even[0] -= ends / 2
-            even[-1] -= ends / 2
-            return tuple(max(0.0, each) for each in even)
-        each, more = divmod(layers + ends, split.pp)
-        counts = [each + (1 if split.pp - 1 - more <= stage < split.pp - 1 else 0) for stage in range(split.pp)]
-        if more and not balanced and split.pp == 2:
-            counts = [each + 1, each]
-        counts[0] -= ends // 2
-        counts[-1] -= ends // 2
-        return tuple(float(max(0, count)) for count in counts)
+        return stage_layers(self.work)
 
     @cached_property
     def parameters(self) -> tuple[float, float]:
@@ -209,7 +191,8 @@ class _Pricing:
         self.tensor_group = self.machine.group(split.tp)
         self.calls_seconds = constants.intra_seconds * split.tp / 2
         self.crowd = 1 + constants.lockstep * (split.tp / self.machine.island) ** 3
-        self.shown = min(1.0, constants.exposed_tensor) if split.overlap or split.sequence or job.stack.hides else 1.0
+        hides = (split.overlap or split.sequence or job.stack.hides) and not job.stack.hides_nothing
+        self.shown = min(1.0, constants.exposed_tensor) if hides else 1.0
 
     def parts(self, amounts: Amounts) -> dict[str, float]:
         """Seconds of one pass by term."""

@@ -13,7 +13,9 @@ from sheaf.parallel.runner import Expectation, Parts, WholeModel
 from sheaf.parallel.server.beside import Beside, Losses
 from sheaf.parallel.server.borrowing import Borrower, Lent
 from sheaf.parallel.server.client import Client
+from sheaf.parallel.server.departing import Departing
 from sheaf.parallel.server.log import Terms
+from sheaf.parallel.server.meeting import MeetingStep
 from sheaf.parallel.server.places import Form, forms_of
 from sheaf.parallel.server.seating import Seating, take_seats
 from sheaf.parallel.server.serving import ServingStep
@@ -22,6 +24,7 @@ from sheaf.parallel.server.stolen import StolenStep
 from sheaf.parallel.shares import AbstractDealer, Dealt, dealer
 from sheaf.parallel.spread import Spread
 from sheaf.parallel.statistics import BatchStatistics, keeps_statistics
+from sheaf.parallel.wants import looks
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
 from sheaf.task import Blueprint, Streams, Task
@@ -39,22 +42,29 @@ def refuse_served(task: Task, plan: Plan, blueprint: Blueprint) -> None:
             f"server={plan.server}: {served.shards} shards for {len(trained)} trained parameters: use at most "
             f"server={max(1, len(trained))}"
         )
-    if not elementwise(task.optimizer, [fake.shape for fake in blueprint.parameters.values()]):
+    if not plan.local and not elementwise(task.optimizer, [fake.shape for fake in blueprint.parameters.values()]):
         broken.append(
-            f"server={plan.server} steps pieces of parameters on shards, and this optimizer's update of a piece "
-            f"depends on the rest: use dp={plan.dp} without server, or an elementwise optimizer such as AdamW"
+            f"server={plan.server} steps pieces of parameters on shards by their gradients alone, and {_name(task)} "
+            "needs more for an update, such as the rest of a parameter or the loss itself: use "
+            f"dp={plan.dp} without server, or an elementwise optimizer such as AdamW"
         )
     if task.precision == "fp16":
         broken.append(
             f"server={plan.server} does not go with precision='fp16', whose loss scale all workers change together: "
             "use bf16 or fp32"
         )
-    if not served.exact and task.scheduler is not None and _watches(task):
+    if (plan.local or not served.exact) and looks(task):
         broken.append(
-            f"server={plan.server}: ReduceLROnPlateau looks at the loss of all workers, known in lock-step only: "
-            "use staleness=0, or another scheduler"
+            f"server={plan.server}: ReduceLROnPlateau looks at the loss of all workers, known in lock-step only, where "
+            "they meet in every step: use staleness=0 without local, or another scheduler"
         )
-    if served.late == "delayed" and not _has_nesterov(task):
+    if plan.meets_locally.kind == "slowmo" and task.scheduler is not None:
+        broken.append(
+            f"server={plan.server},local={plan.local} keeps its momentum in units of the inner learning rate, which a "
+            f"scheduler changes on workers and not on shards: use local={plan.meets_locally.every}:diloco, or drop "
+            "the scheduler or the server"
+        )
+    if served.late == "delayed" and not plan.local and not _has_nesterov(task):
         broken.append(
             "late=delayed splits the step of SGD with Nesterov's momentum in two, and the task has another optimizer: "
             "use torch.optim.SGD(..., momentum=0.9, nesterov=True), or late=buffered"
@@ -69,7 +79,7 @@ def refuse_served(task: Task, plan: Plan, blueprint: Blueprint) -> None:
         raise PlanError(broken)
 
 
-def terms_of(task: Task, plan: Plan, *, lent: int = 0, needed: bool = False) -> Terms:
+def terms_of(task: Task, plan: Plan, *, lent: int = 0, place: int | None = None) -> Terms:
     """What every shard of the plan goes by."""
     served = plan.serves
     return Terms(
@@ -78,10 +88,10 @@ def terms_of(task: Task, plan: Plan, *, lent: int = 0, needed: bool = False) -> 
         staleness=served.staleness,
         late=served.late,
         dropped_beyond=served.dropped_beyond,
-        clip=task.clip if served.exact else None,
+        clip=task.clip if served.exact and not plan.local else None,  # between meetings each clips its own
         lease_seconds=LEASE_SECONDS,
         lent=lent,
-        needed=needed,
+        place=place,
     )
 
 
@@ -92,14 +102,17 @@ def serve(task: Task, plan: Plan, spread_: Spread, portion: Portion) -> ServedSt
     terms = terms_of(task, plan, lent=microbatches(task) if plan.stolen else 0)
     if spread_.serves:
         return _serving(task, plan, spread_, portion, terms)
-    holding = Beside(portion, world.device, sliced_optimizer(portion, {}))
+    if plan.local:
+        holding = Departing(portion, world.device, spread_.computing if served.exact else None)
+    else:
+        holding = Beside(portion, world.device, sliced_optimizer(portion, {}))
     streams = Streams(holding.model, task.seed, world.device)
     recompute(again(plan, cut(holding.model)).values(), streams)
     forms = forms_of(holding.model, holding.parameters, served.shards)
     seating = take_seats(task, plan, world, portion, holding.parameters, forms, terms, holding.parameters.__getitem__)
     client = _joined(world, seating, forms, terms)
     holding.client, holding.first = client, world.rank == 0
-    merged = spread_.computing if plan.exact else World.alone()  # else running statistics are each worker's own
+    merged = spread_.computing if served.exact else World.alone()  # else running statistics are each worker's own
     parts = Parts(
         task=task,
         spread=spread_,
@@ -114,7 +127,8 @@ def serve(task: Task, plan: Plan, spread_: Spread, portion: Portion) -> ServedSt
     )
     if isinstance(client, Borrower):
         return StolenStep(plan, portion, WholeModel(parts), client, seating.hosts, seating.spares)
-    return ServedStep(plan, portion, WholeModel(parts), client, seating.hosts, seating.spares)
+    made = MeetingStep if plan.local else ServedStep
+    return made(plan, portion, WholeModel(parts), client, seating.hosts, seating.spares)
 
 
 def _dealer(plan: Plan, spread_: Spread, terms: Terms) -> AbstractDealer:
@@ -149,18 +163,19 @@ def microbatches(task: Task) -> int:
     return -(-task.batch // task.microbatch)
 
 
+def _tried(task: Task) -> torch.optim.Optimizer | None:
+    """The task's optimizer over a stand-in; None for one that wants other parameters, which is none of torch's own."""
+    try:
+        return task.optimizer([nn.Parameter(torch.zeros(1, 1))])
+    except Exception:  # noqa: BLE001 - whatever it wants, this is not it
+        return None
+
+
+def _name(task: Task) -> str:
+    made = _tried(task)
+    return "this optimizer" if made is None else type(made).__name__
+
+
 def _has_nesterov(task: Task) -> bool:
-    try:
-        made = task.optimizer([nn.Parameter(torch.zeros(1))])
-    except Exception:  # noqa: BLE001 - one that wants other parameters is none of torch's own
-        return False
+    made = _tried(task)
     return type(made) is torch.optim.SGD and all(group["nesterov"] for group in made.param_groups)
-
-
-def _watches(task: Task) -> bool:
-    assert task.scheduler is not None
-    stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    try:
-        return isinstance(task.scheduler(stand_in), torch.optim.lr_scheduler.ReduceLROnPlateau)
-    except Exception:  # noqa: BLE001 - one that wants the task's own optimizer tells in time
-        return False

@@ -23,15 +23,16 @@ class Losses(Exchange):
 class Beside(AbstractHolding):
     """Gradients add up in ``parameter.grad``; ``put`` lays them out by shard, ``take`` brings values back.
 
-    ``optimizer`` is one over a stand-in, for those who look at its settings: the shards have the real ones.
+    ``optimizer`` is one over a stand-in, for those who look at its settings: the shards have the real ones. Without
+    it, it is the task's own over the parameters here.
     """
 
     client: Client
 
-    def __init__(self, portion: Portion, device: torch.device, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, portion: Portion, device: torch.device, optimizer: torch.optim.Optimizer | None = None) -> None:
         self.model = portion.fill(device)
-        self.optimizer = optimizer
         self.parameters = portion.own(self.model)
+        self.optimizer = optimizer or portion.task.optimizer(list(self.parameters.values()))
         self.served = self.parameters  # those that this worker pushes gradients of, and pulls
         self._touched = Touched(self.parameters.items(), lambda _: None)
         self.index = 0  # of the step that full_parameters waits for

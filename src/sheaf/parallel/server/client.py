@@ -12,7 +12,7 @@ from torch import Tensor
 from sheaf.errors import WorkerFailed
 from sheaf.parallel.server.frame import Head, Kind
 from sheaf.parallel.server.greeting import WORKER, Guest
-from sheaf.parallel.server.link import Address, Failed, Keys, Link
+from sheaf.parallel.server.link import Address, Failed, Keys, Link, first_heard
 from sheaf.parallel.server.log import Fenced, Terms
 from sheaf.parallel.server.places import Form
 from sheaf.parallel.server.points import reached
@@ -33,31 +33,46 @@ class Seen:
     told: dict[str, Any] = field(default_factory=dict[str, Any])  # of the first shard
 
 
+class GivenUp(WorkerFailed):
+    """The others go on without this worker's replica."""
+
+
 class Client:
     """Worker ``worker``'s lines to all shards; ``addresses`` by shard, those of its seats.
 
     ``out`` is where gradients are put before ``exchange``, ``values`` what was read last, by shard. One exchange sends
     the gradient everywhere (each shard keeps it), and then tells every shard to apply it and give its values when the
     clock allows: so it counts on all shards or on none, whoever dies in between. Raises WorkerFailed and Failed.
+
+    Where replicas are several workers, ``agreed`` gives the largest of their numbers (collective in the replica): they
+    are one incarnation, and no shard of any place is told to apply before those of all places have the gradient.
     """
 
     def __init__(
-        self, worker: int, addresses: Sequence[list[Address]], forms: Sequence[Form], keys: Keys, terms: Terms
+        self,
+        worker: int,
+        addresses: Sequence[list[Address]],
+        forms: Sequence[Form],
+        keys: Keys,
+        terms: Terms,
+        agreed: Callable[[int], int] = int,
     ) -> None:
         self.worker, self.terms = worker, terms
         self.out = [form.arena() for form in forms]
         self.values = [form.arena() for form in forms]
-        self._incarnation = time.time_ns() // 1000
+        self.agreed = agreed
+        self.incarnation = agreed(time.time_ns() // 1000)
         self._places = list(zip(addresses, forms, strict=True))
         self._keys = keys
         self._links = self._lines()
+        # each worker turns to another shard first, so that not all of them are at one while the others stand idle
+        self._turns = [(worker + turn) % len(self._links) for turn in range(len(self._links))]
         self._sequence = 0
         self._versions = [0] * len(self._links)
         self._ended = threading.Event()
         self._begun = False
         self.rejoined = 0
         self.part: int | None = None  # what shard 0 deals this worker next, where workers go by their own clocks
-        self.agreed: Callable[[int], int] = lambda delay: delay  # with the others of its replica, how late they are
 
     @property
     def sent_bytes(self) -> int:
@@ -76,6 +91,8 @@ class Client:
             self._next_incarnation()
             self._versions = [0] * len(self._links)
         self._join(clock)
+        if self.terms.together:
+            self.part = self.agreed(-1 if self.part is None else self.part)
         if begun:
             return
         self._begun = True
@@ -106,20 +123,23 @@ class Client:
 
     def pull(self, clock: int, *, commit: bool = False) -> Seen:
         """Read the values as of ``clock``."""
-        for link in self._links:
-            link.start(self._pulling(clock, commit=commit))
+        for shard in self._turns:
+            self._links[shard].start(self._pulling(clock, commit=commit))
             reached("worker.between_commits")
         return self._pulled(clock)
 
     def _pulling(self, clock: int, *, commit: bool) -> Head:
         return self._head(Kind.PULL, clock=clock)._replace(sequence=self._sequence if commit else 0)
 
-    def _at_once(self, clock: int, meta: dict[str, Any]) -> Seen:
-        """With one shard there is nobody to wait for between pushing and pulling."""
-        link, head = self._links[0], self._head(Kind.PUSH, clock=clock)._replace(base=self._versions[0])
-        link.start(head, meta, self.out[0].raw, then=self._pulling(clock + 1, commit=True))
+    def _at_once(self, clock: int, metas: Sequence[dict[str, Any]]) -> Seen:
+        """Push and pull in one go: there is no other shard to wait for between, or lock-step ends with any worker."""
+        for shard in self._turns:
+            head = self._head(Kind.PUSH, clock=clock)._replace(base=self._versions[shard])
+            reached("worker.before_push")
+            pulling = self._pulling(clock + 1, commit=True)
+            self._links[shard].start(head, metas[shard], self.out[shard].raw, then=pulling)
         seen = self._pulled(clock + 1)
-        seen.delay = int(link.first["delay"])
+        seen.delay = 0 if self.terms.exact else self._links[0].first.base
         return seen
 
     def _pulled(self, clock: int) -> Seen:
@@ -187,16 +207,18 @@ class Client:
 
     def _exchange(self, clock: int, metas: Sequence[dict[str, Any]]) -> Seen:
         self._sequence += 1
-        if len(self._links) == 1 and self.terms.dropped_beyond is None:
-            return self._at_once(clock, metas[0])
-        for shard, (link, arena, meta) in enumerate(zip(self._links, self.out, metas, strict=True)):
+        alone = len(self._links) == 1 and self.terms.dropped_beyond is None and not self.terms.together
+        if self.terms.exact or alone:
+            return self._at_once(clock, metas)
+        for shard in self._turns:
             head = self._head(Kind.PUSH, clock=clock)._replace(base=self._versions[shard])
             reached("worker.before_push")
-            link.start(head, meta, arena.raw)
-        delay = max(int(told["delay"]) for _, told in self._finish())
+            self._links[shard].start(head, metas[shard], self.out[shard].raw)
+        delay = max(answer.base for answer, _ in self._finish())
         reached("worker.after_push")
         bound = self.terms.dropped_beyond
-        delay = delay if bound is None else self.agreed(delay)
+        if bound is not None or self.terms.together:
+            delay = self.agreed(delay)
         if bound is not None and delay > bound:
             for link in self._links:
                 link.start(self._head(Kind.ABANDON))
@@ -204,6 +226,7 @@ class Client:
             seen = self.pull(clock)
             seen.dropped = True
         else:
+            reached("worker.before_commit")
             seen = self.pull(clock + 1, commit=True)
         seen.delay = delay
         return seen
@@ -217,12 +240,12 @@ class Client:
                 f"worker {self.worker} was silent for more than {self.terms.lease_seconds:g} s, and the others went on "
                 "without it: with staleness=0 no step can; look for what stopped it"
             )
-        if self.terms.needed:
-            raise WorkerFailed(
-                f"this worker of replica {self.worker} was silent for more than {self.terms.lease_seconds:g} s, and "
-                "the others of its replica cannot do without it; look for what stopped it"
+        if self.terms.together:
+            raise GivenUp(
+                f"replica {self.worker} was given up: one of its workers died, or was silent for more than "
+                f"{self.terms.lease_seconds:g} s; look for what stopped it"
             )
-        last, sequence = self._incarnation, self._sequence
+        last, sequence = self.incarnation, self._sequence
         answers = self._rejoin(clock, last)
         applied = any(int(told["committed"]) >= sequence > 0 for told in answers)
         return applied, max(clock, *(int(told["clock"]) for told in answers))
@@ -237,10 +260,10 @@ class Client:
                 return self._join(clock, last)
 
     def _next_incarnation(self) -> None:
-        self._incarnation = max(self._incarnation + 1, time.time_ns() // 1000)
+        self.incarnation = self.agreed(max(self.incarnation + 1, time.time_ns() // 1000))
         for link in self._links:
             link.close()
-            link.guest = Guest(WORKER, self.worker, self._incarnation)
+            link.guest = Guest(WORKER, self.worker, self.incarnation)
 
     def _join(self, clock: int, last: int = 0) -> list[dict[str, Any]]:
         for link in self._links:
@@ -251,22 +274,30 @@ class Client:
 
     def _finish(self, *, into: bool = False) -> list[tuple[Head, dict[str, Any]]]:
         """Everyone's answer; of several that refuse, the first is raised once all have answered."""
-        answers: list[tuple[Head, dict[str, Any]]] = []
-        raised: Exception | None = None
-        for link, arena in zip(self._links, self.values, strict=True):
+        answers: dict[int, tuple[Head, dict[str, Any]]] = {}
+        raised: dict[int, Exception] = {}
+        waiting = {self._links[shard]: shard for shard in self._turns}
+        while waiting:
+            link = first_heard(list(waiting)) if len(waiting) > 1 else next(iter(waiting))
+            shard = waiting[link]
             try:
-                answers.append(link.finish(arena.raw if into else None))
+                answer = link.heard(self.values[shard].raw if into else None)
             except (Fenced, Failed) as error:
-                raised = raised or error
-        if raised is not None:
-            raise raised
-        return answers
+                raised[shard] = error
+                del waiting[link]
+                continue
+            if answer is not None:
+                answers[shard] = answer
+                del waiting[link]
+        if raised:
+            raise raised[min(raised)]
+        return [answers[shard] for shard in range(len(self._links))]
 
     def _head(self, kind: Kind, clock: int = 0) -> Head:
-        return Head(kind, self.worker, self._incarnation, self._sequence, clock=clock)
+        return Head(kind, self.worker, self.incarnation, self._sequence, clock=clock)
 
     def _lines(self) -> list[Link]:
-        guest, lease = Guest(WORKER, self.worker, self._incarnation), self.terms.lease_seconds
+        guest, lease = Guest(WORKER, self.worker, self.incarnation), self.terms.lease_seconds
         return [
             Link(shard, seats, guest, self._keys, max(form.size_bytes, PIECE_BYTES), lease)
             for shard, (seats, form) in enumerate(self._places)
@@ -276,7 +307,7 @@ class Client:
         """Tell a shard, on a line of its own, that this worker lives."""
         while not self._ended.wait(self.terms.lease_seconds / 5):
             try:
-                link.ask(Head(Kind.BEAT, self.worker, self._incarnation))
+                link.ask(Head(Kind.BEAT, self.worker, self.incarnation))
             except Exception:  # noqa: BLE001, S112 - the worker's own lines will tell
                 continue
         link.close()

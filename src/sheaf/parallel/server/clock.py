@@ -84,6 +84,11 @@ class Leases:
         for worker in self._until:
             self.heard(worker)
 
+    def expire(self, worker: int) -> None:
+        """A worker's lease is over now."""
+        if worker in self._until:
+            self._until[worker] = self._now()
+
     def end(self, worker: int) -> None:
         """A worker is gone, and needs no lease."""
         self._until.pop(worker, None)

@@ -54,7 +54,7 @@ class Kind(IntEnum):
 
 
 _KINDS = {int(kind): kind for kind in Kind}
-_JSON = json.JSONEncoder(separators=(",", ":")).encode
+_JSON, _UNPACKED = json.JSONEncoder(separators=(",", ":")).encode, json.JSONDecoder().raw_decode
 
 
 class Head(NamedTuple):
@@ -108,6 +108,11 @@ class Wire:
         """Whether the fixed part of a next message has come already."""
         return self._stop - self._start >= HEAD_BYTES
 
+    @property
+    def has_some(self) -> bool:
+        """Whether some of what comes next has come already."""
+        return self._stop > self._start
+
     def send(
         self,
         head: Head,
@@ -134,6 +139,8 @@ class Wire:
             self.connection.sendall(first + last)
             return
         sent = self.connection.sendmsg([first, data, last])
+        if sent == len(first) + size + len(last):
+            return
         for part in (memoryview(first), data, memoryview(last)):
             if sent < part.nbytes:
                 self.connection.sendall(part[sent:])
@@ -163,21 +170,39 @@ class Wire:
         """Read the JSON that follows the fixed part."""
         if not head.meta_bytes:
             return {}
-        told = bytearray(head.meta_bytes)
-        self._into(memoryview(told))
+        size, start = head.meta_bytes, self._start
+        if self._stop - start >= size:  # as nearly always: it came with the fixed part
+            self._start += size
+            told = self._come[start : start + size]
+        else:
+            told = memoryview(bytearray(size))
+            self._into(told)
         try:
-            found = json.loads(told.decode())
+            text = str(told, "utf-8")
+            found, end = _UNPACKED(text)
         except (ValueError, RecursionError):
             raise BadFrame("what a message tells is no JSON") from None
+        if end < len(text):
+            raise BadFrame("what a message tells is more than JSON")
         if not isinstance(found, dict):
             raise BadFrame(f"what a message tells is a {type(found).__name__}; a dict was wanted")
         return found
 
     def data(self, head: Head, into: memoryview) -> None:
         """Read the bytes that follow into ``into``, which must have that size."""
-        if head.data_bytes != into.nbytes:
-            raise BadFrame(f"{head.data_bytes} bytes came where {into.nbytes} were agreed on")
+        agreed(head, into)
         self._into(into)
+
+    def some(self, into: memoryview) -> int:
+        """Read what has come of the bytes that follow, one at least, into the start of ``into``; how many."""
+        if self._stop == self._start and into.nbytes < _SCRATCH:
+            self._more()
+        count = min(self._stop - self._start, into.nbytes)
+        if not count:
+            return self._received(into)
+        into[:count] = self._come[self._start : self._start + count]
+        self._start += count
+        return count
 
     def skip(self, head: Head) -> None:
         """Read the bytes that follow, and forget them."""
@@ -197,15 +222,7 @@ class Wire:
 
     def _into(self, view: memoryview) -> None:
         while view.nbytes:
-            count = min(self._stop - self._start, view.nbytes)
-            if count:
-                view[:count] = self._come[self._start : self._start + count]
-                self._start += count
-            elif view.nbytes >= _SCRATCH:
-                count = self._received(view)
-            else:
-                self._more()
-            view = view[count:]
+            view = view[self.some(view) :]
 
     def _more(self) -> None:
         """Take what has come, behind what is left of what came before."""
@@ -223,6 +240,12 @@ class Wire:
         if not count:
             raise Closed("the other end closed the connection")
         return count
+
+
+def agreed(head: Head, into: memoryview) -> None:
+    """Raise BadFrame where other bytes follow than there is room for."""
+    if head.data_bytes != into.nbytes:
+        raise BadFrame(f"{head.data_bytes} bytes came where {into.nbytes} were agreed on")
 
 
 def _ends(connection: socket.socket) -> tuple[Any, Any]:

@@ -118,7 +118,8 @@ class Host(Seat):
                 wire.send(Head(Kind.VALUES if part else Kind.ACK, request=head.request), told, part)
             else:
                 answer = self._simple(wire, head, entry)
-                wire.send(Head(Kind.ACK, request=head.request), answer, hold=head.kind == Kind.PUSH and wire.has_next)
+                acknowledged = Head(Kind.ACK, request=head.request, base=answer.pop("delay", 0))
+                wire.send(acknowledged, answer, hold=head.kind == Kind.PUSH and wire.has_next)
             reached("primary.after_ack")
         except Fenced:
             wire.send(Head(Kind.FENCED, request=head.request))
@@ -149,6 +150,8 @@ class Host(Seat):
                 return {}
             if head.kind == Kind.SETTLE:
                 self.log(Entry(Kind.FENCE, entry.worker, entry.incarnation))
+                if self.terms.together:  # given up at one place, at all
+                    self.leases.expire(entry.worker)
                 answer = {"committed": self.shard.committed(entry.worker, entry.incarnation)}
             else:
                 self.log(entry)
@@ -217,7 +220,8 @@ class Host(Seat):
                 norm = sum(squares) ** 0.5
             with self.changed:
                 self.own()
-                self.log(Entry(Kind.APPLY, clock=clock, meta={} if norm is None else {"norm": norm}))
+                reached("primary.before_sum")
+                self.log(self.shard.meeting(norm))
         finally:
             with self.changed:
                 self.finishing = False
@@ -256,7 +260,10 @@ class Host(Seat):
             member = self.shard.members[worker]
             incarnation, staged = member.incarnation, member.staged
             self.log(Entry(Kind.FENCE, worker, incarnation))
-        if staged is not None and self.peers.committed(self.shard.number, worker, incarnation) >= staged.sequence:
+        counted = 0
+        if staged is not None or self.terms.together:  # other places are to give it up too
+            counted = self.peers.committed(self.shard.number, worker, incarnation)
+        if staged is not None and counted >= staged.sequence:
             with self.changed:
                 self.log(Entry(Kind.COMMIT, worker, incarnation, staged.sequence, meta={"settled": True}))
         with self.changed:

@@ -74,13 +74,3 @@ class Buffer:
         full, self.sums, self.ahead, self.gathered = self.sums, {}, {}, 0
         torch._foreach_div_(list(full.values()), self.count)
         return full
-
-
-def is_plain(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step subtracts each gradient times a rate, and does nothing else."""
-    if type(optimizer) is not torch.optim.SGD or optimizer._optimizer_step_pre_hooks:
-        return False
-    if optimizer._optimizer_step_post_hooks:
-        return False
-    other = ("momentum", "weight_decay", "maximize", "differentiable", "fused")
-    return not any(group[key] for group in optimizer.param_groups for key in other)

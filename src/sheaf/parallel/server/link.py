@@ -1,11 +1,13 @@
 """A connection to one shard that outlives its seats: it reconnects, asks again, and goes where the shard is."""
 
+import select
 import socket
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from sheaf.errors import PlanError, WorkerFailed
-from sheaf.parallel.server.frame import BadFrame, Head, Kind, Wire
+from sheaf.parallel.server.frame import BadFrame, Head, Kind, Wire, agreed
 from sheaf.parallel.server.greeting import OTHER_TASK, Guest, Refused, greet
 from sheaf.parallel.server.log import Fenced
 
@@ -44,16 +46,18 @@ class Link:
         self, number: int, addresses: list[Address], guest: Guest, keys: Keys, most_data_bytes: int, lease: float
     ) -> None:
         self.number, self.addresses, self.guest = number, addresses, guest
-        self._keys, self._most, self._lease = keys, most_data_bytes, lease
+        self._keys, self._most, self._lease, self._silence = keys, most_data_bytes, lease, max(0.05, lease)
         self._seat, self._wire, self._requests = 0, None, 0
         self._asked: list[tuple[Head, dict[str, Any] | None, memoryview | None]] = []
-        self.first: dict[str, Any] = {}  # what the answer to the first of two requests told
-        self._alive = time.monotonic()
+        self.first = Head(Kind.ACK)  # the answer to the first of two requests
+        self._alive = self._quiet_since = time.monotonic()  # last sign of the shard's life, and of this seat's
         self._pause = _FIRST_PAUSE
         self._sent_bytes = 0
+        self._coming = None
         self.reconnected = 0
 
     _wire: Wire | None
+    _coming: tuple[Head, dict[str, Any], memoryview] | None  # an answer, and the room of what is left of its values
 
     @property
     def sent_bytes(self) -> int:
@@ -83,27 +87,45 @@ class Link:
         if then is not None:
             self._asked.append((then._replace(request=self._requests + 2), None, None))
         self._requests += len(self._asked)
-        self._alive, self._pause = time.monotonic(), _FIRST_PAUSE
+        self._pause = _FIRST_PAUSE
         try:
             if self._wire is not None:
                 self._send(self._wire)
         except OSError:
             self._drop()
+        self._alive = self._quiet_since = time.monotonic()
 
     def finish(self, into: memoryview | None = None) -> tuple[Head, dict[str, Any]]:
         """Wait for the answer to the last request."""
-        while True:
-            try:
-                if self._wire is None:
-                    self._connect()
-                answer = self._answer(into)
-            except Refused as refused:
-                raise self._refused(refused) from None
-            except (OSError, BadFrame) as error:
-                self._lost(error)
-                continue
-            if answer is not None:
-                return answer
+        while (answer := self.heard(into)) is None:
+            continue
+        return answer
+
+    def heard(self, into: memoryview | None = None) -> tuple[Head, dict[str, Any]] | None:
+        """Wait for a message, or for more of one; the answer to the last request, once all of it is there."""
+        try:
+            if self._wire is None:
+                self._connect()
+            return self._answer(into)
+        except Refused as refused:
+            raise self._refused(refused) from None
+        except (OSError, BadFrame) as error:
+            self._lost(error)
+            return None
+
+    @property
+    def line(self) -> socket.socket | None:
+        """Where the next message comes from; None where there is something to do already."""
+        return None if self._wire is None or self._wire.has_some else self._wire.connection
+
+    @property
+    def patience_seconds(self) -> float:
+        """For how much longer this seat may be silent."""
+        return self._quiet_since + self._silence - time.monotonic()
+
+    def turn(self) -> None:
+        """This seat has been silent for too long: go on with the other."""
+        self._lost(TimeoutError("nothing came for too long"))
 
     def close(self) -> None:
         """Hang up."""
@@ -112,10 +134,13 @@ class Link:
     def _answer(self, into: memoryview | None) -> tuple[Head, dict[str, Any]] | None:
         wire = self._wire
         assert wire is not None
+        if self._coming is not None:
+            return self._more(wire, *self._coming)
         head = wire.head()
         meta = wire.meta(head)
+        self._quiet_since = time.monotonic()
         if head.kind != Kind.ELSEWHERE:  # a seat that does not answer for the shard is no sign of the shard's life
-            self._alive, self._pause = time.monotonic(), _FIRST_PAUSE
+            self._alive, self._pause = self._quiet_since, _FIRST_PAUSE
         asked = [one[0].request for one in self._asked]
         if head.request not in asked or head.kind == Kind.BUSY:
             wire.skip(head)
@@ -127,25 +152,34 @@ class Link:
         if head.kind == Kind.FAILED:
             raise Failed(meta)
         if head.request != asked[-1]:
-            self.first = meta
+            self.first = head
             wire.skip(head)
             return None
         if into is not None and head.kind == Kind.VALUES:
-            wire.data(head, into)
-        else:
-            wire.skip(head)
+            agreed(head, into)
+            return self._more(wire, head, meta, into)
+        wire.skip(head)
         return head, meta
 
+    def _more(
+        self, wire: Wire, head: Head, meta: dict[str, Any], into: memoryview
+    ) -> tuple[Head, dict[str, Any]] | None:
+        """Take what has come of the values: other shards' come meanwhile, and whoever is not read stands still."""
+        left = into[wire.some(into) :] if into.nbytes else into
+        self._alive = self._quiet_since = time.monotonic()
+        self._coming = (head, meta, left) if left.nbytes else None
+        return (head, meta) if self._coming is None else None
+
     def _connect(self) -> None:
-        silence = max(0.05, self._lease)
-        connection = socket.create_connection(self.addresses[self._seat], timeout=silence)
+        connection = socket.create_connection(self.addresses[self._seat], timeout=self._silence)
         try:
             greet(connection, self.guest, self._keys.token, self._keys.digest)
         except BaseException:
             connection.close()
             raise
-        self._wire = Wire(connection, most_data_bytes=self._most, silence_seconds=silence)
+        self._wire = Wire(connection, most_data_bytes=self._most, silence_seconds=self._silence)
         self._send(self._wire)
+        self._quiet_since = time.monotonic()
 
     def _send(self, wire: Wire) -> None:
         head, meta, data = self._asked[0]
@@ -169,7 +203,7 @@ class Link:
         if self._wire is not None:
             self._sent_bytes += self._wire.sent_bytes
             self._wire.close()
-            self._wire = None
+            self._wire = self._coming = None
 
     def _refused(self, refused: Refused) -> PlanError:
         if refused.reason == OTHER_TASK:
@@ -177,3 +211,24 @@ class Link:
         else:
             what = "another token than this worker's run: it belongs to someone else; start the run again"
         return PlanError(f"shard {self.number} at {self.addresses[self._seat]} has {what}")
+
+
+def first_heard(links: Sequence[Link]) -> Link:
+    """Of several lines the first on which there is something; those that are silent for a lease turn to other seats.
+
+    Whoever waits for all of them must look at all: what one answers may depend on what another is sent again.
+    """
+    while True:
+        lines = [link.line for link in links]
+        watched = select.poll()
+        for link, line in zip(links, lines, strict=True):
+            if line is None:
+                return link
+            watched.register(line, select.POLLIN)
+        patience = min(link.patience_seconds for link in links)
+        ready = {number for number, _ in watched.poll(max(0.0, 1000 * patience))}
+        for link, line in zip(links, lines, strict=True):
+            if line is not None and line.fileno() in ready:
+                return link
+            if link.patience_seconds < 0:
+                link.turn()

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from sheaf.parallel.server.clock import Clocks
 from sheaf.parallel.server.frame import Kind
 from sheaf.parallel.server.late import PLAIN
 from sheaf.parallel.server.places import Arena
@@ -19,8 +18,8 @@ class Terms:
     ``staleness`` in clocks, None: unbounded; ``late`` one of ``plans.server.LATE``; ``dropped_beyond`` updates a
     gradient is not applied; ``clip`` the largest global norm of a clock's gradient, at staleness 0; ``lease_seconds``
     without a sign of life end a worker's membership, and a silent seat's. A step's microbatches, ``lent`` at most, are
-    lent to workers one by one, at staleness 0; 0: every worker has a share of its own. ``needed``: a worker is one
-    of several that are a replica, and when it is given up the run ends, whatever the staleness.
+    lent to workers one by one, at staleness 0; 0: every worker has a share of its own. ``place``: these
+    shards serve that place in replicas of several workers, each of which is one worker here (None: of one worker each).
     """
 
     workers: int
@@ -31,7 +30,7 @@ class Terms:
     clip: float | None = None
     lease_seconds: float = 10.0
     lent: int = 0
-    needed: bool = False
+    place: int | None = None
 
     @property
     def exact(self) -> bool:
@@ -39,14 +38,28 @@ class Terms:
         return self.staleness == 0
 
     @property
+    def sums(self) -> bool:
+        """Whether a backup is given each clock's sum in place of every push: none of a clock counts alone."""
+        return self.exact and not self.lent
+
+    def forwards(self, kind: Kind) -> bool:
+        """Whether a backup is given such a line of the log."""
+        return not (self.sums and kind in (Kind.PUSH, Kind.COMMIT))
+
+    @property
     def deals(self) -> bool:
-        """Whether shard 0 says what each worker computes: they go by their own clocks, and nobody needs another."""
-        return not self.exact and not self.needed
+        """Whether shard 0 says what each worker computes, that of the first place for all: they go by own clocks."""
+        return not self.exact and not self.place
+
+    @property
+    def together(self) -> bool:
+        """Whether a gradient is pushed at several places, by workers that go by clocks of their replica."""
+        return not self.exact and self.place is not None
 
 
 @dataclass(slots=True)
 class Entry:
-    """One line of the log; nobody changes it. ``base`` is the version on which a gradient was computed."""
+    """One line of the log; once there, nobody changes it. ``base`` is the version on which a gradient was computed."""
 
     kind: Kind
     worker: int = -1
@@ -73,13 +86,6 @@ class Member:
 
 class Fenced(Exception):
     """The message is of an incarnation that was given up."""
-
-
-def missed(terms: Terms, left: Entry, clocks: Clocks) -> dict[str, Any] | None:
-    """Why nobody goes on, when a worker leaves that was given up and that the others need; else None."""
-    if terms.needed and left.meta.get("given_up") and left.worker in clocks.workers:
-        return {"why": "worker", "worker": left.worker, "clock": clocks.of(left.worker)}
-    return None
 
 
 def is_good_bye(leaving: Entry) -> bool:

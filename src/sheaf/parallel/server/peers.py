@@ -35,8 +35,7 @@ class Peers:
 
     def squares(self, me: int, mine: float, clock: int) -> list[float]:
         """By place and shard, the square of the norm of its part of a clock's gradient; waits until all are known."""
-        places = sorted({self.place, *self.elsewhere})
-        shards = [(place, other) for place in places for other in range(len(self.addresses))]
+        shards = self._shards
         with self._lock:
             others = {one: self._to(me, *one) for one in shards if one != (self.place, me)}
             for link in others.values():
@@ -49,9 +48,9 @@ class Peers:
         A shard that neither seat answers for counts nothing: the run has ended then.
         """
         found = 0
-        for other in range(len(self.addresses)):
-            if other != me:
-                link = self._link(me, self.place, other)
+        for place, other in self._shards:
+            if (place, other) != (self.place, me):
+                link = self._link(me, place, other)
                 try:
                     head = Head(Kind.SETTLE, worker=worker, incarnation=incarnation)
                     found = max(found, int(link.ask(head)[1]["committed"]))
@@ -60,6 +59,12 @@ class Peers:
                 finally:
                     link.close()
         return found
+
+    @property
+    def _shards(self) -> list[tuple[int, int]]:
+        """Place and number of all shards."""
+        places = sorted({self.place, *self.elsewhere})
+        return [(place, other) for place in places for other in range(len(self.addresses))]
 
     def close(self) -> None:
         """Hang up."""

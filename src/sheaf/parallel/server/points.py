@@ -11,6 +11,7 @@ import time
 NAMES = (
     "worker.before_push",  # before a push to each shard
     "worker.after_push",  # each shard has the push, none was told to apply it
+    "worker.before_commit",  # where gradients may come late: each shard has it, of every place in a replica
     "worker.between_commits",  # one shard was told to apply it, another was not
     "worker.during_pull",
     "worker.before_claim",  # stolen shares: all shards have the push, it was not claimed
@@ -21,6 +22,7 @@ NAMES = (
     "primary.after_ack",
     "primary.during_apply",
     "primary.during_norms",
+    "primary.before_sum",  # lock-step: it has all gradients of a clock, and its backup none of them
     "backup.on_receipt",
     "backup.before_ack",
     "backup.at_promotion",

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from sheaf.parallel.optimizers import learning_rate
 from sheaf.parallel.server.frame import BadFrame, Head, Kind
 from sheaf.parallel.server.log import Entry, losses
 from sheaf.parallel.server.places import Arena
@@ -39,7 +40,7 @@ def read(shard: Shard, head: Head, entry: Entry, out: Arena, log: Callable[[Entr
         "losses": losses(told.values()),
         "samples": sum(int(each.get("samples", 0)) for each in told.values()),
         "counts": {str(worker): len(each.get("losses", ())) for worker, each in told.items()},
-        "rate": float(shard.optimizer.param_groups[0]["lr"]) if shard.optimizer.param_groups else None,
+        "rate": learning_rate(shard.optimizer),
         "slowest": shard.clocks.slowest,
         "stop_at": shard.stop_at,
         **dealt(shard, entry.worker),

@@ -24,7 +24,7 @@ def is_relayable(plan: Plan, saved: str) -> bool:
         other = Plan.parse(saved)
     except PlanError:
         return False
-    if not plan.server or not other.server or plan.computing > plan.dp:
+    if not plan.server or not other.server or plan.local or plan.computing > plan.dp:
         return False
     one, another = (replace(each, server=beside(each.server, 1)) for each in (plan, other))
     return one == another

@@ -4,7 +4,8 @@ Within a replica workers wait for each other in every step anyway, so none of th
 which losses the replica found, whether its gradient came too late, after which step it stops.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,20 +13,21 @@ from torch import Tensor
 from sheaf.errors import WorkerFailed
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.runner import AbstractRunner
-from sheaf.parallel.server.addresses import told_all
 from sheaf.parallel.server.assemble import forms_of, refuse_served, terms_of
 from sheaf.parallel.server.client import Client, Seen
-from sheaf.parallel.server.link import Address, Failed, Keys
+from sheaf.parallel.server.everywhere import Everywhere, Place, introduced
+from sheaf.parallel.server.link import Failed
 from sheaf.parallel.server.part import PartBeside
+from sheaf.parallel.server.places import Form
+from sheaf.parallel.server.relaying import State
 from sheaf.parallel.server.seating import Seating, take_seats
 from sheaf.parallel.server.step import Found, ServedStep
+from sheaf.parallel.server.wake import Wake
 from sheaf.parallel.spread import Spread
 from sheaf.parallel.ties import Ties
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
 from sheaf.task import Task
-
-_KEY_BYTES = 32
 
 
 def held_in_part(task: Task, plan: Plan, spread: Spread, portion: Portion, tied: Sequence[str]) -> PartBeside:
@@ -40,43 +42,48 @@ def serve_replicas(plan: Plan, portion: Portion, runner: AbstractRunner, ties: S
     task, spread, holding = parts.task, parts.spread, parts.holding
     assert isinstance(holding, PartBeside)
     forms = forms_of(holding.model, holding.served, plan.serves.shards)
-    terms = terms_of(task, plan, needed=True)
     place = spread.replicas
+    number = next(number for number, ranks in enumerate(spread.mesh.dp_groups) if spread.world.rank in ranks)
+    terms = terms_of(task, plan, place=number)
     seating = take_seats(task, plan, place, portion, holding.parameters, forms, terms, holding.parameters.__getitem__)
     try:
-        _introduce(spread, seating)
-        client = Client(place.rank, seating.addresses, forms, seating.keys, terms)
+        places = _introduce(spread, seating, forms)
+        agreed = partial(_largest, spread.replica)
+        client = Client(place.rank, seating.addresses, forms, seating.keys, terms, agreed)
         client.join(0)
     except BaseException:
         seating.close()
         raise
     holding.client = client
-    return ReplicaStep(plan, portion, runner, client, seating, ties)
+    everywhere = Everywhere(places, place.rank, terms, lambda: client.incarnation)
+    return ReplicaStep(plan, portion, runner, client, seating, ties, everywhere)
 
 
-def _introduce(spread: Spread, seating: Seating) -> None:
-    """Tell this place's shards where those of the others are, for norms (collective)."""
-    mine: list[Address] = [address for seats in seating.addresses for address in seats]
-    at = told_all(spread.world, mine)
-    secret = torch.zeros(spread.world.workers, 2 * _KEY_BYTES, dtype=torch.int64)
-    secret[spread.world.rank] = torch.tensor(list(seating.keys.token + seating.keys.digest))
-    secrets = [bytes(row) for row in spread.world.summed(secret, "keys of the parameter server").tolist()]
-    each = len(seating.addresses[0])
-    for number, ranks in enumerate(spread.mesh.dp_groups):
-        first = ranks[0]
-        if spread.world.rank in ranks:
-            for one in (*seating.hosts, *seating.spares):
-                one.peers.place = number
-            continue
-        addresses = [at[first][start : start + each] for start in range(0, len(mine), each)]
-        keys = Keys(secrets[first][:_KEY_BYTES], secrets[first][_KEY_BYTES:])
+def _largest(replica: World, mine: int) -> int:
+    """The largest of its workers' numbers (collective in the replica)."""
+    table = torch.zeros(replica.workers, dtype=torch.int64)
+    table[replica.rank] = mine
+    return int(replica.summed(table, "what a replica agrees on").max())
+
+
+def _introduce(spread: Spread, seating: Seating, forms: Sequence[Form]) -> list[Place]:
+    """All places' servers; this place's shards are told where those of the others are (collective)."""
+    places = introduced(spread, seating, forms)
+    for number, place in enumerate(places):
         for one in (*seating.hosts, *seating.spares):
-            one.peers.elsewhere[number] = addresses, keys
+            if spread.world.rank in place.ranks:
+                one.peers.place = number
+            else:
+                one.peers.elsewhere[number] = place.addresses, place.keys
     spread.world.barrier()
+    return places
 
 
 class ReplicaStep(ServedStep):
-    """One global step in lock-step; otherwise one of this worker's replica."""
+    """One global step in lock-step; otherwise one of this worker's replica, without which the others can do.
+
+    A replica that has lost a worker computes no more: its other workers stay, and serve the shards that they hold.
+    """
 
     def __init__(
         self,
@@ -86,19 +93,51 @@ class ReplicaStep(ServedStep):
         client: Client,
         seating: Seating,
         ties: Sequence[Ties],
+        everywhere: Everywhere,
     ) -> None:
         super().__init__(plan, portion, runner, client, seating.hosts, seating.spares)
-        self._ties = ties
+        self._ties, self._everywhere = ties, everywhere
         self._replica = self._spread.replica
-        client.agreed = lambda delay: int(max(self._of_all(delay)))
+        self._wake = Wake(self._store, f"sheaf/replicas/{self._run}", self._spread, client.terms.lease_seconds)
 
     def settle(self) -> None:
-        """No step follows: what late gradients were gathered are applied (collective)."""
+        """No step follows: what late gradients were gathered are applied. Every worker that lives calls this."""
         if self.plan.serves.gathers:
-            if self._spread.place.dp == 0:
-                self.client.read(self.index)
-                self.client.drain()
-            self._world.barrier()
+            self.once(f"settle/{self.index}", lambda: self._everywhere.drain(self.index))
+
+    def states(self) -> list[State]:
+        """As of any step beside a server; shards of each place are the first of its workers' to keep."""
+        buffers = {f"buffer/{name}": value for name, value in self.model.named_buffers()}
+        common = {"index": self.index, "expected_weight": self._expectation.weight}
+        found = self._everywhere.states(self.index)
+        each = [found.get(rank, ({}, {})) for rank in range(self.workers)]
+        return [(buffers | named, {**common, "shards": shards}) for named, shards in each]
+
+    def full_state_alone(self) -> dict[str, Tensor]:
+        """What ``full_state`` gives, found by this worker alone; nobody may push meanwhile."""
+        mesh = self._spread.mesh
+        return self._named(self._everywhere.whole(self.index, self._portion, lambda rank: mesh.place(rank).tp))
+
+    @property
+    def _gone(self) -> Collection[int]:
+        """Replicas that compute no more."""
+        return {*super()._gone, *self._wake.given_up()}
+
+    def stays(self, error: WorkerFailed) -> bool:
+        """After what a step raised: whether it was that this worker's replica is lost.
+
+        If so, this worker goes on to serve until the others are done, and then it is True. Raises WorkerFailed when no
+        replica is left.
+        """
+        return self._wake.stays(error, lambda: self._gone, self.client.close)
+
+    def _looked(self) -> None:
+        self._wake.look(self._members(self.lost()))
+
+    def _leave(self) -> None:
+        if not self._wake.begun:
+            super()._leave()
+            self._wake.done()
 
     def _found(self, microbatches: int) -> Found:
         """What the replica found, the same on each of its workers; gradients of what several hold are whole then."""
@@ -121,13 +160,14 @@ class ReplicaStep(ServedStep):
         return Found(losses, is_used=bool(touched), stop=bool(stop))
 
     def _settled(self, seen: Seen) -> None:
-        """After which step to stop is what the first place's server says, who was told by all; lateness the largest."""
+        """When to stop, and what comes next, is what the first place's server says; lateness the largest of all."""
         if self.plan.exact:
             return  # every place's server was told the same
-        first = self._replica.rank == 0
-        told = self._of_all(float(seen.stop and first), seen.delay, seen.staleness)
-        stops, delays, stalenesses = told[0::3], told[1::3], told[2::3]
+        first, part = self._replica.rank == 0, self.client.part
+        told = self._of_all(float(seen.stop and first), seen.delay, seen.staleness, -1 if part is None else part)
+        stops, delays, stalenesses, parts = (told[start::4] for start in range(4))
         seen.stop, seen.delay, seen.staleness = any(stops), int(max(delays)), int(max(stalenesses))
+        self.client.part = int(max(parts))  # what the first place's server deals is the replica's
 
     def _of_all(self, *mine: float) -> list[float]:
         """These numbers of every worker of the replica, one worker after the other (collective in the replica)."""
@@ -161,7 +201,7 @@ class ReplicaStep(ServedStep):
         self._is_over = True
         mesh, place, replica = self._spread.mesh, self._spread.place, int(failed.meta["worker"])
         gone = mesh.rank(pp=place.pp, dp=replica, tp=place.tp)
-        others = [str(rank) for rank in range(mesh.workers) if mesh.place(rank).dp == replica and rank != gone]
+        others = [str(rank) for rank in mesh.mates(gone) if rank != gone]
         return WorkerFailed(
             f"worker {gone} is gone at step {failed.meta.get('clock', self.index)}, and with it its replica, which "
             f"workers {', '.join(others)} are of too: look at its output; start again from the last checkpoint"

@@ -18,6 +18,7 @@ from sheaf.parallel.server.peers import Peers
 from sheaf.parallel.server.points import reached
 from sheaf.parallel.server.seats import BACKUP, PRIMARY, RETIRED, Mirror, Throne, entry_of
 from sheaf.parallel.server.shard import Shard
+from sheaf.parallel.server.sums import check_sum
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0  # seconds between attempts to find a backup
 
@@ -139,23 +140,26 @@ class Seat:
                 self.changed.notify_all()
 
     def _with_data(self, wire: Wire, head: Head, entry: Entry) -> Entry:
-        if head.kind != Kind.PUSH:
+        pieces = len(self.shard.form.pieces)
+        if head.kind == Kind.APPLY and self.terms.sums:
+            check_sum(entry.meta, pieces, self.terms.workers)
+        elif head.kind == Kind.PUSH:
+            check_push(entry.meta, pieces)
+        else:
             if head.data_bytes:
                 raise BadFrame(f"{head.data_bytes} bytes came with a {head.kind.name}, which has none")
             return entry
-        check_push(entry.meta, len(self.shard.form.pieces))
         if self.terms.lent:
             check_covers(entry.meta, self.terms.lent)
-        with self.changed:
-            arena = self.shard.room()
+        arena = self.shard.room()
         wire.data(head, arena.raw)
-        return Entry(entry.kind, entry.worker, entry.incarnation, entry.sequence, entry.clock, entry.base, entry.meta,
-                     arena)  # fmt: skip
+        entry.arena = arena
+        return entry
 
     def log(self, entry: Entry) -> None:
         """Make a transition here and on the backup. The lock is held."""
         reached("primary.before_log")
-        if self._mirror is not None:
+        if self._mirror is not None and self.terms.forwards(entry.kind):
             self.last = self._mirror.send(entry)
         self.shard.do(entry)
         reached("primary.after_log")

@@ -13,6 +13,7 @@ from sheaf.parallel.server.host import Host
 from sheaf.parallel.server.restore import kept
 from sheaf.parallel.server.seats import PRIMARY
 from sheaf.parallel.step import Step
+from sheaf.plans.mesh import Mesh
 from sheaf.plans.server import outlives
 
 _WATCH_SECONDS = 0.1  # between two looks at who is lost
@@ -30,9 +31,14 @@ class AbstractSeatedStep(Step, ABC):
         """The seats of shards that this worker has now."""
 
     @property
+    def clock(self) -> int:
+        """How many clocks lie behind the next step: one for each, or for all between two meetings."""
+        return self.index // max(1, self.plan.meets_locally.every)
+
+    @property
     def outlives_workers(self) -> bool:
         """Whether the others go on when a worker is lost."""
-        return outlives(self.plan.serves, stolen=self.plan.stolen, split=self.plan.computing > self.plan.dp)
+        return outlives(self.plan.serves, stolen=self.plan.stolen, local=bool(self.plan.local))
 
     @property
     def state_owner(self) -> int:
@@ -45,7 +51,7 @@ class AbstractSeatedStep(Step, ABC):
         shards: dict[str, Any] = {}
         for host in self.hosts:
             if host.seat == PRIMARY:
-                if not host.wait_for_clock(self.index, 3 * host.terms.lease_seconds):
+                if not host.wait_for_clock(self.clock, 3 * host.terms.lease_seconds):
                     raise RunError(f"shard {host.shard.number} waits for workers that are behind step {self.index}")
                 tensors, shards[str(host.shard.number)] = kept(host.shard)
                 named |= {f"shard/{host.shard.number}/{name}": value for name, value in tensors.items()}
@@ -59,6 +65,15 @@ class AbstractSeatedStep(Step, ABC):
     def _watch(self) -> None:
         while not self._ended.wait(_WATCH_SECONDS):
             with contextlib.suppress(RuntimeError):  # the store went with the run
-                for rank in self.lost():
+                for member in self._members(self.lost()):
                     for host in self.hosts:
-                        host.lose(rank)
+                        host.lose(member)
+                self._looked()
+
+    def _members(self, ranks: Collection[int]) -> list[int]:
+        """The workers of the clock that these are, or are of: one for each replica."""
+        mesh, computing = Mesh.of(self.plan), self.plan.computing
+        return sorted({mesh.place(rank).dp for rank in ranks if rank < computing})
+
+    def _looked(self) -> None:
+        """Whoever is lost was given up; called now and then from a thread of its own."""

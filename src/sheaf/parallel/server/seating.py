@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sheaf.parallel.optimizers import sliced_optimizer
+from sheaf.parallel.outer import optimizer_of
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.server.addresses import own_address, told_all
 from sheaf.parallel.server.host import Host
@@ -85,7 +86,7 @@ def take_seats(
             listeners += [socket.create_server((address, 0)) for _ in order]
         for number, listener in enumerate(listeners):
             throne, peers = Throne(store, f"sheaf/server/{number_of_run}/shard/{number}"), Peers(keys, lease)
-            make = partial(_shard, task, number, forms[number], terms, portion, value)
+            make = partial(_shard, task, plan, number, forms[number], terms, portion, value)
             place = order[number].index(world.rank)
             if place < 2:
                 hosts.append(Host(make(), (PRIMARY, BACKUP)[place], listener, keys, throne, peers))
@@ -123,12 +124,14 @@ def _open(world: World, hosts: list[Host], spares: list[Spare], addresses: list[
 
 
 def _shard(
-    task: Task, number: int, form: Form, terms: Terms, portion: Portion, value: Callable[[str], Tensor]
+    task: Task, plan: Plan, number: int, form: Form, terms: Terms, portion: Portion, value: Callable[[str], Tensor]
 ) -> Shard:
     values: dict[str, Tensor] = {
         piece.name: value(piece.name).detach().reshape(-1)[piece.start : piece.stop].cpu().clone()
         for piece in form.pieces
     }
+    if plan.local:  # workers have the task's optimizer
+        return Shard(number, form, values, optimizer_of(plan.meets_locally, list(values.values())), terms)
     optimizer = sliced_optimizer(portion, {piece.name: (values[piece.name], piece) for piece in form.pieces})
     scheduler = task.scheduler(optimizer) if task.scheduler is not None else None
     return Shard(number, form, values, optimizer, terms, scheduler)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sheaf.cluster.traffic import traffic
 from sheaf.errors import WorkerFailed
+from sheaf.parallel.optimizers import learning_rate
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.server.failed import explained
 from sheaf.parallel.server.host import Host
@@ -84,14 +85,17 @@ class ServingStep(AbstractSeatedStep):
     def __call__(self) -> StepReport:
         """Serve until the others have done one step more. Raises what they raise when it cannot be applied."""
         start, sent = time.perf_counter(), traffic.sent_bytes
-        while not self._is_done(self.index):
+        every = max(1, self.plan.meets_locally.every)
+        meets = (self.index + 1) % every == 0  # else the others do the step alone
+        while meets and not self._is_done(self.clock):
             self._wait()
         told: dict[int, dict[str, Any]] = {}
         stop_at, rate = None, None
         for host in self._live[:1]:
             with host.changed:
-                told, stop_at = dict(host.shard.told.get(self.index, {})), host.shard.stop_at
-                rate = float(host.shard.optimizer.param_groups[0]["lr"]) if host.shard.optimizer.param_groups else None
+                told = dict(host.shard.told.get(self.clock, {})) if meets else {}
+                stop_at = host.shard.stop_at
+                rate = learning_rate(host.shard.optimizer)
         each = losses(told.values())
         weight = math.fsum(one[2] for one in each)
         seconds = time.perf_counter() - start
@@ -106,7 +110,7 @@ class ServingStep(AbstractSeatedStep):
             memory_bytes=memory_bytes(self._world.device),
             microbatches=tuple(len(told.get(worker, {}).get("losses", ())) for worker in range(self.plan.computing)),
             sent_bytes=traffic.sent_bytes - sent,
-            stop=stop_at is not None and self.index + 1 >= stop_at,
+            stop=meets and stop_at is not None and self.clock + 1 >= stop_at,
         )
         self.index += 1
         return report
@@ -137,7 +141,7 @@ class ServingStep(AbstractSeatedStep):
         """Go on where ``state`` stood; collective."""
         self._world.barrier()
         self.index = values["index"]
-        reload(self._world, self.hosts, self.plan.serves.shards, tensors, values)
+        reload(self._world, self.hosts, self.plan.serves.shards, tensors, {**values, "index": self.clock})
         self._world.barrier()  # then the others join
         self._world.barrier()
 

@@ -11,10 +11,12 @@ from sheaf.parallel.server.clock import Clocks
 from sheaf.parallel.server.dealing import Dealing
 from sheaf.parallel.server.failed import impossible
 from sheaf.parallel.server.frame import Kind
-from sheaf.parallel.server.late import BUFFERED, COMPENSATED, DELAYED, Buffer, adjusted_, is_plain
-from sheaf.parallel.server.log import Entry, Fenced, Member, Terms, is_good_bye, losses, missed, settles, used
+from sheaf.parallel.server.late import BUFFERED, COMPENSATED, DELAYED, Buffer, adjusted_
+from sheaf.parallel.server.log import Entry, Fenced, Member, Terms, is_good_bye, losses, settles, used
 from sheaf.parallel.server.places import Arena, Form
 from sheaf.parallel.server.points import reached
+from sheaf.parallel.server.sums import added, forwarded, received, told_of
+from sheaf.parallel.server.update import Update
 from sheaf.parallel.server.work import Kept, Key
 
 _KEPT_CLOCKS = 3  # finished clocks of which losses are still known
@@ -56,8 +58,7 @@ class Shard:
         self.round: dict[int, Entry] = {}
         self._sum: dict[str, Tensor] | None = None
         self.pulled: dict[int, tuple[int, Arena]] = {}
-        self._names = {id(value): name for name, value in values.items()}
-        self._is_plain = scheduler is None and is_plain(optimizer)
+        self._step = Update(values, optimizer, scheduled=scheduler is not None)
         for worker in self.members:  # they all begin with the values that are here now
             self._keep_pulled(Entry(Kind.PULLED, worker))
 
@@ -65,7 +66,7 @@ class Shard:
         """Make one transition. Raises Fenced where the entry's incarnation is no longer heard."""
         member = self.members.get(entry.worker)
         if entry.kind == Kind.APPLY:
-            self._apply(entry.clock, entry.meta.get("norm"))
+            self._apply(entry)
         elif entry.kind == Kind.CLOSE:
             self._close(entry.clock, [(one[0], one[1], one[2]) for one in entry.meta["counted"]])
         elif member is None:
@@ -162,8 +163,11 @@ class Shard:
         return member.committed if incarnation == member.incarnation else member.history.get(incarnation, 0)
 
     def room(self) -> Arena:
-        """Room for a gradient."""
-        return self.free.pop() if self.free else self.form.arena()
+        """Room for a gradient; the one thing here for several threads at once."""
+        try:
+            return self.free.pop()
+        except IndexError:
+            return self.form.arena()
 
     def pulled_copy(self, worker: int, request: int) -> Arena | None:
         """What a worker's pull of that request read, when it asks again."""
@@ -200,7 +204,6 @@ class Shard:
             return
         self._release(member.staged)
         member.fenced, member.staged, member.left = max(member.fenced, entry.incarnation), None, is_good_bye(entry)
-        self.failure = self.failure or missed(self.terms, entry, self.clocks)
         self.clocks.leave(entry.worker)
         self._give_back(entry.worker)
         if self.dealing is not None:
@@ -238,15 +241,9 @@ class Shard:
         round_ = self.kept.round
         self.round, spare = self.kept.closed(clock, keys)
         self.free += spare
-        told: dict[int, dict[str, Any]] = {}
-        for place, (worker, _, _) in enumerate(keys):
-            meta = self.round[place].meta
-            mine = told.setdefault(worker, {"losses": [], "samples": 0, "seconds": 0.0})
-            mine["losses"] += meta.get("losses", ())
-            mine["samples"] += meta.get("samples", 0)
-            mine["seconds"] += meta.get("seconds", 0.0)
-            if meta.get("stop") or (round_ is not None and round_.stop):
-                self.stop_at = self.stop_at or clock + 1
+        told = told_of(self.round)
+        if (round_ is not None and round_.stop) or any(one.meta.get("stop") for one in self.round.values()):
+            self.stop_at = self.stop_at or clock + 1
         for worker, count in (round_.returned if round_ is not None else {}).items():
             told.setdefault(worker, {"losses": [], "seconds": 0.0})["returned"] = count
         self.told[clock] = told
@@ -273,11 +270,7 @@ class Shard:
         staged = member.staged
         if staged is None or (staged.incarnation, staged.sequence) != (entry.incarnation, entry.sequence):
             return
-        member.committed, member.staged = entry.sequence, None
-        self.told.setdefault(staged.clock, {})[entry.worker] = staged.meta
-        if staged.meta.get("stop") and self.stop_at is None:
-            done = [self.clocks.of(worker) for worker in self.clocks.workers]
-            self.stop_at = staged.clock + 1 if self.terms.exact else max(done, default=staged.clock) + 1
+        self._count(member, staged)
         if self.terms.exact:
             self.round[entry.worker] = staged
             self._check()
@@ -289,6 +282,14 @@ class Shard:
         self._schedule()
         for clock in [clock for clock in self.told if clock < self.clocks.slowest - _KEPT_CLOCKS]:
             del self.told[clock]
+
+    def _count(self, member: Member, staged: Entry) -> None:
+        """A worker's gradient counts."""
+        member.committed, member.staged = staged.sequence, None
+        self.told.setdefault(staged.clock, {})[staged.worker] = staged.meta
+        if staged.meta.get("stop") and self.stop_at is None:
+            done = [self.clocks.of(worker) for worker in self.clocks.workers]
+            self.stop_at = staged.clock + 1 if self.terms.exact else max(done, default=staged.clock) + 1
 
     def _check(self) -> None:
         """At staleness 0, once all gradients of the next clock are there: whether they can be applied."""
@@ -303,23 +304,32 @@ class Shard:
     def _summed(self) -> dict[str, Tensor]:
         """At staleness 0: the clock's gradients, added in the order of workers."""
         if self._sum is None:
-            sums: dict[str, Tensor] = {}
-            for worker in sorted(self.round):
-                for name, gradient in used(self.round[worker]).items():
-                    if name in sums:
-                        sums[name] += gradient
-                    else:
-                        sums[name] = gradient
-            metas = [self.round[worker].meta for worker in sorted(self.round)]
-            weight = math.fsum(weight for _, _, weight in losses(metas))
-            factor = metas[0].get("expected", weight) / weight
-            if sums and factor != 1.0:
-                torch._foreach_mul_(list(sums.values()), factor)
-            self._sum = sums
+            self._sum = added(self.round)
         return self._sum
 
-    def _apply(self, clock: int, norm: float | None) -> None:
-        if clock < self.applied or self.failure is not None or not self.ready:
+    def meeting(self, norm: float | None) -> Entry:
+        """At staleness 0: the entry with which the gradients that are ready meet; ``norm`` is that over all shards."""
+        entry = forwarded(self.round, self._summed()) if self.terms.sums else Entry(Kind.APPLY, clock=self.applied)
+        entry.meta["norm"] = norm
+        return entry
+
+    def _receive(self, entry: Entry) -> None:
+        """On a backup: a clock's sum came, and with it every worker's part counts."""
+        for member in self.members.values():
+            self._release(member.staged)
+            member.staged = None
+        for staged in self.round.values():
+            self._release(staged)
+        self.round, self._sum = received(entry), used(entry)
+        for worker, staged in self.round.items():
+            self._count(self.members[worker], staged)
+            self.clocks.advance(worker, staged.clock + 1)
+
+    def _apply(self, entry: Entry) -> None:
+        clock, norm = entry.clock, entry.meta.get("norm")
+        if clock == self.applied and entry.arena is not None and self._sum is None:
+            self._receive(entry)
+        if clock < self.applied or not self.ready:
             return
         sums = self._summed()
         if self.terms.clip is not None and clock not in self.norms:
@@ -362,17 +372,7 @@ class Shard:
     def _update(self, gradients: dict[str, Tensor]) -> None:
         reached("primary.during_apply")
         self.version += 1
-        if self._is_plain:  # what the optimizer would do, without what it does around that
-            for group in self.optimizer.param_groups:
-                for value in group["params"]:
-                    if (gradient := gradients.get(self._names[id(value)])) is not None:
-                        value.add_(gradient, alpha=-group["lr"])
-            return
-        for name, value in self.values.items():
-            value.grad = gradients.get(name)
-        self.optimizer.step()
-        for value in self.values.values():
-            value.grad = None
+        self._step(gradients)
 
     def _schedule(self) -> None:
         if self.scheduler is None:

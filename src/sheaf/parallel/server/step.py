@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sheaf.cluster.traffic import traffic
-from sheaf.errors import NonFiniteLoss
+from sheaf.errors import NonFiniteLoss, WorkerFailed
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.runner import AbstractRunner
 from sheaf.parallel.server.beside import Beside, whole
@@ -34,6 +34,7 @@ from sheaf.record import StepReport
 from sheaf.task import Microbatch
 
 _LOOK_SECONDS = 0.005  # between two looks whether something is done
+_LEFT = "left"  # in place of a worker's number: it could not do what was to be done once
 
 
 class Found(NamedTuple):
@@ -172,20 +173,25 @@ class ServedStep(AbstractSeatedStep):
         """
         self.client.read(self.index)
         buffers = {f"buffer/{name}": value for name, value in self.model.named_buffers()}
+        named, shards = self._of_all_shards()
+        common = {"index": self.index, "expected_weight": self._expectation.weight}
+        first = buffers | named, {**common, "shards": shards}
+        return [first, *((buffers, {**common, "shards": {}}) for _ in range(self.workers - 1))]
+
+    def _of_all_shards(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What all shards hold, as they tell it: tensors, and the rest by shard."""
         shards: dict[str, Any] = {}
         named: dict[str, Tensor] = {}
         for number, (tensors, values) in enumerate(self.client.states()):
             shards[str(number)] = values
             named |= {f"shard/{number}/{name}": value for name, value in tensors.items()}
-        common = {"index": self.index, "expected_weight": self._expectation.weight}
-        first = buffers | named, {**common, "shards": shards}
-        return [first, *((buffers, {**common, "shards": {}}) for _ in range(self.workers - 1))]
+        return named, shards
 
     def settle(self) -> None:
         """No step follows: what late gradients were gathered are applied. Every worker that lives calls this."""
 
         def drain() -> None:
-            self.client.read(self.index)
+            self.client.read(self.clock)
             self.client.drain()
 
         if self.plan.serves.gathers:
@@ -201,21 +207,57 @@ class ServedStep(AbstractSeatedStep):
 
     @property
     def _first(self) -> int:
-        """The first worker that lives."""
-        return next((rank for rank in self._computing if rank not in self.lost()), self.rank)
+        """The first worker that lives, and whose replica does."""
+        gone = self._gone
+        return next((rank for rank in self._computing if self._member(rank) not in gone), self.rank)
+
+    @property
+    def _gone(self) -> Collection[int]:
+        """The workers of the clock that are known to be gone."""
+        return self._members(self.lost())
+
+    def stays(self, error: WorkerFailed) -> bool:  # noqa: ARG002 - replicas of several workers look at it
+        """After what a step raised: whether the others go on without this worker; if so, once they are done."""
+        return False
 
     def once(self, name: str, do: Callable[[], Any]) -> Any:
         """What ``do`` gives, of what JSON knows, on the first worker that lives; every worker that lives calls this.
 
         When that worker is lost before it has done it, the next does it. ``name`` is used once in a run.
         """
-        key = f"sheaf/once/{self._run}/{name}"
+        key, turn, me = f"sheaf/once/{self._run}/{name}", 0, str(self.rank)
         while not self._store.check([key]):
-            if self.gives_whole:
-                self._store.set(key, json.dumps(do()))
+            holder = ""
+            if self.gives_whole:  # one that lives may be at it yet, though its replica is lost
+                holder = self._store.compare_set(f"{key}/{turn}", "", me).decode()
+            if holder == me:
+                self._store.set(key, json.dumps(self._attempted(do, f"{key}/{turn}")))
+            elif holder == _LEFT or (holder and int(holder) in self.lost()):
+                turn += 1
             else:
                 time.sleep(_LOOK_SECONDS)
         return json.loads(self._store.get(key))
+
+    def _attempted(self, do: Callable[[], Any], turn: str) -> Any:
+        """What ``do`` gives; where it fails, the turn is the next worker's."""
+        try:
+            return do()
+        except BaseException:
+            self._store.compare_set(turn, str(self.rank), _LEFT)
+            raise
+
+    def brought(self, name: str, mine: Any) -> dict[int, Any]:
+        """By worker, what those of its replica bring, of what JSON knows; every worker that lives calls this, the first
+        is told. Of those that are lost nothing is brought.
+        """
+        key, found = f"sheaf/brought/{self._run}/{name}", dict[int, Any]()
+        self._store.set(f"{key}/{self.rank}", json.dumps(mine))
+        for rank in self._spread.mesh.mates(self.rank) if self.gives_whole else ():
+            while not self._store.check([f"{key}/{rank}"]) and self._member(self.rank) not in self._gone:
+                time.sleep(_LOOK_SECONDS)
+            if self._store.check([f"{key}/{rank}"]):
+                found[rank] = json.loads(self._store.get(f"{key}/{rank}"))
+        return found
 
     def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Go on where ``state`` stood; collective. Both seats of a shard take over what its worker kept."""
@@ -255,13 +297,17 @@ class ServedStep(AbstractSeatedStep):
 
     def close(self) -> None:
         """Say good-bye, and stay until the others have: this worker may hold their shards."""
-        self.client.leave()
+        self._leave()
         for host in self.hosts:
             host.wait_until_left(0.0 if self._is_over else 3 * host.terms.lease_seconds)
         for one in (*self._hosts, *self._spares):
             one.close()
         self._ended.set()
         super().close()
+
+    def _leave(self) -> None:
+        """Say good-bye."""
+        self.client.leave()
 
     def _dealt(self) -> tuple[int, tuple[Microbatch, ...]]:
         """The step of what is computed now, and its microbatches: those that this worker is dealt, or all."""
@@ -282,7 +328,7 @@ class ServedStep(AbstractSeatedStep):
             self._statistics.begin_step()
         self._beside.begin_step()
         self._runner.run(step, microbatches)
-        found = self._found(len(microbatches))
+        found = self._found(len(self._order.step(step)))
         self._told_here = found.losses
         norm = None
         if not self.plan.exact:

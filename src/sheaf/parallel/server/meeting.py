@@ -1,0 +1,240 @@
+"""Local steps beside a parameter server: every H steps a worker pushes how far it has come, and pulls new values."""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from sheaf.cluster.traffic import traffic
+from sheaf.parallel.optimizers import learning_rate
+from sheaf.parallel.portion import Portion
+from sheaf.parallel.runner import AbstractRunner
+from sheaf.parallel.server.client import Client, Seen
+from sheaf.parallel.server.departing import Departing
+from sheaf.parallel.server.failed import explained
+from sheaf.parallel.server.host import Host
+from sheaf.parallel.server.link import Failed
+from sheaf.parallel.server.relaying import State
+from sheaf.parallel.server.seating import reload
+from sheaf.parallel.server.spare import Spare
+from sheaf.parallel.server.step import ServedStep
+from sheaf.parallel.step import Step, memory_bytes
+from sheaf.plans import Plan
+from sheaf.record import StepReport
+from sheaf.task import Microbatch
+
+
+class MeetingStep(ServedStep):
+    """One call is a step of this worker, by its own optimizer; clocks count meetings, after every ``local`` steps.
+
+    At one it pushes what its weights departed by since the last, which the shards' outer optimizer takes for a
+    gradient. In lock-step that is the mean over all workers, by the weight of the losses they stepped by. Otherwise
+    each departure is an update of its own, and counts by its weight over that of all workers in a round, so that one
+    from each adds up to such a mean; how much a round has is told by what this worker's samples weighed so far. There
+    shard 0 deals rounds: a worker's share of every step in one is used when its departure is, and goes back before.
+
+    A report has this worker's own loss, and of a meeting what the record has of any exchange with a server.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        portion: Portion,
+        runner: AbstractRunner,
+        client: Client,
+        hosts: list[Host],
+        spares: Sequence[Spare] = (),
+    ) -> None:
+        super().__init__(plan, portion, runner, client, hosts, spares)
+        assert isinstance(self._holding, Departing)
+        self._own_weights = self._holding
+        self._own_weights.begin()
+        self._every, self._scheduled = plan.meets_locally.every, 0
+        self._round = self._nothing()
+        self._seen_weight, self._seen_samples = 0.0, 0  # of all that this worker computed
+        self._last_loss = math.nan
+
+    def __call__(self) -> StepReport:
+        """Run this worker's next step, and meet the others after the last of a round."""
+        start, sent, sent_in_all = time.perf_counter(), self.client.sent_bytes, traffic.sent_bytes
+        inside, first = self._spread.waited_seconds, self.index
+        self._runner.compute_seconds = 0.0
+        self._check_trained()
+        norm, samples = self._alone(self.index % self._every)
+        seen, again, waited = None, 0, 0.0
+        while (self.index + 1) % self._every == 0:
+            seen = self._meet()
+            waited += seen.waited_seconds
+            if not seen.dropped:
+                break
+            again, self.index = again + 1, (seen.finished + 1) * self._every - 1
+            for turn in range(self._every):
+                norm, samples = self._alone(turn)
+        self.index = self.index + 1 if seen is None else seen.finished * self._every
+        self._beside.index = self.clock
+        self._schedule()
+        mine = self._exchange.mine
+        weight = math.fsum(one[2] for one in mine)
+        self._last_loss = math.fsum(one[1] for one in mine) / weight if weight else self._last_loss
+        inside = self._spread.waited_seconds - inside
+        report = StepReport(
+            step=self.index - 1,
+            loss=self._last_loss,
+            weight=weight,
+            samples=samples,
+            seconds=time.perf_counter() - start,
+            terms={"compute": self._runner.compute_seconds, "communicate": waited + inside},
+            gradient_norm=norm if self.task.clip is not None else None,
+            learning_rate=learning_rate(self._holding.optimizer),
+            memory_bytes=memory_bytes(self._world.device),
+            microbatches=tuple(len(mine) if rank == self.rank else 0 for rank in self._computing),
+            stop=seen is not None and seen.stop,
+            sent_bytes=traffic.sent_bytes - sent_in_all,
+            server={} if seen is None else self._told_of(seen, again, self.index - 1 - first, sent, waited),
+        )
+        report.terms["host"] = max(0.0, report.seconds - sum(report.terms.values()))
+        return report
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What this worker has of its own, and what its shards hold once every worker has come as far.
+
+        Out of lock-step the run goes on at the last meeting: what came after is not used, and dealt again.
+        """
+        named, shards = self._kept()
+        tensors, values = self._own_state()
+        return tensors | named, {**values, "shards": shards}
+
+    def states(self) -> list[tuple[dict[str, Tensor], dict[str, Any]]]:
+        """By worker, what ``state`` gives, found by this worker alone: they all go on with its inner optimizer's state."""
+        self.client.read(self.clock)
+        tensors, values = self._own_state()
+        named, shards = self._of_all_shards()
+        mates = (tensors if rank in self._computing else {} for rank in range(1, self.workers))
+        return [(tensors | named, {**values, "shards": shards}), *((one, {**values, "shards": {}}) for one in mates)]
+
+    def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Go on where ``state`` stood; collective."""
+        clock = values["index"] // self._every
+        self._world.barrier()
+        reload(self._together, self.hosts, self.plan.serves.shards, tensors, {**values, "index": clock})
+        self._world.barrier()
+        self.client.join(clock)
+        self.client.read(clock)
+        Step.load(self, tensors, values)
+        if not self.plan.serves.exact:
+            self._own_weights.arrive()
+        told = values["meeting"]
+        self._round, self._scheduled = dict(told["round"]), self.index
+        self._seen_weight, self._seen_samples = told["seen_weight"], told["seen_samples"]
+        self._beside.index = self.clock
+        self._staleness.clear()
+        self._world.barrier()
+
+    def relaid(self, saved: str, read: Any) -> State | None:  # noqa: ARG002 - what workers have of their own stays theirs
+        """None: a run goes on under the same plan alone."""
+        return None
+
+    def _own_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, values = Step.state(self)
+        exact = self.plan.serves.exact
+        values["index"] = self.index if exact else self.clock * self._every
+        values["meeting"] = {
+            "round": self._round if exact else self._nothing(),
+            "seen_weight": self._seen_weight,
+            "seen_samples": self._seen_samples,
+        }
+        return tensors, values
+
+    def _nothing(self) -> dict[str, float]:
+        """What the round under way has so far: the sum and the weight of losses, and samples."""
+        return {"sum": 0.0, "weight": 0.0, "samples": 0}
+
+    def _alone(self, turn: int) -> tuple[float | None, int]:
+        """Make a round's step of that turn by this worker's own gradient; its norm, and how many samples it has."""
+        step, microbatches = self._dealt_in(turn)
+        whole = self._order.step(step)
+        self._exchange.begin(len(whole))
+        if self._statistics is not None:
+            self._statistics.begin_step()
+        self._beside.begin_step()
+        self._runner.run(step, microbatches)
+        mine = self._exchange.mine
+        norm = self._own(step, mine)
+        weight, held = math.fsum(one[2] for one in mine), self._beside.held()
+        if weight and not held:
+            raise explained({"why": "unused"}, step)
+        if self._observer is not None:
+            self._observer.gradients(self.index, held)
+        self._holding.optimizer.step()  # without gradients nothing moves
+        if self._statistics is not None:
+            self._statistics.apply(len(whole))
+        samples = self._samples(step, mine)
+        self._own_weights.weight += weight
+        self._round["sum"] += math.fsum(one[1] for one in mine)
+        self._round["weight"] += weight
+        self._round["samples"] += samples
+        self._seen_weight, self._seen_samples = self._seen_weight + weight, self._seen_samples + samples
+        return norm, samples
+
+    def _dealt_in(self, turn: int) -> tuple[int, tuple[Microbatch, ...]]:
+        """The step of what is computed in a turn of the round, and its microbatches: this worker's, or all."""
+        if self.client.part is None:
+            return self.index, self._order.step(self.index)
+        clock, place = divmod(self.client.part, self.plan.dp)
+        part = self._supply.part((clock * self._every + turn) * self.plan.dp + place)
+        return part.step, part.microbatches
+
+    def _meet(self) -> Seen:
+        """Push what the weights departed by in the round, and go on from the values that come back."""
+        told = self._round
+        used = self._own_weights.depart(self._factor())
+        common = {
+            "losses": [[self.rank, told["sum"], told["weight"]]],
+            "samples": told["samples"],
+            "any": True,
+            "stop": self._exchange.stop,
+            "expected": 1.0,
+        }
+        if not told["weight"] and not self.plan.serves.exact:
+            used = [[] for _ in used]  # nothing here has any weight
+        try:
+            seen = self.client.exchange(self.clock, [{"used": places, **common} for places in used])
+        except Failed as failed:
+            clock = int(failed.meta.get("clock", self.clock))
+            raise explained({**failed.meta, "clock": (clock + 1) * self._every - 1}, self.index) from None
+        if not seen.dropped:
+            self._staleness[seen.staleness] += 1
+        self._own_weights.arrive()
+        self._round = self._nothing()
+        return seen
+
+    def _factor(self) -> float:
+        """By what a departure counts: in lock-step shards divide by the weight of all, else it is a part of a mean."""
+        weight = self._round["weight"]
+        if self.plan.serves.exact:
+            return weight
+        if not weight:
+            return 0.0
+        whole = self._seen_weight / self._seen_samples * self.task.batch * self._every
+        return weight / whole * (self.plan.dp if self.plan.serves.gathers else 1)  # what is gathered becomes a mean
+
+    def _schedule(self) -> None:
+        """The learning rate goes with the step, however often this worker stepped."""
+        while self._scheduler is not None and self._scheduled < self.index:
+            self._scheduler.step()
+            self._scheduled += 1
+
+    def _told_of(self, seen: Seen, again: int, missed: int, sent: int, waited: float) -> dict[str, float]:
+        return {
+            "staleness": seen.staleness,
+            "staleness_max": max(self._staleness),
+            "staleness_mean": self._staleness_mean,
+            "delay": seen.delay,
+            "dropped": again,
+            "missed": missed,
+            "sent_bytes": self.client.sent_bytes - sent,
+            "waited_seconds": waited,
+            **self._seen(seen),
+        }

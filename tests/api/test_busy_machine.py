@@ -1,0 +1,69 @@
+"""What was measured while other programs ran is told of as such, and measured again when the machine is quiet."""
+
+import io
+from dataclasses import replace
+
+import made
+import pytest
+import small
+from rich.console import Console
+
+from sheaf.api import profiles as module
+from sheaf.api.profiles import busy_note, measured_profiles
+from sheaf.cli.plan import show
+from sheaf.search import Question, search
+
+FACTS = made.facts(4)
+PROFILE = made.profile(FACTS, concurrency=2)
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine of which others take cores, call by call, and whether it is quiet in between."""
+    taken, asked = [], []
+
+    def run(function, workers, given, facts, *_, **__):
+        asked.append(len(facts))
+        return [[replace(PROFILE, cores_taken=cores) for _ in facts] for cores in (0.0, taken.pop(0))]
+
+    monkeypatch.setenv("SHEAF_CACHE", str(tmp_path))
+    monkeypatch.setattr(module.launch, "run", run)
+    monkeypatch.setattr(module, "quiet", lambda: machine_is["quiet"])
+    machine_is = {"quiet": False}
+    return taken, asked, machine_is
+
+
+def test_what_a_busy_machine_took_is_measured_again_once_it_is_quiet(machine):
+    taken, asked, machine_is = machine
+    task = small.SMALL["mlp"]()
+
+    def measured():
+        (found,) = measured_profiles(task, [FACTS], 2)
+        return found.cores_taken
+
+    taken += [1.0]
+    assert measured() == 1.0
+    assert measured() == 1.0, "it would be no better now"
+    assert asked == [1]
+    machine_is["quiet"] = True
+    taken += [1.5, 0.1]
+    assert measured() == 1.0, "the calmer of two that were both disturbed"
+    assert measured() == 0.1
+    assert measured() == 0.1
+    assert asked == [1, 1, 1]
+
+
+def test_a_plan_of_a_busy_machine_says_so():
+    profiles = {(4, 1): replace(PROFILE, cores_taken=0.1), (4, 2): replace(PROFILE, cores_taken=0.8)}
+    question = Question(batch=8, facts={4: FACTS}, cluster=made.cluster(2), microbatch=4, profiles=profiles)
+    told = {}
+    for name, asked in (("busy", question), ("quiet", replace(question, profiles=dict.fromkeys(profiles, PROFILE)))):
+        ranking = search(asked)
+        console = Console(width=120, file=io.StringIO())
+        show(ranking, None, console)
+        told[name] = ranking.to_dict()["cores_taken"], console.file.getvalue()
+    assert told["busy"][0] == 0.8
+    assert busy_note(profiles.values()) in told["busy"][1]
+    assert "other programs kept 0.8 of the workers' cores busy" in told["busy"][1]
+    assert told["quiet"][0] == 0.0
+    assert "other programs" not in told["quiet"][1]

@@ -1,0 +1,213 @@
+"""Local steps that meet on shards: against workers played in plain PyTorch, and against meetings by all-reduce."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from counting import counted, counting, samples_of
+from plain import norm_resnet
+from test_local import Played, adam_mlp, clipped_mlp, padded_mlp
+from torch import nn
+
+from sheaf.errors import PlanError
+from sheaf.parallel import build, refuse
+from sheaf.plans import Plan
+from sheaf.plans.layout import apportion
+from sheaf.task.blueprint import Blueprint
+
+
+def run(task, text, steps=7, resume_after=None):
+    """This worker's reports, its weights after each step, and the whole state at the end; None where it only serves."""
+    plan = Plan.parse(text)
+    step = build(task, plan)
+    reports, weights = [], []
+    while step.index < steps:
+        reports.append(step())
+        if step.rank < plan.computing:
+            weights.append(nn.utils.parameters_to_vector(step.model.parameters()).detach().clone())
+        if step.index == resume_after:
+            tensors, values = step.state()
+            tensors = {name: value.clone() for name, value in tensors.items()}
+            step.close()
+            step = build(task, plan)
+            step.load(tensors, values)
+    state = step.full_state()
+    step.close()
+    return (reports, weights, state) if step.rank < plan.computing else None
+
+
+@pytest.mark.parametrize(
+    ("plan", "make"),
+    [
+        ("dp=2,server=2,local=3:diloco:lr=0.6:momentum=0.8", adam_mlp),
+        ("dp=3,shares=2:1:1,server=2,local=3", padded_mlp),
+        ("dp=2,server=1,local=3:slowmo:lr=0.6:momentum=0.8", clipped_mlp),
+        ("dp=2,server=2:apart,local=3:diloco", adam_mlp),
+    ],
+)
+def test_in_lock_step_shards_step_by_the_mean_departure(ranks, plan, make):
+    task, plan = make(), Plan.parse(plan)
+    found = ranks(run, plan.workers, task, str(plan))[: plan.dp]
+    played, way = Played(task, plan.weights), plan.meets_locally
+    anchor = nn.Parameter(played.weights(0))
+    outer = torch.optim.SGD([anchor], lr=way.lr, momentum=way.momentum, nesterov=way.kind == "diloco")
+    for step in range(7):
+        loss = played.step(step)
+        if step % 3 == 2:
+            anchor.grad = anchor.detach() - played.mean()
+            outer.step()
+            for worker in range(plan.dp):
+                played.put(worker, anchor.detach())
+            played.seen = [0.0] * plan.dp
+        told = [reports[step] for reports, _, _ in found]
+        weight = sum(report.weight for report in told)
+        own = sum(report.loss * report.weight for report in told if report.weight)
+        assert own / weight == pytest.approx(loss, rel=1e-11)
+        for worker, (_, weights, _) in enumerate(found):
+            torch.testing.assert_close(weights[step], played.weights(worker), rtol=1e-11, atol=1e-12)
+    whole = nn.utils.parameters_to_vector(found[0][2][name] for name, _ in played.models[0].named_parameters())
+    torch.testing.assert_close(whole, played.mean(), rtol=1e-11, atol=1e-12)
+    assert all(state == {} for _, _, state in found[1:])
+
+
+def test_meetings_on_shards_and_by_all_reduce_are_the_same(ranks):
+    scheduler = partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.5)
+    task = replace(norm_resnet(precision="fp64"), scheduler=scheduler)
+    plans = ("dp=2,local=2:diloco", "dp=2,server=2,local=2:diloco")
+    for wanted, found in zip(*(ranks(run, 2, task, plan, 3) for plan in plans), strict=True):
+        assert wanted[2].keys() == found[2].keys()
+        for one, other in zip((*wanted[1], *wanted[2].values()), (*found[1], *found[2].values()), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+        assert [one.learning_rate for one in wanted[0]] == [one.learning_rate for one in found[0]]
+
+
+@pytest.mark.parametrize("server", ["2", "1:apart"])
+def test_a_run_resumed_between_meetings_is_the_same_to_the_last_bit(ranks, server):
+    task, plan = adam_mlp(), f"dp=2,server={server},local=3:diloco"
+    workers = Plan.parse(plan).workers
+    straight, resumed = ranks(run, workers, task, plan), ranks(run, workers, task, plan, resume_after=4)
+    for (_, weights, state), (_, again, other) in zip(straight[:2], resumed[:2], strict=True):
+        assert len(weights) == len(again) == 7
+        assert all(torch.equal(one, same) for one, same in zip(weights, again, strict=True))
+        assert all(torch.equal(value, other[name]) for name, value in state.items())
+
+
+def in_turn(task, text, steps=7):
+    """As ``run``, but that workers meet one after another, worker 0 first."""
+    plan = Plan.parse(text)
+    step, store = build(task, plan), dist.distributed_c10d._get_default_store()
+    every, reports, weights = plan.meets_locally.every, [], []
+    while step.index < steps:
+        meeting, turn = divmod(step.index, every)
+        place = meeting * plan.dp + step.rank
+        if turn == every - 1 and place:
+            store.wait([f"{text}/{place}"])
+        reports.append(step())
+        if turn == every - 1:
+            store.set(f"{text}/{place + 1}", "")
+        weights.append(nn.utils.parameters_to_vector(step.model.parameters()).detach().clone())
+    step.settle()
+    state = step.full_state()
+    step.close()
+    return reports, weights, state
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "dp=2,server=2:async,local=3:diloco",
+        "dp=2,server=1:staleness=1,late=scaled,local=3",
+        "dp=2,server=2:async,late=delayed,local=3:diloco:lr=0.6:momentum=0.8",
+    ],
+)
+def test_out_of_lock_step_each_departure_is_an_update_that_counts_by_its_weight(ranks, plan):
+    task, plan = padded_mlp(), Plan.parse(plan)
+    found = ranks(in_turn, 2, task, str(plan))
+    played, way = Played(task, plan.weights), plan.meets_locally
+    anchors = [played.weights(0)] * 2
+    value = nn.Parameter(anchors[0].clone())
+    outer = torch.optim.SGD([value], lr=way.lr, momentum=way.momentum, nesterov=way.kind == "diloco")
+    weight, samples, gathered = [0.0, 0.0], [0, 0], []
+    for step in range(7):
+        played.step(step)
+        microbatches = [len(one.samples) for one in played.order.step(step)]
+        first = apportion(len(microbatches), (1, 1))[0]
+        samples = [samples[0] + sum(microbatches[:first]), samples[1] + sum(microbatches[first:])]
+        for worker in (0, 1) if step % 3 == 2 else ():
+            weight[worker] += played.seen[worker]
+            whole = weight[worker] / samples[worker] * task.batch * 3
+            departed = (anchors[worker] - played.weights(worker)) * (played.seen[worker] / whole)
+            if plan.late == "delayed":
+                before = before if gathered else value.detach().clone()
+                gathered.append(departed)
+                with torch.no_grad():
+                    value.copy_(before if len(gathered) == 2 else before - way.lr * departed)
+                if len(gathered) == 2:
+                    value.grad, gathered = sum(gathered), []
+                    outer.step()
+            else:
+                late = 1 + (worker + step > 2)  # but for the very first, the other met in between
+                value.grad = departed / (late if plan.late == "scaled" else 1)
+                outer.step()
+            anchors[worker] = value.detach().clone()
+            played.put(worker, anchors[worker])
+            played.seen[worker] = 0.0
+        for worker in (0, 1):
+            torch.testing.assert_close(found[worker][1][step], played.weights(worker), rtol=1e-11, atol=1e-12)
+    whole = nn.utils.parameters_to_vector(found[0][2][name] for name, _ in played.models[0].named_parameters())
+    torch.testing.assert_close(whole, value.detach(), rtol=1e-11, atol=1e-12)
+    assert [one.server.get("delay") for one in found[1][0]] == [None, None, 1, None, None, 1, None]
+
+
+def left_alone(task, text):
+    """Worker 1 stops within a round and is given up; what worker 0 then makes of four rounds."""
+    step, store = build(task, Plan.parse(text)), dist.distributed_c10d._get_default_store()
+    step()
+    if step.rank:
+        store.set(f"{text}/stopped", "")
+        store.wait([f"{text}/done"])
+        step.close()
+        return None
+    store.wait([f"{text}/stopped"])
+    step.heed(lambda: {1})
+    (host,) = step.hosts
+    with host.changed:
+        assert host.changed.wait_for(lambda: host.shard.clocks.workers == (0,), 20)
+    reports = [step() for _ in range(7)]
+    state = {name: value.clone() for name, value in step.full_state().items()}
+    store.set(f"{text}/done", "")
+    step.close()
+    return reports, state
+
+
+def test_what_a_lost_worker_used_since_it_met_is_used_again(ranks):
+    reports, state = ranks(left_alone, 2, counting(), "dp=2,server=1:async,local=2")[0]
+    assert [report.server.get("returned") for report in reports] == [1, None] * 3 + [1]
+    parts = [(step, place) for step in range(4) for place in (0, 1)]  # its own two rounds, and those of the other
+    first = Blueprint(counting()).fill(torch.device("cpu")).get_parameter("table.weight").detach()
+    # a departure counts as half of a round
+    assert counted(first - 2 * (first - state["table.weight"])) == samples_of(parts)
+
+
+def test_a_departure_that_is_too_late_is_dropped_and_its_round_made_again(ranks):
+    found = ranks(in_turn, 2, counting(), "dp=2,server=1:async,late=plain:0,local=2", 8)
+    assert [report.server.get("dropped") for report in found[0][0]] == [None, 0, *[None, 1] * 3]
+    assert [report.server.get("dropped") for report in found[1][0]] == [None, 1] * 4
+    first = Blueprint(counting()).fill(torch.device("cpu")).get_parameter("table.weight").detach()
+    every = [(step, place) for step in range(8) for place in (0, 1)]
+    assert counted(first - 2 * (first - found[0][2]["table.weight"])) == samples_of(every)
+
+
+def test_what_shards_cannot_know_is_refused_and_workers_may_have_any_optimizer():
+    plan = Plan.parse("dp=2,server=2,local=4")
+    refuse(replace(adam_mlp(), optimizer=torch.optim.Adafactor), plan)
+    stepped = replace(adam_mlp(), scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=2))
+    with pytest.raises(PlanError, match=r"in units of the inner learning rate.*use local=4:diloco, or drop the sched"):
+        refuse(stepped, Plan.parse("dp=2,server=2,local=4:slowmo"))
+    with pytest.raises(PlanError, match="use staleness=0 without local, or another scheduler"):
+        refuse(
+            replace(adam_mlp(), scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau),
+            Plan.parse("dp=2,server=2,local=4"),
+        )
