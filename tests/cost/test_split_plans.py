@@ -193,6 +193,12 @@ def test_gpipe_keeps_every_microbatch_and_1f1b_as_many_as_workers():
     assert kept < every / 4
 
 
+def test_of_interleaved_a_replica_that_is_dealt_fewer_may_keep_more():
+    given = (("dp=2,pp=4:interleaved", 15), ("pp=4:interleaved", 8), ("pp=4:interleaved", 7))
+    both, eight, seven = (priced(text, sizes=(4,) * count).memory["activations"] for text, count in given)
+    assert both == seven > eight
+
+
 def test_each_worker_holds_its_stages_and_the_fullest_counts():
     facts = made.facts(8)
     whole = priced("serial", facts).memory["parameters"]

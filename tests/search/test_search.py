@@ -225,6 +225,8 @@ def test_measured_times_are_taken_for_the_size_and_company_of_the_plan():
     assert profile_for(profiles, 5, 1).blocks["b0"].forward_seconds == pytest.approx(0.05)
     assert profile_for(profiles, 5, 3).concurrency == 4
     assert profile_for(profiles, 16, 1).samples == 8
+    rehearsed = {key: replace(one, overheads={"dp=2": 0.1 * one.samples}) for key, one in profiles.items()}
+    assert profile_for(rehearsed, 5, 1).overheads == {"dp=2": pytest.approx(0.5)}
     assert profile_for({}, 4, 1) is None
     crowded = search(question(facts=facts, profiles=profiles, microbatch=2))
     assert crowded.best.plan.workers == 1, "four busy workers are each four times slower here"

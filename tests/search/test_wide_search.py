@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from sheaf.cluster.cluster import Tier
 from sheaf.cost.clock import kept
+from sheaf.cost.memory import needed_bytes
 from sheaf.cost.seating import Seating
+from sheaf.graph.facts import TableFact
 from sheaf.plans import Plan
 from sheaf.plans.mesh import Mesh
 from sheaf.plans.schedule import actions, held
@@ -90,6 +92,39 @@ def test_the_best_of_a_search_that_leaves_plans_out_is_the_best_of_all(drawn):
     tied = [price for price in fitting if price.step_seconds <= fastest * 1.01]
     if question.microbatch:
         assert found.best.plan.workers == min(price.plan.workers for price in tied)
+
+
+def test_a_table_that_travels_as_rows_does_not_count_as_travelling_whole():
+    plain = made.facts(4, 1_280_000, saved_bytes=10_000)
+    first = replace(plain.parameters[0], shape=(20_000, 64))
+    table = TableFact("b0.weight", 20_000, 4 * 64, 4, (100.0, 180.0, 250.0))
+    facts = replace(plain, parameters=(first, *plain.parameters[1:]), tables=(table,))
+    plan = Plan.parse("dp=2,b0=sparse")
+
+    def within(memory_bytes: int) -> Question:
+        machines = made.cluster(2, bytes_per_second=1e7, overlap=0.0, memory_bytes=memory_bytes)
+        return Question(batch=8, facts={4: facts}, cluster=machines, microbatch=4)
+
+    price = within(2**34).rough(plan)
+    question = within(needed_bytes(price.peak_bytes, "cuda"))
+    assert too_large(price, question.cluster) is None
+    bounds = Bounds(question.batch, question.basis, question.size)
+    assert bounds.fits(plan)
+    assert bounds.seconds(plan) + bounds.meeting(plan) <= price.step_seconds * (1 + 1e-9)
+
+
+def test_what_meets_faster_than_priced_is_bounded_as_it_is_priced():
+    facts, least = made.facts(4), dict[float, float]()
+    for added in (0.0, -100.0):
+        profile = replace(made.profile(facts, concurrency=2), overheads={"dp=2": added})
+        question = Question(
+            batch=8, facts={4: facts}, cluster=made.cluster(2, bytes_per_second=1e6), microbatch=4,
+            profiles={(4, 2): profile},
+        )  # fmt: skip
+        bounds = Bounds(question.batch, question.basis, question.size)
+        least[added] = bounds.seconds(Plan(dp=2)) + bounds.meeting(Plan(dp=2))
+        assert least[added] <= question.rough(Plan(dp=2)).step_seconds * (1 + 1e-9)
+    assert least[-100.0] < least[0.0]
 
 
 def test_a_search_that_is_cut_short_says_what_it_found_and_what_is_left():

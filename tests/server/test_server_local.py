@@ -161,6 +161,17 @@ def test_out_of_lock_step_each_departure_is_an_update_that_counts_by_its_weight(
     assert [one.server.get("delay") for one in found[1][0]] == [None, None, 1, None, None, 1, None]
 
 
+def uses(state):
+    """How often each sample of the counting task was used: one of two workers' departures counts as half of a round."""
+    first = Blueprint(counting()).fill(torch.device("cpu")).get_parameter("table.weight").detach()
+    return counted(first - 2 * (first - state["table.weight"]))
+
+
+def once(steps):
+    """How often each sample is in so many steps."""
+    return samples_of([(step, place) for step in range(steps) for place in (0, 1)])
+
+
 def left_alone(task, text):
     """Worker 1 stops within a round and is given up; what worker 0 then makes of four rounds."""
     step, store = build(task, Plan.parse(text)), dist.distributed_c10d._get_default_store()
@@ -185,19 +196,14 @@ def left_alone(task, text):
 def test_what_a_lost_worker_used_since_it_met_is_used_again(ranks):
     reports, state = ranks(left_alone, 2, counting(), "dp=2,server=1:async,local=2")[0]
     assert [report.server.get("returned") for report in reports] == [1, None] * 3 + [1]
-    parts = [(step, place) for step in range(4) for place in (0, 1)]  # its own two rounds, and those of the other
-    first = Blueprint(counting()).fill(torch.device("cpu")).get_parameter("table.weight").detach()
-    # a departure counts as half of a round
-    assert counted(first - 2 * (first - state["table.weight"])) == samples_of(parts)
+    assert uses(state) == once(4)  # its own two rounds, and those of the other
 
 
 def test_a_departure_that_is_too_late_is_dropped_and_its_round_made_again(ranks):
     found = ranks(in_turn, 2, counting(), "dp=2,server=1:async,late=plain:0,local=2", 8)
     assert [report.server.get("dropped") for report in found[0][0]] == [None, 0, *[None, 1] * 3]
     assert [report.server.get("dropped") for report in found[1][0]] == [None, 1] * 4
-    first = Blueprint(counting()).fill(torch.device("cpu")).get_parameter("table.weight").detach()
-    every = [(step, place) for step in range(8) for place in (0, 1)]
-    assert counted(first - 2 * (first - found[0][2]["table.weight"])) == samples_of(every)
+    assert uses(found[0][2]) == once(8)
 
 
 def test_what_shards_cannot_know_is_refused_and_workers_may_have_any_optimizer():
@@ -207,7 +213,43 @@ def test_what_shards_cannot_know_is_refused_and_workers_may_have_any_optimizer()
     with pytest.raises(PlanError, match=r"in units of the inner learning rate.*use local=4:diloco, or drop the sched"):
         refuse(stepped, Plan.parse("dp=2,server=2,local=4:slowmo"))
     with pytest.raises(PlanError, match="use staleness=0 without local, or another scheduler"):
-        refuse(
-            replace(adam_mlp(), scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau),
-            Plan.parse("dp=2,server=2,local=4"),
-        )
+        refuse(replace(adam_mlp(), scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau), plan)
+
+
+def asked_to_stop(task, text):
+    """As which steps this worker's reports come, and whether the last says to stop; worker 1 asks at once."""
+    step = build(task, Plan.parse(text))
+    if step.rank == 1:
+        step.request_stop()
+    reports = [step()]
+    while not reports[-1].stop and step.index < 50:
+        reports.append(step())
+    step.close()
+    return [report.step for report in reports], reports[-1].stop
+
+
+def test_who_asks_to_stop_is_heard_at_the_next_meeting(ranks):
+    assert ranks(asked_to_stop, 3, adam_mlp(), "dp=2,server=1:apart,local=3") == [([0, 1, 2], True)] * 3
+
+
+def late_resumed(task, text):
+    """Eight steps of two-step rounds; after the fifth they go on from what worker 0 alone wrote."""
+    step = build(task, Plan.parse(text))
+    for _ in range(5):
+        step()
+    dist.barrier()
+    kept = [step.states() if step.rank == 0 else None]
+    dist.broadcast_object_list(kept)
+    step.close()
+    other = build(task, Plan.parse(text))
+    other.load(*kept[0][other.rank])
+    steps = [other().step for _ in range(4)]
+    whole = {name: value.clone() for name, value in other.full_state().items()}
+    other.close()
+    return steps, whole
+
+
+def test_out_of_lock_step_a_run_goes_on_from_its_last_meetings_and_uses_each_sample_once(ranks):
+    (steps, whole), (others, _) = ranks(late_resumed, 2, counting(), "dp=2,server=2:async,local=2")
+    assert steps == others == [4, 5, 6, 7]
+    assert uses(whole) == once(8)

@@ -185,6 +185,21 @@ def test_in_lock_step_nobody_goes_on_without_a_replica_that_is_given_up():
         assert caught.value.meta == {"why": "worker", "worker": 1, "clock": 0}
 
 
+def test_a_worker_whose_gradient_is_refused_tells_its_replica():
+    with Servers(Terms(workers=2, shards=1, staleness=1, place=0)) as servers:
+        refused, mate = servers.clients
+        said = []
+        for client in (refused, mate):
+            client.agreed = lambda delay: said.append(delay) or max(said)
+            client.join(0)
+        said.clear()
+        servers.hosts[0].lose(0)
+        for worker, client in enumerate((refused, mate)):  # the mate's own is taken
+            with pytest.raises(GivenUp, match=f"replica {worker} was given up"):
+                one(client, 0, gradient(worker, 0))
+        assert said[0] > said[1] == 0
+
+
 class Died(Exception):
     """In place of the end of a process."""
 

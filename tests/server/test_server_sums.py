@@ -50,6 +50,7 @@ def trained(prepare=lambda servers: None):
         seats = [*servers.hosts[1:], *servers.backups]
         assert [seat.shard.version for seat in seats] == [CLOCKS] * 3, "every clock is one update"
         assert {member.committed for seat in seats for member in seat.shard.members.values()} == {CLOCKS}
+        assert {tuple(seat.shard.told) for seat in seats} == {(1, 2, 3)}, "no more is kept"
         return found, told, [seat.seat for seat in servers.backups]
 
 
@@ -132,6 +133,7 @@ def test_a_silent_seat_is_noticed_while_another_shard_keeps_saying_that_it_is_bu
             threading.Thread(target=greeted, args=(listening, words), daemon=True).start()
         guest, addresses = Guest(WORKER, 0, 1), [silent.getsockname()[:2], servers.hosts[0].address]
         lines = [Link(0, addresses, guest, KEYS, 64, 0.3), Link(1, [chatty.getsockname()[:2]], guest, KEYS, 64, LONG_S)]
+        lines[0]._lease = LONG_S  # it turns to another seat soon, and gives neither up
         for line in lines:
             line.start(Head(Kind.BEAT, 0, 1))
         until = time.monotonic() + LONG_S
@@ -139,7 +141,7 @@ def test_a_silent_seat_is_noticed_while_another_shard_keeps_saying_that_it_is_bu
             assert time.monotonic() < until
         done.set()
         assert heard[0].kind == Kind.ACK
-        assert lines[0].reconnected == 1
+        assert lines[0].reconnected >= 1
         for line in lines:
             line.close()
 

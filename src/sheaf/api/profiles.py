@@ -14,6 +14,7 @@ from sheaf import launch
 from sheaf.cluster import others
 from sheaf.cluster.machine import available_cores
 from sheaf.cluster.others import disturbed, quiet
+from sheaf.errors import SheafError
 from sheaf.graph import BlockTime, ModelFacts, Profile, cache, profile
 from sheaf.graph.profile import accelerator
 from sheaf.launch import FromFile
@@ -55,8 +56,9 @@ def measured_profiles(
         known |= measured(missing)
     unsure = [one for one in facts if disturbed(known[one.samples].cores_taken)]
     if unsure and quiet():
-        for samples, again in measured(unsure).items():
-            known[samples] = min(again, known[samples], key=lambda one: one.cores_taken)
+        with suppress(SheafError):  # what was measured first stays
+            for samples, again in measured(unsure).items():
+                known[samples] = min(again, known[samples], key=lambda one: one.cores_taken)
     for samples, one in known.items():
         if one is not kept.get(samples):
             with suppress(OSError):  # a folder that cannot be written to is done without
@@ -108,9 +110,8 @@ def profiles_here(task: Task, facts: list[ModelFacts], threads: int, budget_seco
             budget_seconds=budget_seconds,
         )
         found = in_a_real_step(task, one, found, budget_seconds / 3)
-        if accelerator().type == "cpu":
-            found = replace(found, cores_taken=others.taken_since(start, threads))
-        profiles.append(found)
+        taken = others.taken_since(start, threads)  # of all workers together, whatever each of them computes on
+        profiles.append(replace(found, cores_taken=taken) if accelerator().type == "cpu" else found)
     return profiles
 
 

@@ -50,13 +50,14 @@ def predict_runs(runs: Path, *, fit: Path | None = None) -> dict[str, Any]:
     rows = read_runs(runs)
     if fit is None:
         return predict(rows, book())
-    given = read_runs(fit)
-    if not _samples(given, unfitted(book())):
+    given, empty = read_runs(fit), unfitted(book())
+    samples = _samples(given, empty)
+    if not samples:
         raise DataError(
             f"none of the {len(given)} rows of {fit} can be fitted on: wanted runs that can be predicted and say what "
             "was measured; leave --fit out for the constants that ship"
         )
-    return predict(rows, fit_runs(given))
+    return predict(rows, fitted(empty, samples))
 
 
 def fit_runs(rows: Iterable[Any]) -> Book:

@@ -115,8 +115,10 @@ def kept_rehearsals(
     )
     found = replace(rows[0], profile=median([row.profile for row in rows]))
     if known is not None:
+        busiest = max(known.profile.cores_taken, found.profile.cores_taken)
         found = replace(
             found,
+            profile=replace(found.profile, cores_taken=busiest),
             seconds=known.seconds | found.seconds,
             refused=(*known.refused, *found.refused),
             processor_seconds=known.processor_seconds | found.processor_seconds,
@@ -162,9 +164,10 @@ def rehearsed(task: Task, facts: ModelFacts, profile: Profile, plans: Sequence[P
             refused=(*found.refused, *taken.refused),
             processor_seconds=found.processor_seconds | taken.processor_seconds,
         )
+    taken_cores = others.taken_since(began, profile.threads)  # of all workers together, whatever they compute on
     if accelerator().type != "cpu":
         return replace(found, processor_seconds={})
-    return replace(found, profile=replace(plain, cores_taken=others.taken_since(began, profile.threads)))
+    return replace(found, profile=replace(plain, cores_taken=taken_cores))
 
 
 def _in_turn(small: Task, plans: Sequence[Plan]) -> Taken:

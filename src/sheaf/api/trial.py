@@ -71,7 +71,7 @@ def course(plan: Plan) -> Hashable:
     if plan.exact:
         return None
     meets = plan.serves.staleness, plan.late
-    return plan.dp, plan.local, plan.compress, meets if plan.server else None, plan.shares
+    return plan.dp, plan.local, plan.compress, None if plan.serves.exact else meets, plan.shares
 
 
 def read_trial(task: Task, directory: Path | str) -> tuple[Tried, ...]:

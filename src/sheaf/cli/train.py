@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sheaf.cli.answer import Answer, leads
-from sheaf.cli.options import AUTO, INTERRUPTED, file_argument, json_option, read_plan, workers_option
+from sheaf.cli.options import AUTO, FAILED, INTERRUPTED, file_argument, json_option, read_plan, workers_option
 from sheaf.errors import RunError
 from sheaf.plans import Plan
 from sheaf.units import pretty_seconds
@@ -141,8 +141,12 @@ def _compare(
         plan = Plan(dp=workers or default_workers())
     place = out or run_directory(task, None)
     done = compare(task, ways, plan, steps=steps, out=place, quiet=not leads(), source=source, predict=predict)
-    answer.give({"rows": done.rows, "picture": str(done.picture)}, lambda console: _show_rows(done, console))
-    return 1 if done.failed else 0
+    failed = {mode: str(error) for mode, error in done.failed.items()}
+    values = {"rows": done.rows, "failed": failed, "picture": str(done.picture)}
+    answer.give(values, lambda console: _show_rows(done, console))
+    if any(run.stopped for run in done.runs.values()):
+        return INTERRUPTED
+    return FAILED if done.failed else 0
 
 
 def _show_rows(done: "Comparison", console: Console) -> None:

@@ -17,7 +17,8 @@ def verify(context: click.Context, file: str, plan_text: str, steps: int, no_pre
     """Train the same steps in one process and under a plan, and compare losses, gradients and weights.
 
     Stages that the plan does not name are balanced as `sheaf train` balances them, and the verdict names them.
-    Exit code 0: identical, or apart by no more than rounding; 1: wrong, and the first module that departs is named.
+    Exit code 0: identical, or apart by no more than rounding; 1: wrong, and the first module that departs is named, or
+    relaxed, of a plan that is not meant to give the same.
     """
     with Answer(as_json=as_json) as answer:
         from sheaf.api.train import say

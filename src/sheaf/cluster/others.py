@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import psutil
 
 from sheaf.cluster.assemble import BUSY_CORES
-from sheaf.cluster.machine import cores_taken, host_name
+from sheaf.cluster.machine import host_name
 from sheaf.cluster.measuring import from_everyone
+
+GLANCE_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -78,5 +80,8 @@ def disturbed(cores: float) -> bool:
 
 
 def quiet() -> bool:
-    """Whether the machine is quiet just now, so that measuring again is worth it."""
-    return not disturbed(cores_taken())
+    """Whether the cores that this process may use are quiet just now, so that measuring again is worth it."""
+    start = now()
+    time.sleep(GLANCE_SECONDS)
+    span = start.to(now())
+    return not disturbed(taken([span], len(span.busy_seconds)))

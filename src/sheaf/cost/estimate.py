@@ -89,8 +89,8 @@ def _met_over(plan: Plan, basis: Basis) -> Fabric:
 def holding(plan: Plan, basis: Basis, sizes: Sequence[int]) -> dict[str, int]:
     """Peak bytes of the fullest worker by term: a price's ``memory``, quicker than the price."""
     if plan.pp > 1:
-        fullest = max(len(share) for _, share in runs(Pipeline.of(plan, basis), sizes)) if plan.balanced else 0
-        kept = kept_stages(plan, len(sizes), fullest)
+        dealt = {len(share) for _, share in runs(Pipeline.of(plan, basis), sizes)} if plan.balanced else ()
+        kept = kept_stages(plan, len(sizes), dealt)
         most: dict[int, tuple[int, Portion]] = {}
         for portion, stages in zip(workers(plan, basis), kept, strict=True):
             most[id(portion)] = max(most.get(id(portion), (0, portion)), (stages, portion), key=lambda one: one[0])

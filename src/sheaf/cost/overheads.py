@@ -125,11 +125,21 @@ def with_meetings(seconds: dict[str, float], profile: Profile | None, plan: Plan
 
     What is priced too high there is put right as far as to nothing.
     """
-    every = max(1, plan.meets_locally.every)
-    known = profile.overheads if profile is not None else {}
-    more = sum(known.get(str(one), 0.0) / every for one in in_steps(plan))
     longest = max(_GRADIENT_TERMS, key=lambda term: seconds[term])
-    return seconds | {longest: max(0.0, seconds[longest] + more)}
+    return seconds | {longest: max(0.0, seconds[longest] + meeting_seconds(profile, plan))}
+
+
+def meeting_seconds(profile: Profile | None, plan: Plan) -> float:
+    """What each step takes beside what is priced, of a meeting of weights its share; below zero: it is priced too high.
+
+    >>> profile = Profile(1, 2, 1, "fp32", {}, 0.0, 2.0, 0.0, 0.0, overheads={"dp=2": -0.5, "dp=2,local=2": 0.5})
+    >>> [meeting_seconds(profile, Plan.parse(text)) for text in ("dp=4", "dp=4,local=4", "tp=2")]
+    [-0.5, 0.125, 0.0]
+    """
+    if profile is None or not profile.overheads:
+        return 0.0
+    every = max(1, plan.meets_locally.every)
+    return sum((profile.overheads.get(str(one), 0.0) / every for one in in_steps(plan)), 0.0)
 
 
 def uneven_seconds(profile: Profile | None, plan: Plan) -> float:

@@ -1,7 +1,7 @@
 """A pipeline: its stages, what each of its workers computes and holds, and where its model is cut."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -135,14 +135,19 @@ def _default_cut(basis: Basis, count: int) -> tuple[int, ...]:
     return basis.once(("default", count), lambda: balanced(costs, count))
 
 
-def kept_stages(plan: Plan, num_microbatches: int, fullest: int = 0) -> tuple[int, ...]:
+def kept_stages(plan: Plan, num_microbatches: int, dealt: Collection[int] = ()) -> tuple[int, ...]:
     """The most microbatches each pipeline rank keeps at once, each of its stages counted.
 
-    A replica is dealt ``fullest`` at most, where that is known: shares dealt by speed count as equal otherwise.
+    Replicas are ``dealt`` so many, where that is known: shares dealt by speed count as equal otherwise. Under
+    ``interleaved`` a replica that is dealt fewer may keep more.
     """
-    even = ":" not in plan.shares
-    most = fullest or -(-num_microbatches // plan.dp) if even else max(apportion(num_microbatches, plan.weights))
-    return kept(plan.schedule, plan.pp, plan.num_stages, max(1, most))
+    if not dealt and ":" in plan.shares:
+        dealt = apportion(num_microbatches, plan.weights)
+    counts = set(dealt) or {num_microbatches // plan.dp, -(-num_microbatches // plan.dp)}
+    if plan.schedule != "interleaved":
+        counts = {max(counts)}
+    each = [kept(plan.schedule, plan.pp, plan.num_stages, max(1, count)) for count in counts]
+    return each[0] if len(each) == 1 else tuple(max(ranks) for ranks in zip(*each, strict=True))
 
 
 def measured_stages(plan: Plan, basis: Basis) -> str:

@@ -15,11 +15,13 @@ from sheaf.cost.basis import Basis
 from sheaf.cost.communication import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER
 from sheaf.cost.compute import STATE_BYTES_PER_BYTE
 from sheaf.cost.memory import needed_bytes
+from sheaf.cost.overheads import meeting_seconds
 from sheaf.cost.pipeline import kept_stages, stage_names, workers
 from sheaf.cost.placement import Seat
 from sheaf.cost.step import own_seconds
 from sheaf.graph.facts import BlockFact
 from sheaf.plans import Plan
+from sheaf.plans.rows import SPARSE, named
 from sheaf.plans.schedule import tells_apart
 from sheaf.plans.stages import placed
 
@@ -62,7 +64,9 @@ class Bounds:
 
     def meeting(self, plan: Plan) -> float:
         """Beside ``seconds``, at least so long gradients and weights of an exact plan travel unhidden."""
-        if plan.by_parts or plan.server or not plan.exact or plan.alike == 1 or plan.zero >= 2:
+        if plan.by_parts or named(plan.parts, SPARSE):
+            return 0.0  # tables do not travel whole
+        if plan.server or not plan.exact or plan.alike == 1 or plan.zero >= 2:
             return 0.0
         basis = self.basis(plan)
         parts = workers(plan, basis) if plan.pp > 1 else (basis.whole,)
@@ -74,13 +78,14 @@ class Bounds:
             hidden = max(0.0, basis.cluster.overlap) * sum(pieces[:-1])
             return sum(pieces) - hidden + sum(links.seconds(ALL_GATHER, size) for size in sent if plan.zero)
 
-        return SAFE * self._once((id(fullest), id(links), plan.zero, plan.bucket_bytes), made)
+        least = self._once((id(fullest), id(links), plan.zero, plan.bucket_bytes), made)
+        return SAFE * max(0.0, least + min(0.0, meeting_seconds(basis.profile, plan)))
 
     def fits(self, plan: Plan, *, cut: bool = True) -> bool:
         """Whether what it holds may fit; a plan that fits always does. Without ``cut``, nor does one of the same mesh
         with other stages or another schedule, or that recomputes.
         """
-        if plan.by_parts or plan.server:
+        if plan.by_parts or plan.server or named(plan.parts, SPARSE):
             return True
         basis, alike = self.basis(plan), plan.alike
         seats = basis.seating.kinds(plan.workers)

@@ -78,13 +78,13 @@ def _change(key: str, said: str) -> Change | None:
         return Change(key, float(multiple[1]), factor=True) if float(multiple[1]) > 0 else None
     if key in ("workers", "batch"):
         most = MOST_WORKERS if key == "workers" else math.inf
-        return Change(key, int(said)) if re.fullmatch(r"[1-9]\d*", said) and int(said) <= most else None
+        return Change(key, int(said)) if re.fullmatch(r"[1-9]\d{0,17}", said) and int(said) <= most else None
     if key == "memory":
         try:
             size = parse_bytes(said)
         except ValueError:
             return None
-        return Change(key, size) if size > 0 and not said.strip().isdigit() else None  # 80 of what?
+        return Change(key, size) if size > 0 and said[-1].isalpha() else None  # 80 of what?
     unit = r"(?:FLOPS?|FLOP/s)?" if key == "flops" else r"(bit(?:/s|ps)?|bps|B(?:/s)?)"
     rate = re.fullmatch(rf"(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmgtp]?){unit}", said, flags=re.IGNORECASE)
     if rate is None or float(rate[1]) <= 0:

@@ -60,5 +60,6 @@ def _between(low: Profile, high: Profile, samples: int) -> Profile:
         exposed_seconds=mixed(low.exposed_seconds, high.exposed_seconds),
         uneven_seconds=mixed(low.uneven_seconds, high.uneven_seconds),
         collective_factor=mixed(low.collective_factor, high.collective_factor),
+        overheads={text: mixed(more, high.overheads.get(text, more)) for text, more in low.overheads.items()},
         cores_taken=max(low.cores_taken, high.cores_taken),
     )

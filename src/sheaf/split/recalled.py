@@ -18,11 +18,7 @@ Known = dict[tuple[Any, ...], "_Found | None"]  # by operator and what it is giv
 
 _DEVICE = torch.ops.prim.device.default
 _UNSAFE_VIEW = torch.ops.aten._unsafe_view.default  # a view, though its schema does not say so
-_SAID_BY_VALUES = (
-    torch.Tag.data_dependent_output,
-    torch.Tag.dynamic_output_shape,
-    torch.Tag.inplace_view,
-)
+_SAID_BY_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _PLAIN = frozenset(
     {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format},
 )
@@ -122,15 +118,15 @@ class Recalled(TorchDispatchMode):
         kind = type(result) if type(result) in (tuple, list) else None
         results = [result] if kind is None else list(result)
         ids = {id(value) for value in (*args, *kwargs.values())}
-        if len({id(one) for one in results}) < len(results):  # one tensor in several places
+        found = [one for one in results if one is not None]
+        if not found or len({id(one) for one in found}) < len(found):  # nothing, or one tensor in several places
             return None
-        for one in results:
-            if one is None and kind is not None:
-                continue
+        for one in found:
             if type(one) is not FakeTensor or not self._is_plain(one) or one.requires_grad or id(one) in ids:
                 return None
-            like = self._made(_Look.of(one), None if viewed is None else args[viewed])
-            if torch._C._dispatch_key_set(like) != torch._C._dispatch_key_set(one):
+            look = _Look.of(one)
+            like = self._made(look, None if viewed is None else args[viewed])
+            if _Look.of(like) != look or torch._C._dispatch_key_set(like) != torch._C._dispatch_key_set(one):
                 return None
         return _Found(tuple(None if one is None else _Look.of(one) for one in results), kind, viewed)
 

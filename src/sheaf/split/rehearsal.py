@@ -180,8 +180,7 @@ def rehearse(
 
     Raises PlanError when the model cannot be run so.
     """
-    stage = Stage(task, workers, samples, sequence, whole, common or Common(Blueprint(task)))
-    return stage.decide()
+    return Stage(task, workers, samples, sequence, whole, common).decide()
 
 
 class Stage:

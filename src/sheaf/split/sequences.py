@@ -9,7 +9,6 @@ from sheaf.split.common import Common
 from sheaf.split.lengthwise import Lengthwise
 from sheaf.split.rehearsal import Rehearses, Stage, Try, Units
 from sheaf.task import Task
-from sheaf.task.blueprint import Blueprint
 
 
 class _Trying(Rehearses, Lengthwise):
@@ -23,7 +22,7 @@ class _Trying(Rehearses, Lengthwise):
 class _Sequences(Stage):
     """Runs the rehearsals of one model."""
 
-    def __init__(self, task: Task, workers: int, samples: int, common: Common) -> None:
+    def __init__(self, task: Task, workers: int, samples: int, common: Common | None) -> None:
         super().__init__(task, workers, samples, False, lambda _name: False, common)
 
     def decide(self) -> SplitFacts:
@@ -57,4 +56,4 @@ def sequences(task: Task, workers: int, *, samples: int, common: Common | None =
     ``work`` and ``activations`` are worker 0's share of each block's. ``common`` is what other rehearsals of the task
     have found, and is added to. Raises PlanError when the model cannot be run so.
     """
-    return _Sequences(task, workers, samples, common or Common(Blueprint(task))).decide()
+    return _Sequences(task, workers, samples, common).decide()

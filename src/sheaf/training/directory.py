@@ -79,14 +79,18 @@ def prepare(out: Path, values: dict[str, Any], plan: Plan, *, resume: bool) -> s
         if read_plan(out) is None:
             _whole(out / PLAN, plan.to_toml())
     except OSError as error:
-        raise RunError(f"{out} cannot be written to: {error}; choose another --out") from error
+        raise _unwritable(out, error) from error
     return digest(values)
 
 
 def keep_plan(out: Path, plan: Plan) -> None:
-    """The run goes on under this plan."""
-    if read_plan(out) != plan:
+    """The run goes on under this plan. Raises RunError where that cannot be written down."""
+    if read_plan(out) == plan:
+        return
+    try:
         _whole(out / PLAN, plan.to_toml())
+    except OSError as error:
+        raise _unwritable(out, error) from error
 
 
 def read_task(out: Path) -> dict[str, Any] | None:
@@ -110,3 +114,7 @@ def _whole(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)
+
+
+def _unwritable(out: Path, error: OSError) -> RunError:
+    return RunError(f"{out} cannot be written to: {error}; choose another --out")

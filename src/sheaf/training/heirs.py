@@ -93,10 +93,8 @@ class Heirs:
 
     def write_spans(self, spans: Spans, out: Path) -> None:
         """Leave what was measured of a pipeline's step, on the replica of the worker that writes."""
-        if self._step.plan.pp > 1:
-            brought = self._step.brought("spans", spans.kept())
-            if self.writes:
-                spans.write_of(brought, out)
+        if self._step.plan.pp > 1 and (brought := self._step.brought("spans", spans.kept())):  # to the first
+            spans.write_of(brought, out)
 
     def once(self, name: str, do: Callable[[], Any]) -> Any:
         """What ``do`` gives on the worker that writes, on every worker."""

@@ -55,8 +55,8 @@ def refuse_served(task: Task, plan: Plan, blueprint: Blueprint) -> None:
         )
     if (plan.local or not served.exact) and looks(task):
         broken.append(
-            f"server={plan.server}: ReduceLROnPlateau looks at the loss of all workers, known in lock-step only, where "
-            "they meet in every step: use staleness=0 without local, or another scheduler"
+            f"server={plan.server}: ReduceLROnPlateau looks at the loss of all workers, known only where gradients of "
+            "all meet in every step: use staleness=0 without local, or another scheduler"
         )
     if plan.meets_locally.kind == "slowmo" and task.scheduler is not None:
         broken.append(

@@ -33,6 +33,9 @@ class Seen:
     told: dict[str, Any] = field(default_factory=dict[str, Any])  # of the first shard
 
 
+_NONE = 2**62  # no gradient is as late: it was not taken, as the replica was given up
+
+
 class GivenUp(WorkerFailed):
     """The others go on without this worker's replica."""
 
@@ -214,11 +217,18 @@ class Client:
             head = self._head(Kind.PUSH, clock=clock)._replace(base=self._versions[shard])
             reached("worker.before_push")
             self._links[shard].start(head, metas[shard], self.out[shard].raw)
-        delay = max(answer.base for answer, _ in self._finish())
+        try:
+            delay = max(answer.base for answer, _ in self._finish())
+        except Fenced:
+            if not self.terms.together:
+                raise
+            delay = _NONE  # the replica's other workers may have been answered, and wait for this one
         reached("worker.after_push")
         bound = self.terms.dropped_beyond
         if bound is not None or self.terms.together:
             delay = self.agreed(delay)
+        if delay == _NONE:
+            raise Fenced
         if bound is not None and delay > bound:
             for link in self._links:
                 link.start(self._head(Kind.ABANDON))

@@ -23,6 +23,10 @@ class Departing(Beside):
         self.weight = torch.zeros((), dtype=torch.float64)
         self.anchors: list[Arena] = []
 
+    @property
+    def distinct(self) -> bool:
+        return True
+
     def begin(self) -> None:
         """The weights are those that the shards have, too."""
         self.anchors = [arena.form.arena() for arena in self.client.out]

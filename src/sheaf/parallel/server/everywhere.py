@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from sheaf.parallel.server.link import Address, Keys
 from sheaf.parallel.server.log import Terms
 from sheaf.parallel.server.places import Form
 from sheaf.parallel.server.relaying import State
-from sheaf.parallel.server.restore import shared
+from sheaf.parallel.server.restore import numbered, shared
 from sheaf.parallel.server.seating import Seating
 from sheaf.parallel.spread import Spread, put_slice
 from sheaf.plans.layout import Piece
@@ -92,12 +91,7 @@ class Everywhere:
         with self._lines() as lines:
             for place, client in zip(self._places, lines, strict=True):
                 client.read(clock)
-                named: dict[str, Tensor] = {}
-                shards: dict[str, Any] = {}
-                for number, (tensors, values) in enumerate(client.states()):
-                    shards[str(number)] = values
-                    named |= {f"shard/{number}/{name}": value for name, value in tensors.items()}
-                found[place.ranks[0]] = named, shards
+                found[place.ranks[0]] = numbered(enumerate(client.states()))
         return found
 
     def whole(self, clock: int, portion: Portion, part: Callable[[int], int]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from sheaf.parallel.server.link import Address, Failed
 from sheaf.parallel.server.log import Entry, Fenced
 from sheaf.parallel.server.places import Arena
 from sheaf.parallel.server.points import reached
-from sheaf.parallel.server.reading import Pictures, dealt, read, readable
+from sheaf.parallel.server.reading import Pictures, dealt, finished, read, readable
 from sheaf.parallel.server.seat import Elsewhere, Seat
 from sheaf.parallel.server.seats import PRIMARY, Mirror, committing, entry_of
 from sheaf.parallel.server.shard import Shard
@@ -53,11 +53,8 @@ class Host(Seat):
 
     def wait_for_clock(self, clock: int, timeout_seconds: float) -> bool:
         """Wait until every worker has finished so many steps here, and they are applied."""
-        shard = self.shard
         with self.changed:
-            return self.changed.wait_for(
-                lambda: (shard.applied if self.terms.exact else shard.clocks.slowest) >= clock, timeout_seconds
-            )
+            return self.changed.wait_for(lambda: finished(self.shard) >= clock, timeout_seconds)
 
     def wait_until_left(self, timeout_seconds: float) -> bool:
         """Wait until every worker has said good-bye, or was given up, and has hung up: it may wait for an answer."""

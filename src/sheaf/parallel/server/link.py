@@ -88,6 +88,8 @@ class Link:
             self._asked.append((then._replace(request=self._requests + 2), None, None))
         self._requests += len(self._asked)
         self._pause = _FIRST_PAUSE
+        if self._coming is not None:  # nobody wants the rest of an earlier answer
+            self._drop()
         try:
             if self._wire is not None:
                 self._send(self._wire)

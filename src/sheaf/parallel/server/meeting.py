@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -107,7 +107,7 @@ class MeetingStep(ServedStep):
         return tensors | named, {**values, "shards": shards}
 
     def states(self) -> list[tuple[dict[str, Tensor], dict[str, Any]]]:
-        """By worker, what ``state`` gives, found by this worker alone: they all go on with its inner optimizer's state."""
+        """By worker, what ``state`` gives, found by this worker alone: all go on with its inner optimizer's state."""
         self.client.read(self.clock)
         tensors, values = self._own_state()
         named, shards = self._of_all_shards()
@@ -126,13 +126,13 @@ class MeetingStep(ServedStep):
         if not self.plan.serves.exact:
             self._own_weights.arrive()
         told = values["meeting"]
-        self._round, self._scheduled = dict(told["round"]), self.index
+        self._round, self._scheduled = dict(told["round"]), told["scheduled"]
         self._seen_weight, self._seen_samples = told["seen_weight"], told["seen_samples"]
         self._beside.index = self.clock
         self._staleness.clear()
         self._world.barrier()
 
-    def relaid(self, saved: str, read: Any) -> State | None:  # noqa: ARG002 - what workers have of their own stays theirs
+    def relaid(self, saved: str, read: Callable[[int], State]) -> State | None:  # noqa: ARG002 - others look
         """None: a run goes on under the same plan alone."""
         return None
 
@@ -144,6 +144,7 @@ class MeetingStep(ServedStep):
             "round": self._round if exact else self._nothing(),
             "seen_weight": self._seen_weight,
             "seen_samples": self._seen_samples,
+            "scheduled": self._scheduled,
         }
         return tensors, values
 
@@ -225,16 +226,3 @@ class MeetingStep(ServedStep):
         while self._scheduler is not None and self._scheduled < self.index:
             self._scheduler.step()
             self._scheduled += 1
-
-    def _told_of(self, seen: Seen, again: int, missed: int, sent: int, waited: float) -> dict[str, float]:
-        return {
-            "staleness": seen.staleness,
-            "staleness_max": max(self._staleness),
-            "staleness_mean": self._staleness_mean,
-            "delay": seen.delay,
-            "dropped": again,
-            "missed": missed,
-            "sent_bytes": self.client.sent_bytes - sent,
-            "waited_seconds": waited,
-            **self._seen(seen),
-        }

@@ -17,9 +17,12 @@ def readable(shard: Shard, head: Head) -> bool:
     """Whether a worker may have the values that it asks for now."""
     if head.kind == Kind.PULL:
         return shard.allows(head.clock)
-    if shard.terms.exact:
-        return shard.applied >= head.clock
-    return shard.clocks.slowest >= head.clock or not shard.clocks.workers
+    return finished(shard) >= head.clock or not (shard.terms.exact or shard.clocks.workers)
+
+
+def finished(shard: Shard) -> int:
+    """How many clocks every worker has behind it, and the values have in them."""
+    return shard.applied if shard.terms.exact else shard.clocks.slowest
 
 
 def read(shard: Shard, head: Head, entry: Entry, out: Arena, log: Callable[[Entry], None]) -> dict[str, Any]:

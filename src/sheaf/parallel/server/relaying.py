@@ -9,6 +9,7 @@ from torch import Tensor
 from sheaf.errors import PlanError, RunError
 from sheaf.parallel.resharding import State, joined, overlaps
 from sheaf.parallel.server.places import Form
+from sheaf.parallel.server.restore import numbered
 from sheaf.plans import Plan
 from sheaf.plans.server import beside
 
@@ -42,12 +43,7 @@ def relaid(saved: Plan, read: Callable[[int], State], forms: Sequence[Form], old
             kept[int(number)] = part(tensors, f"shard/{number}/"), told
     if missing := sorted(set(range(saved.serves.shards)) - set(kept)):
         raise RunError(f"the checkpoint has no shard {missing[0]}; it was not written by a whole run")
-    named: dict[str, Tensor] = {}
-    shards: dict[str, Any] = {}
-    for number, form in enumerate(forms):
-        tensors, shards[str(number)] = _relaid(form, old_forms, kept)
-        named |= {f"shard/{number}/{name}": value for name, value in tensors.items()}
-    return named, shards
+    return numbered(enumerate(_relaid(form, old_forms, kept) for form in forms))
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

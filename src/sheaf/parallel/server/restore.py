@@ -1,6 +1,7 @@
 """A shard's state for a checkpoint, and back: values, optimizer state, scheduler, gathered gradients."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -78,6 +79,18 @@ def shared(
         content = torch.frombuffer(bytearray(told), dtype=torch.uint8)
     content = world.summed(content, what)
     return unpacked(content.numpy().tobytes())
+
+
+def numbered(
+    states: Iterable[tuple[int, tuple[dict[str, Tensor], dict[str, Any]]]],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What ``kept`` gave of several shards, by number, as one: tensors under ``shard/NUMBER/``, the rest by number."""
+    named: dict[str, Tensor] = {}
+    shards: dict[str, Any] = {}
+    for number, (tensors, values) in states:
+        shards[str(number)] = values
+        named |= {f"shard/{number}/{name}": value for name, value in tensors.items()}
+    return named, shards
 
 
 def packed(tensors: dict[str, Tensor], values: dict[str, Any]) -> bytes:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sheaf.errors import RunError
 from sheaf.parallel.server.host import Host
-from sheaf.parallel.server.restore import kept
+from sheaf.parallel.server.restore import kept, numbered
 from sheaf.parallel.server.seats import PRIMARY
 from sheaf.parallel.step import Step
 from sheaf.plans.mesh import Mesh
@@ -47,15 +47,13 @@ class AbstractSeatedStep(Step, ABC):
 
     def _kept(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What the shards of this worker hold, once every worker has come as far: tensors, and the rest by shard."""
-        named: dict[str, Tensor] = {}
-        shards: dict[str, Any] = {}
+        held: list[tuple[int, tuple[dict[str, Tensor], dict[str, Any]]]] = []
         for host in self.hosts:
             if host.seat == PRIMARY:
                 if not host.wait_for_clock(self.clock, 3 * host.terms.lease_seconds):
                     raise RunError(f"shard {host.shard.number} waits for workers that are behind step {self.index}")
-                tensors, shards[str(host.shard.number)] = kept(host.shard)
-                named |= {f"shard/{host.shard.number}/{name}": value for name, value in tensors.items()}
-        return named, shards
+                held.append((host.shard.number, kept(host.shard)))
+        return numbered(held)
 
     def _heed(self, lost: Callable[[], Collection[int]]) -> None:
         """Give up at once whom ``lost`` names, before a lease has run out."""

@@ -16,6 +16,7 @@ from sheaf.parallel.portion import Portion
 from sheaf.parallel.server.failed import explained
 from sheaf.parallel.server.host import Host
 from sheaf.parallel.server.log import losses
+from sheaf.parallel.server.reading import finished
 from sheaf.parallel.server.relaying import State, is_relayable
 from sheaf.parallel.server.seated import AbstractSeatedStep
 from sheaf.parallel.server.seating import Seating, reload
@@ -91,7 +92,7 @@ class ServingStep(AbstractSeatedStep):
             self._wait()
         told: dict[int, dict[str, Any]] = {}
         stop_at, rate = None, None
-        for host in self._live[:1]:
+        for host in sorted(self._live, key=lambda one: finished(one.shard), reverse=True)[:1]:  # it knows the step
             with host.changed:
                 told = dict(host.shard.told.get(self.clock, {})) if meets else {}
                 stop_at = host.shard.stop_at
@@ -171,11 +172,10 @@ class ServingStep(AbstractSeatedStep):
         live = self._live
         for host in live:
             with host.changed:
-                shard = host.shard
-                if (shard.applied if shard.terms.exact else shard.clocks.slowest) > index:
+                if finished(host.shard) > index:
                     return True
-                if shard.failure is not None:
-                    raise explained(shard.failure, index)
+                if host.shard.failure is not None:
+                    raise explained(host.shard.failure, index)
         return self._is_over()
 
     def _is_over(self) -> bool:

@@ -247,8 +247,6 @@ class Shard:
         for worker, count in (round_.returned if round_ is not None else {}).items():
             told.setdefault(worker, {"losses": [], "seconds": 0.0})["returned"] = count
         self.told[clock] = told
-        for old in [old for old in self.told if old < clock - _KEPT_CLOCKS]:
-            del self.told[old]
         self._check()
 
     def _give_back(self, worker: int) -> None:
@@ -348,7 +346,7 @@ class Shard:
         for staged in self.round.values():
             self._release(staged)
         self.round, self._sum = {}, None
-        for known in (self.norms, self.whole_norms):
+        for known in (self.norms, self.whole_norms, self.told):
             known.pop(clock - _KEPT_CLOCKS, None)
         self.applied = clock + 1
         self._schedule()

@@ -17,12 +17,13 @@ from sheaf.errors import NonFiniteLoss, WorkerFailed
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.runner import AbstractRunner
 from sheaf.parallel.server.beside import Beside, whole
-from sheaf.parallel.server.client import Client, Seen
+from sheaf.parallel.server.client import Client, GivenUp, Seen
 from sheaf.parallel.server.failed import explained
 from sheaf.parallel.server.host import Host
 from sheaf.parallel.server.link import Failed
 from sheaf.parallel.server.places import forms_of
 from sheaf.parallel.server.relaying import State, is_relayable, relaid
+from sheaf.parallel.server.restore import numbered
 from sheaf.parallel.server.seated import AbstractSeatedStep
 from sheaf.parallel.server.seating import reload
 from sheaf.parallel.server.spare import Spare
@@ -119,17 +120,7 @@ class ServedStep(AbstractSeatedStep):
             computed=tuple(seconds.get(str(worker), 0.0) for worker in self._computing) if seconds else (),
             stop=seen.stop,
             sent_bytes=traffic.sent_bytes - sent_in_all,
-            server={
-                "staleness": seen.staleness,
-                "staleness_max": max(self._staleness),
-                "staleness_mean": self._staleness_mean,
-                "delay": seen.delay,
-                "dropped": again,
-                "missed": done - first,
-                "sent_bytes": self.client.sent_bytes - sent,
-                "waited_seconds": waited,
-                **self._seen(seen),
-            },
+            server=self._told_of(seen, again, done - first, sent, waited),
         )
         report.terms["host"] = max(0.0, report.seconds - sum(report.terms.values()))
         self.index = seen.finished
@@ -180,12 +171,7 @@ class ServedStep(AbstractSeatedStep):
 
     def _of_all_shards(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What all shards hold, as they tell it: tensors, and the rest by shard."""
-        shards: dict[str, Any] = {}
-        named: dict[str, Tensor] = {}
-        for number, (tensors, values) in enumerate(self.client.states()):
-            shards[str(number)] = values
-            named |= {f"shard/{number}/{name}": value for name, value in tensors.items()}
-        return named, shards
+        return numbered(enumerate(self.client.states()))
 
     def settle(self) -> None:
         """No step follows: what late gradients were gathered are applied. Every worker that lives calls this."""
@@ -234,6 +220,8 @@ class ServedStep(AbstractSeatedStep):
                 self._store.set(key, json.dumps(self._attempted(do, f"{key}/{turn}")))
             elif holder == _LEFT or (holder and int(holder) in self.lost()):
                 turn += 1
+            elif not self.gives_whole and self._member(self.rank) in self._gone:
+                raise GivenUp(f"the others go on without worker {self.rank}'s replica, which has lost another")
             else:
                 time.sleep(_LOOK_SECONDS)
         return json.loads(self._store.get(key))
@@ -362,6 +350,20 @@ class ServedStep(AbstractSeatedStep):
     def _seen(self, seen: Seen) -> dict[str, float]:
         """What the record has beside the rest: where parts are dealt, how many came back so far."""
         return {"returned": seen.told["back"]} if "back" in seen.told else {}
+
+    def _told_of(self, seen: Seen, again: int, missed: int, sent: int, waited: float) -> dict[str, float]:
+        """What the record has of an exchange; ``sent`` bytes were sent to shards before it."""
+        return {
+            "staleness": seen.staleness,
+            "staleness_max": max(self._staleness),
+            "staleness_mean": self._staleness_mean,
+            "delay": seen.delay,
+            "dropped": again,
+            "missed": missed,
+            "sent_bytes": self.client.sent_bytes - sent,
+            "waited_seconds": waited,
+            **self._seen(seen),
+        }
 
     def _own(self, step: int, mine: list[tuple[int, float, float]]) -> float | None:
         """Outside lock-step: the gradient of the mean of what this worker computed of a step."""

@@ -14,6 +14,7 @@ from sheaf.parallel.server.client import GivenUp
 from sheaf.parallel.spread import Spread
 
 _LOOK_SECONDS = 0.1  # between two looks whether the others are done
+_STEPS = 3  # times the longest step: so long may a worker not notice that its replica is lost
 _DOUBT_SECONDS = 10.0  # how long it may take until it is told who was lost
 
 
@@ -24,6 +25,7 @@ class Wake:
         self._store, self._key, self._mesh, self._rank = store, key, spread.mesh, spread.world.rank
         self._mine, self._patience_seconds = spread.place.dp, lease_seconds
         self._since: float | None = None  # when this worker's replica was seen to be lost
+        self._longest_seconds = 0.0  # of this worker's steps
         self._given_up = set[int]()
         self._lock = threading.Lock()
         self.begun = False  # whether this worker computes no more
@@ -33,6 +35,10 @@ class Wake:
         others = [one for one in range(self._mesh.dp) if one not in self._given_up]
         self._given_up |= {one for one in others if self._store.check([f"{self._key}/{one}/given_up"])}
         return self._given_up
+
+    def stepped(self, seconds: float) -> None:
+        """How long a step took: in the midst of one nobody notices anything."""
+        self._longest_seconds = max(self._longest_seconds, seconds)
 
     def done(self) -> None:
         """This worker's replica needs no shard any more."""
@@ -71,7 +77,8 @@ class Wake:
             return
         self._since = self._since or time.monotonic()
         with self._lock:
-            if self.begun or time.monotonic() - self._since < self._patience_seconds:
+            patience_seconds = max(self._patience_seconds, _STEPS * self._longest_seconds)
+            if self.begun or time.monotonic() - self._since < patience_seconds:
                 return
             print(f"sheaf: {self._told}; it ends, as it waits for them", file=sys.stderr, flush=True)
             os._exit(1)
