@@ -58,8 +58,8 @@ def strategies(workers: int) -> Iterator[Plan]:
 def relaxed(workers: int) -> Iterator[Plan]:
     """Ways for gradients to meet that are not exact, for replicas: compressed, and after several local steps.
 
-    >>> [str(plan) for plan in relaxed(2)][:2]
-    ['dp=2,compress=bf16', 'dp=2,compress=int8']
+    >>> [str(plan) for plan in relaxed(2)][-2:]
+    ['dp=2,server=2:async', 'dp=2,local=8:diloco,server=2:async']
     """
     for compress in COMPRESSIONS if workers > 1 else ():
         yield Plan(dp=workers, compress=compress)
@@ -67,6 +67,7 @@ def relaxed(workers: int) -> Iterator[Plan]:
         yield Plan(dp=workers, local=local)
     for behind in STALE if 1 < workers <= ALL_DEGREES_UP_TO else ():
         yield Plan(dp=workers, server=f"{workers}:{behind}")
+        yield Plan(dp=workers, server=f"{workers}:{behind}", local="8:diloco")
 
 
 def relaxed_replicas(plan: Plan) -> Iterator[Plan]:
