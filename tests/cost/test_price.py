@@ -139,11 +139,12 @@ def test_stolen_microbatches_go_to_whom_the_dealer_gives_them(speeds, count):
     counter, clock, waiting = Counted(), [0.0] * len(speeds), []
 
     def working(rank):
-        for _, last in Stolen(counter, "test").deal(0, range(count)):
+        for _, last in Stolen(counter, "test", len(speeds)).deal(0, range(count)):
             clock[rank] += forward / speeds[rank]
             yield
             last()
             clock[rank] += (backward + COUNTER_SECONDS * speeds[rank]) / speeds[rank]
+            yield
 
     for rank in range(len(speeds)):
         worker = working(rank)

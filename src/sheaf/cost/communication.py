@@ -15,7 +15,7 @@ from sheaf.plans.layout import Held
 
 ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, BROADCAST = "all_reduce", "reduce_scatter", "all_gather", "broadcast"
 ALL_TO_ALL, TRADE = "all_to_all", "trade"
-COUNTER_SECONDS = 100e-6  # one round trip to the counter from which microbatches are stolen
+COUNTER_SECONDS = 200e-6  # two round trips to the counter for a microbatch that is stolen: how many are left, and one
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ the step.
 """
 
 import heapq
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -194,11 +194,18 @@ def _cut(sizes: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
 
 
 def _stolen(plan: Plan, paces: Sequence[Pace], sizes: Sequence[int]) -> list[list[int]]:
-    """Who takes which microbatch when each takes its next one between forward and backward of the one under way."""
+    """Who takes which microbatch when each takes its next one as ``sheaf.parallel.shares.Stolen`` does: after the one
+    under way, or before the backward of that where fewer are left than there are workers.
+    """
     taken: list[list[int]] = [[] for _ in paces]
     asking = [(0.0, rank, 0.0) for rank in range(len(paces))]  # when, who, and when it is done with what it has
-    for size in sizes:
+    left = deque(sizes)
+    while left:
         when, rank, free = heapq.heappop(asking)
+        if when < free and len(left) >= len(paces):
+            heapq.heappush(asking, (free, rank, free))
+            continue
+        size = left.popleft()
         taken[rank].append(size)
         begun = max(when, free)
         after = begun + paces[rank].fetch.seconds(size) + paces[rank].forward.seconds(size)

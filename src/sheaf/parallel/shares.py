@@ -114,14 +114,14 @@ def lifted(counts: Sequence[int], least: int) -> tuple[int, ...]:
 class Stolen(AbstractDealer):
     """The next microbatch from a shared counter, until none is left.
 
-    A worker takes its next one between forward and backward of the current one: late enough to leave work to others,
-    and early enough to know which is its last and send gradients while that one still runs. Each deal has a counter
-    of its own, also where a step is dealt again (after ``load``, or after a refused step); the worker that ``sweeps``
-    deletes it afterwards.
+    A worker takes its next one after the current one, so that nothing else waits with it when it stands still. When
+    fewer are left than there are ``workers``, it does so before backward: it then knows which is its last, and sends
+    gradients while that one still runs. Each deal has a counter of its own, also where a step is dealt again (after
+    ``load``, or after a refused step); the worker that ``sweeps`` deletes it afterwards.
     """
 
-    def __init__(self, counter: Counter, name: str, *, sweeps: bool = True) -> None:
-        self._counter, self._name, self._sweeps = counter, name, sweeps
+    def __init__(self, counter: Counter, name: str, workers: int, *, sweeps: bool = True) -> None:
+        self._counter, self._name, self._workers, self._sweeps = counter, name, workers, sweeps
         self._deals = 0
 
     def deal(
@@ -134,11 +134,15 @@ class Stolen(AbstractDealer):
         tickets = [self._ticket()]
 
         def last() -> bool:
+            if len(microbatches) - self._drawn() >= self._workers:
+                return False
             tickets.append(self._ticket())
             return tickets[-1] >= len(microbatches)
 
-        while tickets[-1] < len(microbatches):
-            yield microbatches[tickets[-1]], last
+        while (ticket := tickets.pop()) < len(microbatches):
+            yield microbatches[ticket], last
+            if not tickets:
+                tickets.append(self._ticket())
 
     def finished(self) -> None:
         """Delete the counter: every worker has drawn its last ticket."""
@@ -148,12 +152,15 @@ class Stolen(AbstractDealer):
     def _ticket(self) -> int:
         return self._counter.add(f"{self._name}/{self._deals}", 1) - 1
 
+    def _drawn(self) -> int:
+        return self._counter.add(f"{self._name}/{self._deals}", 0)
+
 
 def dealer(plan: Plan, worker: int, counter: Counter | None, name: str = "stolen") -> AbstractDealer:
     """The dealer that a plan asks for; stolen shares need a ``counter`` shared by all workers."""
     if plan.stolen:
         assert counter is not None
-        return Stolen(counter, name, sweeps=worker == 0)
+        return Stolen(counter, name, plan.dp, sweeps=worker == 0)
     if plan.balanced:
         return Balanced(plan.dp, worker)
     return Dealt(plan.weights, worker)
