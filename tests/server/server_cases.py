@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import socket
 import threading
 
@@ -20,7 +21,9 @@ from sheaf.parallel.server.shard import Shard
 from sheaf.plans import Plan
 from sheaf.plans.layout import Held
 
-KEYS = Keys(b"t" * 32, hashlib.sha256(b"task").digest())
+# Tests that run side by side are runs of their own: one may be given the port of a seat that another one has killed.
+_RUN = "".join(os.environ.get(f"PYTEST_XDIST_{one}", "") for one in ("TESTRUNUID", "WORKER"))
+KEYS = Keys(hashlib.sha256(f"token {_RUN}".encode()).digest(), hashlib.sha256(b"task").digest())
 HELD = (Held("a", 7, "float32"), Held("b", 12, "float64"), Held("e", 20, "float32"))
 DTYPES = {"a": torch.float32, "b": torch.float64, "e": torch.float32}
 SIZES = {"float32": 4, "float64": 8}

@@ -9,17 +9,35 @@ import zlib
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from server_cases import HELD, KEYS, SIZES, Servers, all_at_once, gradient, put, run_out, same, step, wanted
+from server_cases import (
+    HELD,
+    KEYS,
+    SIZES,
+    Servers,
+    all_at_once,
+    gradient,
+    put,
+    run_out,
+    same,
+    shard_of,
+    step,
+    wanted,
+)
 
 from sheaf.errors import PlanError, WorkerFailed
 from sheaf.parallel.server.addresses import own_address
+from sheaf.parallel.server.client import Client
 from sheaf.parallel.server.frame import HEAD_BYTES, BadFrame, Head, Kind, Wire
 from sheaf.parallel.server.greeting import WORKER, Guest, Refused, greet
+from sheaf.parallel.server.host import Host
 from sheaf.parallel.server.link import Keys, Link
 from sheaf.parallel.server.log import Terms
+from sheaf.parallel.server.peers import Peers
 from sheaf.parallel.server.places import spread
+from sheaf.parallel.server.seats import PRIMARY, Throne
 from sheaf.plans.layout import Held
 
 QUICK = 30.0  # a lease that nobody may wait for
@@ -283,6 +301,33 @@ def test_wherever_a_worker_was_when_it_was_given_up_its_samples_count_once(stage
         assert same(servers.read(), wanted((place, index) for place in range(2) for index in range(steps)))
         assert servers.hosts[0].shard.dealing.returned == 1
         assert {host.shard.version for host in servers.hosts} == {2 * steps}
+
+
+def test_another_runs_server_at_the_address_of_a_seat_that_died_is_passed_by():
+    terms = Terms(workers=1, shards=1, lease_seconds=QUICK)
+    others = Keys(b"x" * 32, KEYS.digest)
+    with Servers(terms, backups=True) as servers:
+        client = servers.clients[0]
+        client.join(0)
+        step(client, 0, gradient(0, 0))
+        address = servers.hosts[0].address
+        servers.hosts[0].close()
+        made = shard_of(0, servers.forms[0], terms)
+        peers, throne = Peers(others, QUICK), Throne(dist.HashStore(), "shard/0")
+        another = Host(made, PRIMARY, socket.create_server(address), others, throne, peers)
+        another.open()
+        try:
+            step(client, 1, gradient(0, 1))
+            reader = Client(0, servers.addresses, servers.forms, KEYS, terms)
+            reader.read(2)
+            assert same(servers.whole(reader.values), wanted([(0, 0), (0, 1)]))
+            reader.close()
+            servers.backups[0].close()
+            with pytest.raises(PlanError, match="another token"):  # and not that it is lost
+                Link(0, servers.addresses[0], Guest(WORKER, 0, 2), KEYS, 64, 0.1).ask(Head(Kind.BEAT, 0, 1))
+        finally:
+            another.close()
+        assert another.shard.version == 0
 
 
 def test_strangers_are_named_and_turned_away_and_the_server_lives():

@@ -5,12 +5,13 @@ import time
 
 import pytest
 import torch
-from server_cases import HELD, KEYS, Servers, all_at_once, listener, step
+from server_cases import HELD, KEYS, Servers, all_at_once, forms, listener, shard_of, step
 
 from sheaf.parallel.server.frame import BadFrame, Head, Kind, Wire, _packed
 from sheaf.parallel.server.greeting import WORKER, Guest, receive
 from sheaf.parallel.server.link import Link, first_heard
-from sheaf.parallel.server.log import Terms
+from sheaf.parallel.server.log import Entry, Terms, losses
+from sheaf.parallel.server.moving import packed_shard, unpacked_shard
 from sheaf.parallel.server.seats import PRIMARY
 from sheaf.parallel.server.sums import check_sum
 
@@ -111,6 +112,100 @@ def test_wherever_the_primary_ends_around_a_sum_the_bits_are_the_same(undisturbe
     found, _, seats = trained(lambda servers: ended(servers, stage))
     assert seats[0] == PRIMARY
     assert all(torch.equal(value, undisturbed[0][name]) for name, value in found.items())
+
+
+def pushed(shard, worker, clock, *, commit=True):
+    """A worker's push to a shard, which tells it to apply it, too."""
+    arena = shard.room()
+    for view in arena.views.values():
+        view.copy_(torch.randn(view.shape, generator=torch.Generator().manual_seed(10 * clock + worker)))
+    meta = {"used": list(range(len(shard.form.pieces))), "any": True, "losses": [[worker, 0.5, 1.0]], "expected": 3.0}
+    for kind in (Kind.PUSH, Kind.COMMIT)[: 1 + commit]:
+        room = arena if kind == Kind.PUSH else None
+        shard.do(Entry(kind, worker, 1, clock + 1, clock, meta=meta if room else {}, arena=room))
+
+
+def met(shard):
+    """Let a clock's gradients meet; the entry that a backup is given for it."""
+    norm = shard.partial() ** 0.5
+    entry = shard.meeting(norm)
+    raw = bytes(entry.arena.raw)
+    shard.do(entry)
+    return entry, raw
+
+
+def copied(entry, raw, shard):
+    """The entry as it comes to another seat."""
+    room = shard.room()
+    room.raw[:] = raw
+    return Entry(entry.kind, clock=entry.clock, meta=entry.meta, arena=room)
+
+
+def joined_shard():
+    terms = Terms(workers=WORKERS, shards=1, clip=CLIP, lease_seconds=LONG_S)
+    shard = shard_of(0, forms(1)[0], terms, momentum)
+    for worker in range(WORKERS):
+        shard.do(Entry(Kind.JOIN, worker, 1))
+    return shard
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ended", [False, True], ids=["its primary lives", "its primary ends"])
+@pytest.mark.parametrize("held", range(WORKERS))
+def test_a_seat_recruited_in_the_middle_of_a_clock_goes_on_to_the_same_bits(held, ended):
+    through, primary = joined_shard(), joined_shard()
+    for shard in (through, primary):
+        for worker in range(WORKERS):
+            pushed(shard, worker, 0)
+        met(shard)
+        for worker in range(held):
+            pushed(shard, worker, 1)
+        pushed(shard, held, 1, commit=False)
+    recruited = shard_of(0, primary.form, primary.terms, momentum)
+    unpacked_shard(recruited, packed_shard(primary))
+    if ended:
+        for worker in range(WORKERS):  # all push again what was not answered
+            pushed(recruited, worker, 1)
+        met(recruited)
+    else:
+        for worker in range(held, WORKERS):
+            pushed(primary, worker, 1)
+        recruited.do(copied(*met(primary), recruited))
+    for worker in range(held, WORKERS):
+        pushed(through, worker, 1)
+    met(through)
+    for clock in (2, 3):
+        for shard in (through, recruited):
+            for worker in range(WORKERS):
+                pushed(shard, worker, clock)
+            met(shard)
+    assert all(torch.equal(value, through.values[name]) for name, value in recruited.values.items())
+    for what in ("version", "applied", "members", "norms", "whole_norms", "failure"):
+        assert getattr(recruited, what) == getattr(through, what)
+    assert [losses(recruited.told[clock].values()) for clock in (1, 2, 3)] == [
+        losses(through.told[clock].values()) for clock in (1, 2, 3)
+    ]
+    assert len({id(arena) for arena in recruited.free}) == len(recruited.free), "no room is given to two gradients"
+
+
+@torch.no_grad()
+def test_a_seat_that_missed_a_clock_says_so_and_changes_nothing():
+    primary, behind = joined_shard(), joined_shard()
+    for clock in range(2):
+        for worker in range(WORKERS):
+            pushed(primary, worker, clock)
+        entry, raw = met(primary)
+    before = {name: value.clone() for name, value in behind.values.items()}
+    behind.do(copied(entry, raw, behind))
+    assert "step 0" in behind.hopeless["message"]
+    assert "step 1" in behind.hopeless["message"]
+    other = joined_shard()
+    for worker in range(WORKERS):
+        pushed(other, worker, 1)
+    assert "some are lost" in other.hopeless["message"]
+    for shard in (behind, other):
+        assert not shard.ready
+        assert all(torch.equal(value, before[name]) for name, value in shard.values.items())
 
 
 def test_a_silent_seat_is_noticed_while_another_shard_keeps_saying_that_it_is_busy():

@@ -5,19 +5,29 @@ from collections.abc import Sequence
 from typing import Any
 
 from sheaf.errors import NonFiniteLoss, TaskError, WorkerFailed
-from sheaf.parallel.server.log import losses
+from sheaf.parallel.server.log import Entry, losses
 
 
-def impossible(pushed: Sequence[dict[str, Any]], clock: int) -> dict[str, Any] | None:
+def missed(number: int, applied: int, clock: int) -> dict[str, Any]:
+    """That a shard is to apply step ``clock`` in lock-step and has not had all those before."""
+    message = f"shard {number} has the values of step {applied}, and was given gradients of step {clock}: some are lost"
+    return {"why": "shard", "message": message + "; start again from the last checkpoint"}
+
+
+def impossible(pushed: Sequence[Entry], number: int, clock: int) -> dict[str, Any] | None:
     """What makes a clock's step of lock-step impossible, found out alike on every shard by what pushes told of it."""
-    told = losses(pushed)
+    for entry in pushed:
+        if entry.clock != clock:
+            return missed(number, clock, entry.clock)
+    metas = [entry.meta for entry in pushed]
+    told = losses(metas)
     for index, total, weight in told:
         if not math.isfinite(total) or not math.isfinite(weight):
             value = total / weight if weight else total
             return {"why": "loss", "clock": clock, "microbatch": index, "value": value}
     if not sum(weight for _, _, weight in told):
         return {"why": "weight", "clock": clock}
-    if not any(meta.get("any") for meta in pushed):
+    if not any(meta.get("any") for meta in metas):
         return {"why": "unused", "clock": clock}
     return None
 

@@ -38,8 +38,8 @@ class Link:
     """One caller's line to shard ``number``, whose seats are at ``addresses``; for one thread at a time.
 
     A request may arrive twice; every request is such that this makes no difference. Raises WorkerFailed when neither
-    seat gives a sign of life for three leases, PlanError when they refuse the caller, Fenced and Failed as the shard
-    answers.
+    seat gives a sign of life for three leases, PlanError when all refuse the caller (where one does, that may be
+    another run's, at the address of a seat that died), Fenced and Failed as the shard answers.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Link:
         self._pause = _FIRST_PAUSE
         self._sent_bytes = 0
         self._coming = None
+        self._refusals: dict[int, Refused] = {}  # by seat, since one has let us in
         self.reconnected = 0
 
     _wire: Wire | None
@@ -110,7 +111,8 @@ class Link:
                 self._connect()
             return self._answer(into)
         except Refused as refused:
-            raise self._refused(refused) from None
+            self._turned_away(refused)
+            return None
         except (OSError, BadFrame) as error:
             self._lost(error)
             return None
@@ -179,6 +181,7 @@ class Link:
         except BaseException:
             connection.close()
             raise
+        self._refusals.clear()
         self._wire = Wire(connection, most_data_bytes=self._most, silence_seconds=self._silence)
         self._send(self._wire)
         self._quiet_since = time.monotonic()
@@ -193,6 +196,8 @@ class Link:
         self.reconnected += 1
         silent = time.monotonic() - self._alive
         if silent > _SILENCES * self._lease:
+            for seat in self._refusals:
+                raise self._refused(seat) from None
             raise WorkerFailed(
                 f"shard {self.number} of the parameter server has given no sign of life for {silent:.1f} s at any of "
                 f"{self.addresses}: {error}. Look at the workers that hold it"
@@ -207,12 +212,19 @@ class Link:
             self._wire.close()
             self._wire = self._coming = None
 
-    def _refused(self, refused: Refused) -> PlanError:
-        if refused.reason == OTHER_TASK:
+    def _turned_away(self, refused: Refused) -> None:
+        """Turn to another seat. Raises PlanError when every seat has refused."""
+        self._refusals[self._seat] = refused
+        if len(self._refusals) == len(self.addresses):
+            raise self._refused(self._seat) from None
+        self._lost(ConnectionRefusedError(str(refused)))
+
+    def _refused(self, seat: int) -> PlanError:
+        if self._refusals[seat].reason == OTHER_TASK:
             what = "another task or plan than this worker: build the step on every worker alike"
         else:
             what = "another token than this worker's run: it belongs to someone else; start the run again"
-        return PlanError(f"shard {self.number} at {self.addresses[self._seat]} has {what}")
+        return PlanError(f"shard {self.number} at {self.addresses[seat]} has {what}")
 
 
 def first_heard(links: Sequence[Link]) -> Link:

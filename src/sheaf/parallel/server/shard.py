@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sheaf.parallel.server.clock import Clocks
 from sheaf.parallel.server.dealing import Dealing
-from sheaf.parallel.server.failed import impossible
+from sheaf.parallel.server.failed import impossible, missed
 from sheaf.parallel.server.frame import Kind
 from sheaf.parallel.server.late import BUFFERED, COMPENSATED, DELAYED, Buffer, adjusted_
 from sheaf.parallel.server.log import Entry, Fenced, Member, Terms, is_good_bye, losses, settles, used
@@ -292,7 +292,7 @@ class Shard:
     def _check(self) -> None:
         """At staleness 0, once all gradients of the next clock are there: whether they can be applied."""
         if self._met:
-            self.failure = impossible([entry.meta for entry in self.round.values()], self.applied) or self.failure
+            self.failure = impossible(list(self.round.values()), self.number, self.applied) or self.failure
 
     def _deal(self, worker: int, *, used: bool = False) -> None:
         """A worker needs a next part where it has none; ``used``: what it had is."""
@@ -327,6 +327,8 @@ class Shard:
         clock, norm = entry.clock, entry.meta.get("norm")
         if clock == self.applied and entry.arena is not None and self._sum is None:
             self._receive(entry)
+        if clock > self.applied:
+            self.failure = missed(self.number, self.applied, clock)
         if clock < self.applied or not self.ready:
             return
         sums = self._summed()
