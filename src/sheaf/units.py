@@ -39,6 +39,15 @@ def pretty_seconds(seconds: float) -> str:
     return f"{hours} h {minutes} min"
 
 
+def pretty_number(value: float) -> str:
+    """A number with about three digits and thousands apart.
+
+    >>> pretty_number(12345.6), pretty_number(87.65), pretty_number(0.4321)
+    ('12,346', '87.7', '0.43')
+    """
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
 def pretty_rate(per_second: float, unit: str) -> str:
     """A rate in decimal units.
 

@@ -1,11 +1,13 @@
 """sheaf.build: a step for a loop of one's own, alone and among workers, given a plan or its text."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 import sheaf
-from sheaf.errors import PlanError
+from sheaf.errors import PlanError, TaskError
 
 
 def task():
@@ -40,3 +42,18 @@ def test_workers_that_are_not_there_are_missed():
         sheaf.build(task(), "dp=2")
     with pytest.raises(PlanError, match="did you mean zero"):
         sheaf.build(task(), "dp=2,zer=1")
+
+
+@pytest.mark.parametrize("start", [sheaf.verify, sheaf.train])
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (lambda: nn.AdaptiveAvgPool1d(1), "the model has no parameters"),
+        (lambda: nn.Linear(4, 1).requires_grad_(False), "no parameter of the model requires"),
+    ],
+)
+def test_a_model_of_which_nothing_is_trained_is_refused_before_workers_start(start, model, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TaskError, match=f"{told}.*nothing to train"):
+        start(replace(task(), model=model), "dp=2", steps=1)
+    assert not list(tmp_path.iterdir())

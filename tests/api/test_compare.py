@@ -94,8 +94,10 @@ def test_the_command_prints_a_row_for_each_way(tmp_path, capsys):
     given += ["--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="0"):
         main(given)
-    told = json.loads(capsys.readouterr().out)
+    out, said = capsys.readouterr()
+    told = json.loads(out)
     assert [row["mode"] for row in told["rows"]] == ["all-reduce", "local=2"]
+    assert said.index("all-reduce, 1 of 2 ways") < said.index("local=2, 2 of 2 ways")
     with pytest.raises(SystemExit, match="2"):
         main([*given, "--resume"])
     assert "--resume" in capsys.readouterr().err

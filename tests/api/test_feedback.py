@@ -116,9 +116,12 @@ def test_a_run_puts_right_what_is_kept_once(tmp_path, kept):
         from_run(tmp_path / "run")
 
 
-def test_a_run_as_predicted_changes_nothing(tmp_path, kept):
-    cluster, changes = from_run(run_of(tmp_path / "run", kept, predicted=0.06))
-    assert (cluster, changes) == (CLUSTER, ())
+def test_a_run_as_predicted_changes_nothing(tmp_path, kept, capsys):
+    directory = run_of(tmp_path / "run", kept, predicted=0.06)
+    assert from_run(directory) == (CLUSTER, ())
+    with pytest.raises(SystemExit, match="0"):
+        main(["measure", "--from-run", str(directory)])
+    assert f"nothing changed: {directory} shows no other figures" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from sheaf.api import plan as planning
 from sheaf.api import rehearsals
 from sheaf.api.rehearsals import Rehearsals, kept_rehearsals
 from sheaf.errors import WorkerFailed
+from sheaf.graph import BlockTime
 from sheaf.plans import Plan
 from sheaf.search import Question
 
@@ -56,6 +57,46 @@ def test_what_a_busy_machine_rehearsed_is_rehearsed_again_once_it_is_quiet(asked
     for _ in range(2):
         kept_rehearsals(task, FACTS, PROFILE, PLANS[:1])
     assert len(asked) == 2
+
+
+@pytest.fixture
+def rehearse(tmp_path, monkeypatch):
+    """What is known after workers rehearsed plans while others took so many cores, so many times as slow as PROFILE."""
+
+    def rehearsed(plans, cores, slower, seconds, *, quiet):
+        def run(function, workers, given, facts, profile, missing, **_):
+            taken = {str(plan): seconds for plan in missing}
+            blocks = {name: BlockTime(slower * 1.0, slower * 2.0) for name in profile.blocks}
+            now = replace(profile, cores_taken=cores, blocks=blocks)
+            return [Rehearsals(now, taken, (), dict.fromkeys(taken, 2 * seconds))] * workers
+
+        monkeypatch.setattr(rehearsals.launch, "run", run)
+        monkeypatch.setattr(rehearsals.others, "quiet", lambda: quiet)
+        return kept_rehearsals(small.SMALL["mlp"](), FACTS, PROFILE, plans)
+
+    monkeypatch.setenv("SHEAF_CACHE", str(tmp_path))
+    return rehearsed
+
+
+def test_what_a_calmer_machine_rehearsed_stays(rehearse):
+    first = rehearse(PLANS[:1], 1.0, 2.0, 0.8, quiet=False)
+    assert (first.seconds, first.profile.cores_taken) == ({"dp=2": 0.8}, 1.0)
+    busier = rehearse(PLANS[:1], 1.5, 4.0, 3.0, quiet=True)
+    assert busier == first, "it was quiet when the workers were started, and busier than ever once they ran"
+    calmer = rehearse(PLANS[:1], 0.0, 1.0, 0.5, quiet=True)
+    assert (calmer.seconds, calmer.processor_seconds, calmer.profile.cores_taken) == ({"dp=2": 0.5}, {"dp=2": 1.0}, 0.0)
+    assert rehearse(PLANS[:1], 1.5, 4.0, 3.0, quiet=True) == calmer, "nothing is left to be rehearsed"
+
+
+@pytest.mark.parametrize("later_is_calmer", [True, False])
+def test_plans_of_a_busier_time_are_told_beside_the_blocks_of_the_calmer(rehearse, later_is_calmer):
+    busy, calm = (1.5, 4.0, 3.0), (0.0, 1.0, 0.5)
+    rehearse(PLANS[:1], *(busy if later_is_calmer else calm), quiet=False)
+    both = rehearse(PLANS[:2], *(calm if later_is_calmer else busy), quiet=False)
+    slowed = "dp=2" if later_is_calmer else "dp=2,zero=1"
+    assert both.seconds == {"dp=2": 0.5, "dp=2,zero=1": 0.5} | {slowed: 3.0 / 4}
+    assert {one.forward_seconds for one in both.profile.blocks.values()} == {1.0}
+    assert both.profile.cores_taken == 1.5, "so that it is rehearsed again once the machine is quiet"
 
 
 def test_a_model_that_does_not_fit_twice_is_not_rehearsed(asked):

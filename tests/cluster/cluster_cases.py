@@ -72,7 +72,7 @@ clusters = described(
     hosts=st.lists(hosts, min_size=1, max_size=3),
     intra=links,
     inter=links,
-    contention=st.dictionaries(st.integers(1, 64), shares, max_size=4),
+    contention=st.dictionaries(st.integers(1, 64), st.floats(0, 1, exclude_min=True), max_size=4),
     overlap=shares,
     source=texts,
 )

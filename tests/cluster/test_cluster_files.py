@@ -105,7 +105,9 @@ def test_numbers_may_be_whole_or_not(tmp_path):
 
 def test_every_problem_is_listed_at_once(tmp_path):
     text = (
-        GOOD.replace('backend = "gloo"', 'backend = "glo"\noverlap = 1.5\ncontentoin = {}')
+        GOOD.replace(
+            'backend = "gloo"', 'backend = "glo"\noverlap = 1.5\ncontentoin = {}\ncontention = {2 = 0, 4 = 1.5}'
+        )
         .replace("latency_seconds = 60e-6", "latency_seconds = -1")
         .replace("bytes_per_second = 2_000_000_000", 'bytes_per_second = "2 GB/s"')
         .replace("count = 1\n", "")
@@ -117,6 +119,8 @@ def test_every_problem_is_listed_at_once(tmp_path):
         "backend: found 'glo'; did you mean gloo?",
         "overlap: found 1.5, wanted a share from -2.0 to 1.0",
         "contentoin is not a known key; did you mean contention?",
+        "contention.2: found 0.0, wanted a share above 0, up to 1",
+        "contention.4: found 1.5, wanted a share above 0, up to 1",
         "intra.latency_seconds: found -1, wanted a number that is not negative",
         "intra.bytes_per_second: found '2 GB/s', wanted a number",
         "hosts[0].cores: found 2.5, wanted a whole number",

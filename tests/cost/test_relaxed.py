@@ -54,8 +54,23 @@ def test_by_their_own_pace_workers_wait_less():
     assert quorum.step_seconds < speed.step_seconds < 0.6 * each.step_seconds
     assert unequal("dp=4,local=8:quorum=3:grace=100").seconds["wait"] == pytest.approx(each.seconds["wait"])
     assert speed.seconds["wait"] < 0.2 * each.seconds["wait"]
-    backup = unequal("dp=4,local=1:backup:quorum=3")
-    assert backup.traffic_bytes == pytest.approx(2 * 3 / 4 * made.facts(8).trainable_bytes)
+
+
+def test_who_is_late_for_a_meeting_is_sent_what_came_of_it():
+    whole = made.facts(8).trainable_bytes
+    for text, there, told in (
+        ("local=8", 4, 0),
+        ("local=8:quorum=4", 4, 0),
+        ("local=8:steps=speed", 4, 0),
+        ("local=8:quorum=3:grace=100", 4, 0),
+        ("local=8:quorum=3", 3, 1),
+        ("local=8:quorum=2", 2, 2),
+        ("local=8:diloco:quorum=3", 3, 2),  # and the momentum
+        ("local=1:backup:quorum=3", 3, 3),  # weights, and Adam's state
+    ):
+        each = (2 * (there - 1) / there + told) * whole
+        found = priced(f"dp=4,{text}").traffic_bytes * Local.parse(text.removeprefix("local=")).every
+        assert found == pytest.approx(each, rel=1e-6), text
 
 
 @pytest.mark.parametrize("fragments", [1, 2, 4])

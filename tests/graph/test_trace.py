@@ -188,6 +188,16 @@ def test_a_wrong_shape_names_the_module():
         trace(task(build, vectors(10)), 4)
 
 
+@pytest.mark.parametrize("build", [mlp, lambda: nn.Sequential(nn.Linear(10, 3, bias=False))], ids=["bias", "none"])
+@pytest.mark.parametrize("kind", [torch.float64, torch.int64])
+def test_data_of_another_type_than_the_weights_is_told(build: Any, kind: torch.dtype):
+    wrong = [(torch.ones(10, dtype=kind), torch.tensor(1)) for _ in range(8)]
+    name = str(kind).removeprefix("torch.")
+    both = " and ".join(sorted(["float32", name]))
+    with pytest.raises(TaskError, match=rf"module 0 \(Linear\).*{both}.*the batch is {name}\[4, 10\]"):
+        trace(task(build, wrong), 4)
+
+
 def test_a_failing_loss_is_told_with_its_line():
     def loss(output: Tensor, batch: Any) -> Tensor:
         return nn.functional.cross_entropy(output, batch["nothing"])

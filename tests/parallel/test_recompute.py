@@ -79,6 +79,52 @@ class Shared(nn.Module):
         return self.o(given)
 
 
+class Halves(nn.Module):
+    """A matrix whose halves gate each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.out = nn.Linear(8, 18), nn.Linear(9, 8)
+
+    def forward(self, given: Tensor) -> Tensor:
+        gate, value = self.both(given).chunk(2, dim=-1)
+        return given + self.out(F.silu(gate) * value)
+
+
+class Wide(nn.Module):
+    """A block that runs again by the model's own wish."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.norm, self.up, self.down, self.own = nn.LayerNorm(8), nn.Linear(8, 11), nn.Linear(11, 8), own
+
+    def inner(self, given: Tensor) -> Tensor:
+        return given + self.down(F.gelu(self.up(self.norm(given))))
+
+    def forward(self, given: Tensor) -> Tensor:
+        return checkpoint(self.inner, given, use_reentrant=False) if self.own else self.inner(given)
+
+
+class Rare(nn.Module):
+    """Experts, of which one has only the few samples whose first number is large."""
+
+    def __init__(self, least: float, *, staged: bool) -> None:
+        super().__init__()
+        self.least, self.staged = least, staged
+        self.first, self.second = nn.Linear(12, 8), nn.Linear(8, 8)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 8)) for _ in range(2))
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, given: Tensor) -> Tensor:
+        hidden, found = self.second(self.first(given)), torch.zeros(len(given), 8, dtype=given.dtype)
+        score = given[:, 0] + 0 * hidden[:, 0] if self.staged else given[:, 0]
+        for expert, mine in zip(self.experts, (score <= self.least, score > self.least), strict=True):
+            places = mine.nonzero(as_tuple=True)[0]
+            if len(places):
+                found = found.index_add(0, places, expert(hidden[places]))
+        return self.last(hidden + found)
+
+
 @pytest.mark.parametrize("block", [PythonDraws, NumpyDraws, Dropping])
 def test_every_generator_is_put_back(block):
     task = mlp_float64(model=model(block))
@@ -115,3 +161,20 @@ def test_a_block_that_keeps_state_outside_itself_is_named():
 
     with pytest.raises(PlanError, match=r"1 did not compute again .*config\.use_cache=False"):
         planned(mlp_float64(model=model(Caching)), "recompute=full", 1)
+
+
+def test_a_models_own_checkpoint_of_what_is_cut_inside_of_one_of_the_plan(ranks):
+    def made(own: bool) -> nn.Module:
+        return nn.Sequential(nn.Linear(12, 8), Halves(), Wide(own), nn.Linear(8, 5))
+
+    wanted = plain(mlp_float64(model=lambda: made(False)), 2)
+    assert_same(ranks(planned, 2, mlp_float64(model=lambda: made(True)), "tp=2,recompute=full", 2)[0], wanted, 1e-11)
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_block_that_the_first_batch_does_not_use(ranks, staged):
+    task = mlp_float64(model=lambda: Rare(1.5, staged=staged), batch=5, microbatch=1)
+    used = [float(task.data[index][0][0]) > 1.5 for index in range(task.num_samples)]
+    assert any(used)
+    assert not any(used[: task.microbatch])
+    assert_same(ranks(planned, 2, task, "pp=2,stages=1:3,recompute=full", 9)[0], plain(task, 9), 1e-11)

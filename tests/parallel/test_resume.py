@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from sheaf import checkpoint
-from sheaf.errors import TaskError
+from sheaf.errors import RunError, TaskError
 from sheaf.parallel import build
 from sheaf.parallel.values import decoded, encoded
 from sheaf.plans import Plan
@@ -150,6 +150,26 @@ def test_a_step_goes_back_in_time_as_often_as_one_likes(ranks, plan):
         for first, *again in (runs[:3], runs[3:]):
             for other in again:
                 assert other == pytest.approx(first, rel=1e-12, abs=0)
+
+
+def test_a_checkpoint_whose_layers_are_cut_otherwise_is_refused(ranks):
+    def told() -> str:
+        from sheaf.parallel import build
+        from sheaf.plans import Plan
+
+        step = build(mlp_float64(), Plan.parse("tp=2"))
+        tensors, values = clones(step)
+        name, (dim, outer, *sizes) = next(iter(values["cuts"].items()))
+        before = {key: value.clone() for key, value in step.state()[0].items()}
+        cuts = values["cuts"] | {name: [dim, outer, *(size - 1 for size in sizes), len(sizes)]}
+        with pytest.raises(RunError, match="another version of Sheaf or torch") as raised:
+            step.load(tensors, values | {"cuts": cuts})
+        assert all(torch.equal(value, before[key]) for key, value in step.state()[0].items())
+        step.load(tensors, values)
+        return str(raised.value)
+
+    for message in ranks(told, 2):
+        assert "1 parameters" in message
 
 
 def test_load_takes_copies():

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from sheaf.errors import PlanError
 from sheaf.plans import Plan
-from sheaf.plans.again import is_again
+from sheaf.plans.again import globs, is_again, matches
 
 
 @st.composite
@@ -23,6 +23,7 @@ def descriptions(draw) -> dict[str, object]:
         "zero": zero,
         "shares": draw(st.sampled_from(shares)),
         "recompute": draw(st.sampled_from(["none", "full"])),
+        "offload": draw(st.sampled_from(["none", "optimizer"])),
         "microbatch": draw(st.none() | st.integers(1, 64)),
         "bucket_bytes": draw(st.integers(1024, 2**26)),
     }
@@ -42,6 +43,10 @@ def test_text_and_toml_read_back(description):
         ("dp=0", ["dp=0: at least one worker is needed"]),
         ("dp=2,zero=7", ["zero=7: ZeRO has stages 0, 1, 2 and 3"]),
         ("dp=two,recompute=ful", ["dp=two is not a whole number", "recompute=ful: did you mean full?"]),
+        ("offload=optimiser", ["offload=optimiser: did you mean optimizer?"]),
+        ("dp=2,server=2,offload=optimizer", ["the shards of server=2 do that already: drop one of the two"]),
+        ("dp=2,local=4,offload=optimizer", ["the meetings of local=4 change weights between steps"]),
+        ("dp=2,words=rows,offload=optimizer", ["words=rows keeps the rows that were touched only"]),
         ("dp=2,dp=3", ["dp is given twice; keep one"]),
         ("tp=2,h.*=recompute,h.*=whole,h.*=whole", ["h.* is given twice, as h.*=whole and h.*=whole; keep one"]),
         ("recompute=full,h.*=recompute", ["names blocks that recompute=full runs again anyway: drop one of the two"]),
@@ -154,6 +159,40 @@ def test_blocks_of_a_split_part_may_run_again():
     assert plan.part("h.2") is None
     assert plan.again
     assert [is_again(plan, name) for name in ("h.3", "h.4", "head.1")] == [True, False, True]
+
+
+def test_ranges_of_numbers_name_blocks_as_lists_of_digits_do():
+    plan = Plan.parse("h.{0-3:10-12}=recompute,layer{7}.{0-1}=recompute")
+    assert Plan.parse(str(plan)) == Plan.from_toml(plan.to_toml()) == plan
+    named = ["h.0", "h.3", "h.10", "h.12", "h.2.mlp", "layer7.0", "layer7.1.x"]
+    others = ["h.4", "h.9", "h.13", "h.21", "h.03", "h.100", "layer7.2", "layer17.0", "layer.0", "h.{0-3}"]
+    assert [name for name in [*named, *others] if is_again(plan, name)] == named
+    for text in ("h.{3-1}", "h.{a}", "h.{01-3}", "h.{1", "h.{}"):
+        odd = Plan.parse(f"{text}=recompute")
+        assert Plan.parse(str(odd)) == odd
+        assert not any(is_again(odd, name) for name in named)
+
+
+@given(
+    numbers=st.sets(st.integers(0, 130)),
+    named=st.sets(st.sampled_from(["head", "h2.emb", "h01", "h02", "h010"])),
+    around=st.sampled_from([("h.", ""), ("layers.2.h", ".body"), ("", "")]),
+)
+def test_globs_name_the_blocks_that_they_are_made_for_and_no_others(numbers, named, around):
+    before, after = around
+    known = [*(f"{before}{number}{after}" for number in range(131)), "head", "h2.emb", "h01", "h02", "h010"]
+    wanted = {f"{before}{number}{after}" for number in numbers} | named
+    written = globs(wanted, known)
+    assert {name for name in known if any(matches(glob, name) for glob in written)} == wanted
+    assert len(written) <= 1 + len(named)
+    if written:
+        text = ",".join(f"{glob}=recompute" for glob in written)
+        assert str(Plan.parse(text)) == text
+
+
+@given(st.text("0123456789", min_size=1, max_size=6), st.integers(0, 10**6), st.integers(0, 10**6))
+def test_a_range_holds_the_numbers_from_its_first_to_its_last(name, low, high):
+    assert matches(f"h.{{{low}-{high}}}", f"h.{name}") == (name == str(int(name)) and low <= int(name) <= high)
 
 
 def test_a_file_that_is_no_toml():

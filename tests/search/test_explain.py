@@ -6,6 +6,7 @@ from dataclasses import replace
 import made
 import pytest
 
+from sheaf.api import verdicts
 from sheaf.api.verdicts import finished, strategy, sweeps, what_if
 from sheaf.cluster.cluster import Tier
 from sheaf.errors import PlanError
@@ -111,7 +112,7 @@ def test_a_price_per_hour_gives_the_cost_of_a_step_and_of_a_target():
 
 
 def test_a_model_too_large_for_all_says_how_many_workers_would_do():
-    ranking = finished(search(question(batch=64, cluster=made.cluster(2, memory_bytes=9_000_000))))
+    ranking = finished(search(question(batch=64, cluster=made.cluster(2, memory_bytes=6_000_000))))
     assert not ranking.ranked
     assert ranking.workers_needed is not None
     with pytest.raises(PlanError, match=f"{ranking.workers_needed} workers of this kind would do"):
@@ -129,4 +130,22 @@ def test_strategies_are_swept_over_workers_and_bandwidth():
     at = bandwidth["x"].index(bandwidth["at"])
     lowest = min(line["seconds"][at] for line in bandwidth["lines"].values() if line["seconds"][at] is not None)
     assert lowest == pytest.approx(ranking.best.step_seconds, rel=0.011)
+    assert (workers["key"], bandwidth["key"]) == ("workers", "inter")
     assert strategy(Plan.parse("dp=2,pp=2,zero=1")) == "replicas with ZeRO + pipeline"
+
+
+def test_every_link_is_swept_where_the_cluster_has_tiers(monkeypatch):
+    monkeypatch.setattr(verdicts, "FACTORS", (0.1, 1.0))
+
+    def tier(name, workers, rate):
+        return Tier(name=name, workers=workers, latency_seconds=1e-4, bytes_per_second=rate)
+
+    cluster = replace(made.cluster(4, hosts=2), tiers=(tier("rack", 8, 8e8), tier("socket", 2, 2e9)))
+    asked = question(cluster=cluster, facts={4: made.facts(2)})
+    found = {one["key"]: one for one in sweeps(search(asked))}
+    assert list(found) == ["workers", "socket", "intra", "rack", "inter"]
+    assert found["rack"]["figure"] == "bandwidth of rack, GB/s"
+    at = {key: one["at"] for key, one in found.items() if key != "workers"}
+    assert at == {"intra": 1e9, "socket": 2e9, "rack": 8e8, "inter": 1e8}
+    slower, as_is = found["rack"]["lines"]["replicas"]["seconds"]
+    assert slower > as_is, "replicas in a whole rack wait for its link"

@@ -60,6 +60,25 @@ def test_none_where_none_need_be_or_all_must():
     assert fewest(question(2**34), Plan.parse("recompute=full")) is None
 
 
+def test_blocks_are_counted_for_the_replica_that_is_dealt_most():
+    plan = Plan.parse("dp=2,pp=2:gpipe,shares=balanced")
+
+    def within(memory_bytes: float) -> Question:  # the second of two workers is a third as fast
+        machines = made.cluster(1, speeds=(1.0, 0.3, 1.0, 0.3), memory_bytes=round(memory_bytes))
+        return Question(batch=32, facts={4: made.facts(BLOCKS)}, microbatch=4, cluster=machines)
+
+    most, least = (within(2**34).held(replace(plan, recompute=one)).peak_bytes for one in ("none", "full"))
+    even = within(2**34).held(replace(plan, shares="equal")).peak_bytes
+    assert even < most, "the faster replica keeps more than half of the microbatches"
+    asked = within(MARGIN * (least + 0.5 * (most - least)))
+    found = fewest(asked, plan)
+    assert found is not None
+    assert too_large(asked.held(found), asked.cluster) is None
+    fewer = fewest(asked, replace(plan, shares="equal"))
+    again = [sum(is_again(one, f"b{number}") for number in range(BLOCKS)) for one in (fewer or plan, found)]
+    assert again[0] < again[1] < BLOCKS
+
+
 def test_the_search_finds_it_and_refusals_name_it():
     asked, plan = between("serial", 0.5)
     asked = replace(asked, workers=1)

@@ -45,9 +45,14 @@ def test_the_best_is_what_pricing_everything_finds(asked):
             microbatch=asked.microbatch,
             elementwise=True,
         )
-        priced = asked.price(plan)
-        if not faults and needed_bytes(priced.peak_bytes, "cuda") <= memory:
-            prices[str(plan)] = priced
+        for one in (
+            plan,
+            *([] if plan.server else [plan.with_text("offload=optimizer")]),
+        ):  # the first of them that fits
+            priced = asked.price(one)
+            if not faults and needed_bytes(priced.peak_bytes, "cuda") <= memory:
+                prices[str(one)] = priced
+                break
     ranking = search(asked)
     fastest = min(one.step_seconds for one in prices.values())
     assert ranking.best.step_seconds <= fastest * 1.01 * (1 if asked.microbatch else 1.01)
@@ -102,14 +107,16 @@ def test_remedies_are_the_changes_that_fit_by_the_time_they_take():
             assert needed_bytes(price.peak_bytes, "cuda") <= 21_000_000
             assert one.step_seconds == price.step_seconds
             assert one.times == pytest.approx(price.step_seconds / there)
-        # by hand: every stage of ZeRO from the plan's own, with and without recomputation, that fits
+        # by hand: every stage of ZeRO from the plan's own, with and without recomputation and offload, that fits
         own = {
             str(change)
             for zero in range(plan.zero, 4 if plan.dp > 1 else plan.zero + 1)
             for recompute in {plan.recompute, "full"}
-            if (change := _changed(plan, zero, recompute)) is not None
+            for offload in ("none", "optimizer")
+            if (change := _changed(plan, zero, recompute, offload)) is not None
             and needed_bytes(asked.rough(change).peak_bytes, "cuda") <= 21_000_000
         }
+        own -= {f"{one},offload=optimizer" for one in own}  # which fits without
         if own:
             changed += 1
             assert {one.plan for one in refusal.remedies if not _in_part_again(one.plan)} == own
@@ -120,9 +127,9 @@ def test_remedies_are_the_changes_that_fit_by_the_time_they_take():
     assert any(len(refusal.remedies) > 1 for refusal in starved)
 
 
-def _changed(plan: Plan, zero: int, recompute: str) -> Plan | None:
+def _changed(plan: Plan, zero: int, recompute: str, offload: str) -> Plan | None:
     try:
-        return replace(plan, zero=zero, recompute=recompute)
+        return replace(plan, zero=zero, recompute=recompute, offload=offload)
     except PlanError:
         return None
 

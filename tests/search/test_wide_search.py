@@ -19,6 +19,7 @@ from sheaf.plans.schedule import actions, held
 from sheaf.search import Question, broken, search
 from sheaf.search.bounds import Bounds
 from sheaf.search.families import groups
+from sheaf.search.offloads import offloaded
 from sheaf.search.rules import too_large
 
 
@@ -32,7 +33,7 @@ def questions(draw) -> dict:
         "saved_bytes": draw(st.sampled_from((10_000, 4_000_000))),
         "workers": draw(st.integers(1, 4)),
         "hosts": draw(st.integers(1, 3)),
-        "speeds": draw(st.sampled_from(((), (), (1.0, 0.4)))),
+        "speeds": draw(st.sampled_from(((), (), (1.0, 0.4), (0.4, 1.0)))),
         "memory": draw(st.sampled_from((8_000_000, 40_000_000, 2**34))),
         "inside": draw(st.sampled_from((1e7, 1e9, 1e12))),
         "between": draw(st.sampled_from((1e6, 1e8, 1e11))),
@@ -66,13 +67,21 @@ def test_the_best_of_a_search_that_leaves_plans_out_is_the_best_of_all(drawn):
     question = asked(drawn)
     bounds = Bounds(question.batch, question.basis, question.size)
     fitting = []
-    for group in groups(question):
-        for plan in itertools.chain(*group.families()):
-            if broken(
+    for group, choices in (
+        (one, choices) for one in groups(question) for kind in one.strategies() for choices in kind.families(question)
+    ):
+        legal = [
+            plan for plan in choices if not broken(
                 plan, facts=question.facts[4], workers=question.available, batch=question.batch,
                 microbatch=question.microbatch, elementwise=True,
-            ):  # fmt: skip
-                continue
+            )
+        ]  # fmt: skip
+        leanest = group.leanest
+        if all(too_large(question.held(plan), question.cluster) for plan in legal):  # then with the hosts' memory
+            variants = (plan.with_text("offload=optimizer") for plan in legal if not plan.server)
+            legal += [plan for plan in variants if question.offloadable]
+            leanest += tuple(offloaded(question, leanest))
+        for plan in legal:
             price = question.rough(plan)
             least = bounds.seconds(plan) + bounds.meeting(plan)
             assert least <= price.step_seconds * (1 + 1e-9), f"{plan} takes less than its bound"
@@ -80,7 +89,7 @@ def test_the_best_of_a_search_that_leaves_plans_out_is_the_best_of_all(drawn):
                 assert min(bounds.seconds(one, cut=False) for one in group.examples) <= price.step_seconds * (1 + 1e-9)
             if too_large(price, question.cluster) is None:
                 assert bounds.fits(plan)
-                assert not group.leanest or any(bounds.fits(one, cut=False) for one in group.leanest)
+                assert not leanest or any(bounds.fits(one, cut=False) for one in leanest)
                 fitting.append(price)
     found = search(question, everything=False)
     if not fitting:

@@ -1,11 +1,18 @@
 """What a shard does with late gradients, against the formulas of the papers written out."""
 
+from functools import partial
+
 import pytest
 import torch
+from plain import mlp_float64
 from server_cases import Servers, forms, gradient, same, shard_of, step, wanted
 
+from sheaf.errors import PlanError
+from sheaf.parallel import build, refuse
 from sheaf.parallel.server.frame import Kind
 from sheaf.parallel.server.log import Entry, Fenced, Terms
+from sheaf.plans import Plan
+from sheaf.task.blueprint import Blueprint
 
 FORM = forms(1)[0]
 
@@ -71,14 +78,17 @@ def test_a_buffer_applies_the_mean_of_as_many_as_there_are_workers():
     assert shard.version == 1
 
 
-def test_delayed_nesterov_steps_plainly_between_and_lets_momentum_see_the_mean():
+@pytest.mark.parametrize("maximize", [False, True])
+def test_delayed_nesterov_steps_plainly_between_and_lets_momentum_see_the_mean(maximize):
     terms = Terms(workers=3, shards=1, staleness=None, late="delayed")
     rate, momentum = 0.5, 0.9
-    shard = shard_of(0, FORM, terms, lambda values: torch.optim.SGD(values, lr=rate, momentum=momentum, nesterov=True))
+    made = partial(torch.optim.SGD, lr=rate, momentum=momentum, nesterov=True, maximize=maximize)
+    shard = shard_of(0, FORM, terms, made)
     for worker in range(3):
         shard.do(Entry(Kind.JOIN, worker, 1))
     theta, seen, gathered, pushed = 0.0, 0.0, 0.0, [2.0, -1.0, 4.0, 3.0, 0.5, 1.0, 7.0]
     for turn, one in enumerate(pushed):  # algorithm 3 of Liu et al., 2024, with c = 0
+        sign = -1 if maximize else 1
         gathered += one
         if (turn + 1) % 3 == 0:
             seen = momentum * seen + gathered / 3
@@ -87,7 +97,7 @@ def test_delayed_nesterov_steps_plainly_between_and_lets_momentum_see_the_mean()
         else:
             theta -= rate * one / 3
         push(shard, turn % 3, turn // 3 + 1, turn // 3, shard.version, one)
-        assert value(shard) == pytest.approx(theta)
+        assert value(shard) == pytest.approx(sign * theta)
         assert shard.version == turn + 1
 
 
@@ -131,3 +141,40 @@ def test_the_past_is_not_heard():
     assert shard.clocks.workers == (0, 1)
     assert shard.committed(0, 1) == 1
     assert shard.version == 1
+
+
+class Signs(torch.optim.Optimizer):
+    """Steps by signs, with settings of its own and no lr."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"by": 0.125})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for value in group["params"]:
+                value.sub_(group["by"] * value.grad.sign()) if value.grad is not None else None
+
+
+def steps_of(task, plan):
+    step = build(task, Plan.parse(plan))
+    reports = [step() for _ in range(2)]
+    step.settle()
+    found = {name: value.clone() for name, value in step.full_state().items()}
+    step.close()
+    return [report.learning_rate for report in reports], found
+
+
+def test_an_optimizer_without_lr_goes_with_every_way_but_the_one_that_needs_it(ranks):
+    task = mlp_float64(optimizer=Signs)
+    refused = r"late=delayed splits the step of SGD with Nesterov's momentum .*: use torch.optim.SGD\(.*late=buffered"
+    with pytest.raises(PlanError, match=refused):
+        refuse(task, Plan.parse("dp=2,server=1:async,late=delayed"))
+    for late in ("plain", "scaled", "compensated", "buffered"):
+        refuse(task, Plan.parse(f"dp=2,server=1:async,late={late}"))
+    (rates, found), _ = ranks(steps_of, 2, task, "dp=2,server=1:async,late=buffered")
+    assert rates == [None, None]
+    first = {name: value.detach() for name, value in Blueprint(task).fill(torch.device("cpu")).named_parameters()}
+    moved = torch.cat([((found[name] - first[name]) / 0.125).flatten() for name in first])
+    assert set(moved.round(decimals=9).abs().tolist()) <= {0.0, 1.0, 2.0}  # two whole rounds of two gradients
+    assert moved.abs().max() == pytest.approx(2.0)

@@ -95,7 +95,7 @@ def test_a_run_resumed_between_meetings_is_the_same_to_the_last_bit(ranks, serve
 
 
 def in_turn(task, text, steps=7):
-    """As ``run``, but that workers meet one after another, worker 0 first."""
+    """As ``run``, but that workers meet one after another, worker 0 first; and the state once they have concluded."""
     plan = Plan.parse(text)
     step, store = build(task, plan), dist.distributed_c10d._get_default_store()
     every, reports, weights = plan.meets_locally.every, [], []
@@ -109,9 +109,21 @@ def in_turn(task, text, steps=7):
             store.set(f"{text}/{place + 1}", "")
         weights.append(nn.utils.parameters_to_vector(step.model.parameters()).detach().clone())
     step.settle()
-    state = step.full_state()
+    state = {name: value.clone() for name, value in step.full_state().items()}
+    exchange = step.client.exchange
+
+    def exchange_and_tell(*given):
+        seen = exchange(*given)
+        store.set(f"{text}/concluded", "")
+        return seen
+
+    step.client.exchange = exchange_and_tell
+    if step.rank and step.index % every:
+        store.wait([f"{text}/concluded"])
+    step.conclude()
+    whole = step.full_state()
     step.close()
-    return reports, weights, state
+    return reports, weights, state, whole
 
 
 @pytest.mark.parametrize(
@@ -127,7 +139,7 @@ def test_out_of_lock_step_each_departure_is_an_update_that_counts_by_its_weight(
     found = ranks(in_turn, 2, task, str(plan))
     played, way = Played(task, plan.weights), plan.meets_locally
     anchors = [played.weights(0)] * 2
-    value = nn.Parameter(anchors[0].clone())
+    value, ended = nn.Parameter(anchors[0].clone()), anchors[0]
     outer = torch.optim.SGD([value], lr=way.lr, momentum=way.momentum, nesterov=way.kind == "diloco")
     weight, samples, gathered = [0.0, 0.0], [0, 0], []
     for step in range(7):
@@ -135,11 +147,18 @@ def test_out_of_lock_step_each_departure_is_an_update_that_counts_by_its_weight(
         microbatches = [len(one.samples) for one in played.order.step(step)]
         first = apportion(len(microbatches), (1, 1))[0]
         samples = [samples[0] + sum(microbatches[:first]), samples[1] + sum(microbatches[first:])]
-        for worker in (0, 1) if step % 3 == 2 else ():
+        turns = {2: 3, 5: 3, 6: 1}.get(step, 0)  # the last step has no other to meet after
+        if step == 6:
+            ended = value.detach().clone()
+            for worker in (0, 1):
+                torch.testing.assert_close(found[worker][1][6], played.weights(worker), rtol=1e-11, atol=1e-12)
+        for worker in (0, 1) if turns else ():
             weight[worker] += played.seen[worker]
-            whole = weight[worker] / samples[worker] * task.batch * 3
+            whole = weight[worker] / samples[worker] * task.batch * turns
             departed = (anchors[worker] - played.weights(worker)) * (played.seen[worker] / whole)
-            if plan.late == "delayed":
+            if not played.seen[worker]:
+                pass  # its last step is all padding: nothing moves by momentum
+            elif plan.late == "delayed":
                 before = before if gathered else value.detach().clone()
                 gathered.append(departed)
                 with torch.no_grad():
@@ -154,10 +173,16 @@ def test_out_of_lock_step_each_departure_is_an_update_that_counts_by_its_weight(
             anchors[worker] = value.detach().clone()
             played.put(worker, anchors[worker])
             played.seen[worker] = 0.0
-        for worker in (0, 1):
+        for worker in (0, 1) if step < 6 else ():
             torch.testing.assert_close(found[worker][1][step], played.weights(worker), rtol=1e-11, atol=1e-12)
-    whole = nn.utils.parameters_to_vector(found[0][2][name] for name, _ in played.models[0].named_parameters())
-    torch.testing.assert_close(whole, value.detach(), rtol=1e-11, atol=1e-12)
+    if gathered:  # what is left over counts as it does in a whole round
+        with torch.no_grad():
+            value.copy_(before)
+        value.grad = sum(gathered)
+        outer.step()
+    for state, wanted in zip(found[0][2:], (ended, value.detach()), strict=True):
+        whole = nn.utils.parameters_to_vector(state[name] for name, _ in played.models[0].named_parameters())
+        torch.testing.assert_close(whole, wanted, rtol=1e-11, atol=1e-12)
     assert [one.server.get("delay") for one in found[1][0]] == [None, None, 1, None, None, 1, None]
 
 
@@ -204,6 +229,13 @@ def test_a_departure_that_is_too_late_is_dropped_and_its_round_made_again(ranks)
     assert [report.server.get("dropped") for report in found[0][0]] == [None, 0, *[None, 1] * 3]
     assert [report.server.get("dropped") for report in found[1][0]] == [None, 1] * 4
     assert uses(found[0][2]) == once(8)
+
+
+@pytest.mark.parametrize("late", ["plain:0", "buffered"])
+def test_what_came_after_the_last_meeting_is_used_once_when_training_ends(ranks, late):
+    _, _, met, whole = ranks(in_turn, 2, counting(), f"dp=2,server=1:async,late={late},local=2", 5)[0]
+    assert uses(met) == once(4)
+    assert uses(whole) == once(5)  # that of worker 1 came too late, and was made again
 
 
 def test_what_shards_cannot_know_is_refused_and_workers_may_have_any_optimizer():

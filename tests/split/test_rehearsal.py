@@ -15,7 +15,9 @@ from torch.nn import functional as F
 
 from sheaf.errors import PlanError
 from sheaf.plans.split import Cut, Slice, SplitFacts
-from sheaf.split.rehearsal import rehearse
+from sheaf.split.alone import Alone
+from sheaf.split.rehearsal import Rehearsing, rehearse
+from sheaf.split.tensor import Split
 from sheaf.task import Task
 
 
@@ -293,3 +295,11 @@ def test_bert_of_twelve_layers_is_rehearsed_quickly_and_moves_four_sums_a_layer(
     }
     assert facts.slices["bert.embeddings.word_embeddings.weight"].cut.sizes == (15261, 15261)
     assert facts.slices["bert.encoder.layer.11.attention.self.query.weight"] == Slice(0, Cut((384, 384)))
+
+
+def test_what_enters_is_foreseen_where_it_lies_in_the_place_of_what_is_gone():
+    mode = Rehearsing(Alone(2), {}, {}, lambda _name: False, (), sequence=False)
+    given = torch.ones(3, requires_grad=True)
+    for _ in range(50):  # Python gives a new tensor the number of one that is gone; what is decided must not hang on it
+        mode.enter(Split(given * 2, 0, Cut.even(6, 2)), "product")
+    assert len(mode.found.foreseen) == 50

@@ -1,5 +1,7 @@
 """What a rehearsal takes for experts, what it leaves whole, and what it says that tokens on their way cost."""
 
+from dataclasses import replace
+
 import torch
 from small import SMALL
 from torch import Tensor, nn
@@ -7,7 +9,10 @@ from torch.nn import functional as F
 
 from sheaf import Task
 from sheaf.plans.split import Cut, Slice
+from sheaf.split.common import Common
 from sheaf.split.experts import experts
+from sheaf.split.listed import listed
+from sheaf.task.blueprint import Blueprint
 
 
 class Mixed(nn.Module):
@@ -65,6 +70,18 @@ def test_the_busiest_worker_computes_for_all_replicas():
     found = experts(SMALL["moe"](), 2, samples=2)
     assert found.work["blocks.0"] == 1.0
     assert 1.0 < found.work["blocks.1"] < 6 / 5  # 3 of 5 experts, of two replicas; attention is its own
+
+
+def test_rehearsals_that_share_a_model_find_what_each_finds_alone():
+    task, built = mixed(), []
+    apart = [(experts(task, workers, samples=5), listed(task, workers, samples=5)) for workers in (2, 3)]
+    counting = replace(task, model=lambda: (built.append(1), task.model())[1])
+    common = Common(Blueprint(counting))
+    once = len(built)
+    for workers, found in zip((2, 3), apart, strict=True):
+        stacks = experts(counting, workers, samples=5, common=common)
+        assert (stacks, listed(counting, workers, samples=5, common=common)) == found
+    assert len(built) == once, "the model is built once"
 
 
 def test_a_model_without_stacks_has_none():

@@ -126,6 +126,23 @@ def test_wrong_types_are_told_at_once():
         task(batch=True)
 
 
+def test_wrong_values_are_told_beside_wrong_types():
+    wrong = task()
+    for name, value in {"seed": "a", "batch": 0, "microbatch": 7, "precision": "fp8", "clip": -1.0}.items():
+        object.__setattr__(wrong, name, value)
+    with pytest.raises(TaskError) as caught:
+        wrong.__post_init__()
+    assert len(caught.value.broken) == 4
+    assert caught.value.broken[:2] == (
+        "seed='a' is a str; give a whole number",
+        "batch=0: at least one sample per step is needed",
+    )
+    object.__setattr__(wrong, "batch", "6")
+    with pytest.raises(TaskError) as caught:
+        wrong.__post_init__()
+    assert [rule.split("=")[0] for rule in caught.value.broken] == ["batch", "seed", "precision", "clip"]
+
+
 @dataclass(frozen=True)
 class Given:
     x: torch.Tensor

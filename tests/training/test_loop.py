@@ -89,6 +89,15 @@ def test_resume_starts_where_nothing_was(tmp_path):
     assert train_rank(make_task(), SERIAL, 2, tmp_path / "new", resume=True, build=FakeStep).first == 0
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_says_that_it_starts_anew(tmp_path, capsys):
+    train_rank(make_task(), SERIAL, 2, tmp_path, build=FakeStep)
+    for saved in (tmp_path / "checkpoints").glob("*/*.safetensors"):
+        saved.write_bytes(saved.read_bytes()[:100])
+    assert train_rank(make_task(), SERIAL, 2, tmp_path, resume=True, build=FakeStep).first == 0
+    told = capsys.readouterr().err
+    assert told.index("skipped") < told.index("no checkpoint in") < told.index("starts anew")
+
+
 def test_a_directory_in_use_is_left_alone(tmp_path):
     train_rank(make_task(), SERIAL, 2, tmp_path, build=FakeStep)
     before = (tmp_path / "record.jsonl").read_text()

@@ -3,9 +3,10 @@
 import math
 
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from sheaf.watch.chart import crossings, draw_chart
+from sheaf.watch.chart import _draw, crossings, draw_chart
 
 
 def test_crossings_are_where_both_lines_are_as_high():
@@ -16,6 +17,15 @@ def test_crossings_are_where_both_lines_are_as_high():
     assert height == pytest.approx(0.05)
     assert where ** math.log10(0.01) == pytest.approx(0.05)
     assert crossings(x, {"a": [1.0, 1.0, 1.0], "b": [2.0, 2.0, 2.0]}) == []
+
+
+@pytest.mark.parametrize(("scale", "named"), [(1e9, "1.41"), (1e12, "1,414"), (1e13, "14,142")])
+def test_where_another_leads_is_written_without_an_exponent(scale, named):
+    axes = Figure().subplots()
+    lines = {"a": {"seconds": [1.0, 2.0], "cost": []}, "b": {"seconds": [2.0, 1.0], "cost": []}}
+    sweep = {"figure": "bandwidth of a, GB/s", "at": scale, "x": [scale, 2 * scale], "lines": lines}
+    _draw(axes, sweep, "seconds", ["a", "b"])
+    assert [text.get_text() for text in axes.texts] == [named]
 
 
 @pytest.mark.parametrize("cost", [0.0, 2.0])

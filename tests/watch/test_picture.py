@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from sheaf.errors import RunError
@@ -70,6 +71,14 @@ def test_it_is_drawn_whatever_there_is(tmp_path, lines):
     assert path == tmp_path / "picture.png"
     assert pixels.shape[:2] == (192, 360)
     assert np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0).shape[0] > 10  # not blank
+
+
+def test_a_high_rate_is_written_in_whole_numbers(tmp_path):
+    axes = Figure().subplots()
+    picture._throughput(
+        axes, picture._read(run_of(tmp_path, *(report(step, seconds=32 / 13_412.4) for step in (0, 1))))
+    )
+    assert "median 13,412 samples/s" in [text.get_text() for text in axes.texts]
 
 
 def test_it_is_drawn_over_an_old_one_and_leaves_nothing_beside_it(tmp_path):

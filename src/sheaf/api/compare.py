@@ -136,7 +136,8 @@ def compare(
         raise PlanError(broken)
     runs: dict[str, Run] = {}
     failed: dict[str, SheafError] = {}
-    for name, one in found.items():
+    for number, (name, one) in enumerate(found.items(), start=1):
+        note(f"{name}, {number} of {len(found)} ways")
         chosen = balanced(task, one, world=world, source=source, note=note) if predict else one.plan
         directory = place / folder_name(name)
         try:

@@ -22,6 +22,7 @@ from sheaf.cost.price import Price
 from sheaf.errors import PlanError, SheafError, TaskError, first_line
 from sheaf.graph import ModelFacts, Profile, trace
 from sheaf.graph.drawn import Drawn
+from sheaf.graph.facts import trained
 from sheaf.launch import FromFile
 from sheaf.plans import Plan
 from sheaf.plans.split import SplitFacts
@@ -31,7 +32,7 @@ from sheaf.search.measured import facts_for
 from sheaf.search.space import microbatch_choices
 from sheaf.split.sequences import sequences
 from sheaf.task import Task
-from sheaf.task.probe import elementwise, over_stand_ins
+from sheaf.task.probe import elementwise, over_stand_ins, unhosted
 
 COLLECTIVE_FACTORS = (0.5, 4.0)  # what lies outside says more of the moment than of the machine
 MEASURED_UP_TO = 4  # workers: each number is measured; beyond, powers of two and the largest
@@ -231,6 +232,7 @@ def ask(
         microbatch=None if task.microbatch is None else min(task.microbatch, batch),
         workers=workers,
         elementwise=_slices_apart(task, first),
+        hosted=not unhosted(task.optimizer, [(len(one.shape), one.requires_grad) for one in first.parameters]),
         precision=task.precision,
     )
 
@@ -241,9 +243,7 @@ def _slices_apart(task: Task, facts: ModelFacts) -> bool:
 
 def trainable(task: Task, facts: ModelFacts) -> None:
     """Raise TaskError where nothing of the model is trained, or its optimizer cannot be built."""
-    if not any(one.requires_grad for one in facts.parameters):
-        has = "no parameter of the model requires a gradient" if facts.parameters else "the model has no parameters"
-        raise TaskError(f"{has}, so there is nothing to train: give it one that requires_grad")
+    trained(facts)
     over_stand_ins(task.optimizer, [(len(one.shape), one.requires_grad) for one in facts.parameters])
 
 

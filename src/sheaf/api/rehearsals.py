@@ -89,18 +89,17 @@ def kept_rehearsals(
 ) -> Rehearsals | None:
     """What two new workers of this machine take for these plans, or took before; None where nothing can be rehearsed.
 
-    Kept beside the profiles. A model whose training state does not fit comfortably twice is not rehearsed.
+    Kept beside the profiles; of what is rehearsed again, because others kept the cores busy, what was taken while they
+    were calmer. A model whose training state does not fit comfortably twice is not rehearsed.
     """
     if _state_bytes(facts, profile) > REAL_STEP_BYTES:
         return None
     name = cache.cache_key(task, facts, threads=profile.threads, concurrency=WORKERS)
     path = cache.cache_folder() / f"{name}-rehearsed.json"
     known = None if fresh else _read(path)
-    if known is not None and others.disturbed(known.profile.cores_taken) and others.quiet():
-        known = None
-    missing = [
-        plan for plan in plans if known is None or (str(plan) not in known.seconds and str(plan) not in known.refused)
-    ]
+    again = known is not None and others.disturbed(known.profile.cores_taken) and others.quiet()
+    told = frozenset[str]() if known is None or again else known.seconds.keys() | set(known.refused)
+    missing = [plan for plan in plans if str(plan) not in told]
     if not missing:
         return known
     rows = launch.run(
@@ -114,21 +113,31 @@ def kept_rehearsals(
         timeout_s=TIMEOUT_SECONDS,
     )
     found = replace(rows[0], profile=median([row.profile for row in rows]))
-    if known is not None:
-        busiest = max(known.profile.cores_taken, found.profile.cores_taken)
-        found = replace(
-            found,
-            profile=replace(found.profile, cores_taken=busiest),
-            seconds=known.seconds | found.seconds,
-            refused=(*known.refused, *found.refused),
-            processor_seconds=known.processor_seconds | found.processor_seconds,
-        )
+    if known is not None and not (again and found.profile.cores_taken <= known.profile.cores_taken):
+        found = _of_both(known, found)
     with suppress(OSError):  # a folder that cannot be written to is done without
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(".tmp")
         beside.write_text(json.dumps(found.to_dict()), encoding="utf-8")
         beside.replace(path)
     return found
+
+
+def _of_both(known: Rehearsals, found: Rehearsals) -> Rehearsals:
+    """What was rehearsed at two times: of each plan what was taken while the machine was calmer, and blocks' times of
+    then. Steps of the busier time are made as much faster as blocks were.
+    """
+    calmer, busier = sorted((found, known), key=lambda one: one.profile.cores_taken)
+    only = busier.seconds.keys() - calmer.seconds.keys()
+    taken = busier.profile.cores_taken if only else calmer.profile.cores_taken
+    then, blocks = (block_seconds(one.profile) for one in (calmer, busier))
+    times = then / blocks if blocks else 1.0
+    return Rehearsals(
+        replace(calmer.profile, cores_taken=taken),
+        {text: times * seconds for text, seconds in busier.seconds.items() if text in only} | calmer.seconds,
+        tuple(dict.fromkeys((*known.refused, *found.refused))),
+        busier.processor_seconds | calmer.processor_seconds,
+    )
 
 
 def _rehearse_rank(given: Task | FromFile, facts: ModelFacts, profile: Profile, plans: Sequence[Plan]) -> Rehearsals:

@@ -144,8 +144,9 @@ class Rehearsals:
         """As ``rehearsed``."""
         samples = self._facts.samples
         if sequence == EXPERTS:
-            stacks = experts(self._task, number, samples=samples)
-            return stacks if stacks.slices else listed(self._task, number, samples=samples)
+            with self.drawn.lent():
+                stacks = experts(self._task, number, samples=samples, common=self._whole)
+                return stacks if stacks.slices else listed(self._task, number, samples=samples, common=self._whole)
         shorter = self._shorter
         if shorter is not None:
             model = self.drawn.blueprint.model

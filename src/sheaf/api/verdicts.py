@@ -1,11 +1,12 @@
 """What a ranking is completed with, what it would be on other machines, and how strategies do as those change."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from sheaf.cluster import Cluster
 from sheaf.errors import PlanError
 from sheaf.graph.example import example
 from sheaf.graph.ops import tensors
@@ -89,32 +90,41 @@ def strategy(plan: Plan) -> str:
 
 
 def sweeps(ranking: Ranking) -> list[dict[str, Any]]:
-    """Step seconds and cost of the best plan of each strategy against workers, and against bandwidth.
+    """Step seconds and cost of the best plan of each strategy against workers, and against bandwidth: of the link
+    between hosts, or within the only one; of a cluster with tiers, of every link.
 
-    Each holds ``figure``, ``at`` (what the ranking was made for), ``x``, ``currency`` and ``lines``: by strategy,
-    ``seconds`` and ``cost`` per step at each x, None where no plan of it fits.
+    Each holds ``key`` (as ``what_if`` has it), ``figure``, ``at`` (what the ranking was made for), ``x``, ``currency``
+    and ``lines``: by strategy, ``seconds`` and ``cost`` per step at each x, None where no plan of it fits.
     """
     question = _asked(ranking)
-    several = sum(host.count for host in question.cluster.hosts) > 1
-    tier = "inter" if several and question.cluster.inter is not None else "intra"
-    link = question.cluster.inter if tier == "inter" else question.cluster.intra
-    assert link is not None
     most = question.available
     counts = sorted({*(2**power for power in range(most.bit_length()) if 2**power <= most), most})
     counts = [count for count in counts if count >= most // 64]
-    rates = [link.bytes_per_second * factor for factor in FACTORS]
     return [
-        _sweep(question, "workers", most, counts, lambda x: Change("workers", x)),
-        _sweep(question, f"bandwidth of {link.name}, GB/s", link.bytes_per_second, rates, lambda x: Change(tier, x)),
+        _sweep(question, "workers", "workers", most, counts),
+        *(
+            _sweep(question, key, f"bandwidth of {name}, GB/s", rate, [rate * factor for factor in FACTORS])
+            for key, (name, rate) in _links(question.cluster).items()
+        ),
     ]
 
 
-def _sweep(
-    question: Question, figure: str, at: float, places: Sequence[float], change: Callable[[float], Change]
-) -> dict[str, Any]:
+def _links(cluster: Cluster) -> dict[str, tuple[str, float]]:
+    """The name and the bandwidth of each link that is swept, the nearest first."""
+    each = max(host.workers for host in cluster.hosts)
+    several = sum(host.count for host in cluster.hosts) > 1
+    links = [(one.workers, one.name, one.name, one.bytes_per_second) for one in cluster.tiers]
+    if not several or cluster.inter is None or (links and each > 1):
+        links.append((each, "intra", cluster.intra.name, cluster.intra.bytes_per_second))
+    if several and cluster.inter is not None:
+        links.append((cluster.workers, "inter", cluster.inter.name, cluster.inter.bytes_per_second))
+    return {key: (name, rate) for _, key, name, rate in sorted(links, key=lambda link: link[0])}
+
+
+def _sweep(question: Question, key: str, figure: str, at: float, places: Sequence[float]) -> dict[str, Any]:
     found: list[dict[str, tuple[float, float]]] = []
     for x in places:
-        asked = changed(question, [change(x)])
+        asked = changed(question, [Change(key, x)])
         best: dict[str, tuple[float, float]] = {}
         for entry in search(asked).ranked:
             cost = per_hour(asked, entry.plan) * entry.price.step_seconds / 3600
@@ -124,6 +134,7 @@ def _sweep(
         found.append(best)
     names = sorted({name for best in found for name in best})
     return {
+        "key": key,
         "figure": figure,
         "at": at,
         "x": list(places),

@@ -72,7 +72,8 @@ def _put_right(answer: Answer, directory: Path, out: Path | None) -> None:
             table.add_column(heading, justify="left" if heading == "figure" else "right")
         for change in changes:
             table.add_row(change.figure, f"{change.before:.4g}", f"{change.after:.4g}")
-        console.print(table if changes else f"{directory} took what was predicted: nothing changed")
+        same = f"nothing changed: {directory} shows no other figures of links, overlap, host or speeds than these"
+        console.print(table if changes else same, markup=False, soft_wrap=not changes)
         if out is not None:
             console.print(f"written to {out}; plan for it with --cluster {out}", markup=False, soft_wrap=True)
 

@@ -39,7 +39,7 @@ _NUMBERS, _REASON = 30, 20  # columns that a plan's numbers take, and that what 
 @click.option("--what-if", "changes", metavar="CHANGES",
               help="Rank again with other figures, such as inter_node=10Gbit,workers=64,memory=x2.")  # fmt: skip
 @click.option("--chart", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.png",
-              help="Draw step time and cost against workers and bandwidth, one line per strategy.")  # fmt: skip
+              help="Draw step time and cost against workers and bandwidths, one line per strategy.")  # fmt: skip
 @click.option("--seconds", type=click.FloatRange(min=0), metavar="N",
               help="End the search after so many seconds, with the best so far.")  # fmt: skip
 @click.option("--target-samples", type=click.IntRange(min=1), metavar="N",
@@ -122,7 +122,8 @@ def plan(
             if learnt is not None:
                 _say_to_loss(learnt, console, rows)
             if drawn is not None:
-                console.print(f"\nstrategies by workers and bandwidth: {chart}", markup=False, soft_wrap=True)
+                swept = ", ".join(one["figure"].removesuffix(", GB/s") for one in drawn)
+                console.print(f"\nstrategies by {swept}: {chart}", markup=False, soft_wrap=True)
 
         answer.give(values, shown)
 
@@ -332,7 +333,8 @@ def _workers(text: str) -> int:
 
 def _table(ranking: "Ranking", rows: int | None, width: int) -> Table:
     """The plans as rows; beside long ones there is no room for what they lose on, which then stands below."""
-    serial = next((entry.price.step_seconds for entry in ranking.ranked if entry.plan.serial), None)
+    alone = (one for one in ranking.ranked if one.plan.serial and one.plan.offload == "none")
+    serial = next((entry.price.step_seconds for entry in alone), None)
     shown = ranking.ranked[:rows]
     below = max(len(str(entry.plan)) for entry in shown) > width - _NUMBERS - _REASON
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")

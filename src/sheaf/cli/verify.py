@@ -27,5 +27,5 @@ def verify(context: click.Context, file: str, plan_text: str, steps: int, no_pre
 
         plan = read_plan(plan_text)
         verdict = run(load(file), plan, steps=steps, predict=not no_predict, note=say)
-        answer.give(verdict.to_dict(), lambda console: console.print(str(verdict), markup=False))
+        answer.give(verdict.to_dict(), lambda console: console.print(str(verdict), markup=False, soft_wrap=True))
     context.exit(0 if verdict.exact else FAILED)

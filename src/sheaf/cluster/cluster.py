@@ -92,6 +92,10 @@ class Host:
     cores: int
     memory_bytes: int  # of the machine, shared by CPU workers; where measured, what was free
     speed: float = 1.0  # relative to the device's figures
+    # Of its memory: each way to one of its accelerators while all copy, and what an optimizer on all cores reads and
+    # writes of it; 0: not known.
+    offload_bytes_per_second: float = 0.0
+    update_bytes_per_second: float = 0.0
 
     def memory_per_worker(self, workers: int | None = None) -> int:
         """Bytes that each of ``workers`` busy workers of one such machine may use (all of them unless given).

@@ -247,7 +247,7 @@ def _above_zero(value: Any) -> str | None:
 
 
 def _share(value: Any) -> str | None:
-    return None if 0 <= value <= 1 else f"found {value}, wanted a share from 0 to 1"
+    return None if 0 < value <= 1 else f"found {value}, wanted a share above 0, up to 1"
 
 
 def _overlap(value: Any) -> str | None:

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 from sheaf.cluster.cluster import Cluster
 from sheaf.cost.again import narrowed
 from sheaf.cost.communication import Fabric
-from sheaf.cost.compute import Pace, Pacer, block_seconds
+from sheaf.cost.compute import STATE_BYTES_PER_BYTE, Pace, Pacer, block_seconds
+from sheaf.cost.offload import Stepping
 from sheaf.cost.placement import Seat, Seats
 from sheaf.cost.portion import Portion, bounded, in_part, portion, scoped, together
 from sheaf.cost.seating import Seating
@@ -16,6 +17,7 @@ from sheaf.cost.tensor import Crossing
 from sheaf.graph.facts import GLUE, LOSS, ModelFacts, Profile
 from sheaf.plans import Plan
 from sheaf.plans.mesh import Mesh
+from sheaf.plans.offload import OPTIMIZER
 from sheaf.plans.split import Move, SplitFacts
 from sheaf.plans.stages import passed_on, placed
 
@@ -39,6 +41,7 @@ class Basis:
     precision: str
     split: SplitFacts | None
     seating: Seating
+    offloaded: bool = False  # whether optimizers step in the hosts' memory
     _known: dict[Any, Any] = field(default_factory=dict[Any, Any])
 
     @classmethod
@@ -58,9 +61,14 @@ class Basis:
         ``seating`` is that of another basis on the same cluster, to be shared.
         """
         facts, profile = narrowed(plan, facts, profile)
-        return cls(
-            facts, profile, cluster, precision, scoped(plan, facts, split), seating or Seating(cluster, precision)
-        )
+        seating = seating or Seating(cluster, precision)
+        split, offloaded = scoped(plan, facts, split), plan.offload == OPTIMIZER
+        return cls(facts, profile, cluster, precision, split, seating, offloaded)
+
+    def offloading(self) -> "Basis":
+        """The same where optimizers step in the hosts' memory."""
+        kept = {key: value for key, value in self._known.items() if _of_the_model(key)}
+        return replace(self, offloaded=True, _known=kept)
 
     def elsewhere(self, cluster: Cluster, seating: Seating) -> "Basis":
         """The same model on a cluster whose kernels launch as fast; what only the model decides is taken over."""
@@ -184,7 +192,24 @@ class Basis:
 
     def pace(self, part: Portion, seat: Seat) -> Pace:
         """How fast a seat computes a portion."""
-        return self.once((id(part), "pacer"), lambda: Pacer(part.facts, part.profile)).pace(seat)
+        known = self.once((id(part), "pacer"), lambda: Pacer(part.facts, part.profile)).pace(seat)
+        if not self.offloaded:
+            return known
+
+        def made() -> Pace:
+            stepping = self.stepping(seat, known.optimizer_seconds_per_byte)
+            return replace(known, optimizer_seconds_per_byte=stepping.together)
+
+        return self.once((id(part), "offloaded", seat), made)
+
+    def stepping(self, seat: Seat, here: float) -> Stepping:
+        """What a byte of parameters takes to be stepped in the host's memory; ``here`` on the device."""
+        return Stepping.of(seat, self.state, here)
+
+    @property
+    def state(self) -> float:
+        """Bytes of the optimizer's state for a byte of parameters."""
+        return self.profile.optimizer_state_bytes_per_byte if self.profile else STATE_BYTES_PER_BYTE
 
     def crossing(self, part: Portion, fabric: Fabric, more: tuple[Move, ...] = ()) -> Crossing:
         """The collectives that splitting a portion's layers takes, over these links; ``more`` are of the facts."""

@@ -21,6 +21,7 @@ from sheaf.plans.schedule import (
     actions,
     held,
     interleaved_order,
+    largest_group,
 )
 from sheaf.plans.timeline import Timeline, simulate
 
@@ -143,9 +144,75 @@ def _twice(wave: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _interleaved_seconds(course: Course) -> float:
-    """``interleaved``: each worker goes on with its list until it must wait for another."""
+    """``interleaved`` wave by wave: in wave *i* worker *s* of *n* takes backward ``i + s + 1 - n`` of its list, and
+    before it the forward that its warm-up is ahead of that.
+
+    Whom a worker waits for then had its turn in an earlier wave, as every group has a microbatch for each worker;
+    where there are fewer, workers go on one by one.
+    """
+    workers, count, last = course.workers, course.num_microbatches, course.workers - 1
+    virtual, passing = course.stages // workers, course.transfer_seconds
+    order, largest = interleaved_order(workers, virtual, count)
+    if count < workers or workers == 1:
+        return _interleaved_by_turns(course, order, largest)
+    total, warmup = len(order), 2 * last + (virtual - 1) * largest
+    turns = [slice(turn * workers, (turn + 1) * workers) for turn in range(virtual)]
+    # By action and worker, one after the other: those of a wave are a slice.
+    ahead = [seconds for turn, _ in order for seconds in course.forward_seconds[turns[turn]]]
+    back = [seconds for turn, _ in order for seconds in course.backward_seconds[turns[virtual - 1 - turn]]]
+    places = {action: place for place, action in enumerate(order)}
+    before = [places.get((turn - 1, microbatch), -1) for turn, microbatch in order]  # the microbatch's turn before
+    forwarded, backwarded = [0.0] * len(ahead), [0.0] * len(back)  # when what was made is with the next
+    free, pushed, returned = [0.0] * workers, [-inf] * workers, [-inf] * workers
+    for wave in range(last - warmup, total + last):
+        top = wave + warmup - last  # worker s takes forward ``top - s``
+        first, end = max(0, top - total + 1), min(workers, top + 1)
+        if first < end:
+            mine = _diagonal(top * workers, -last, first, end)
+            there = forwarded[_diagonal(top * workers - 1, -last, max(1, first), end)]
+            if not first:
+                there.insert(0, forwarded[before[top] * workers + last] if before[top] >= 0 else 0.0)
+            free[first:end] = done = [
+                (now if now > come else come) + cost
+                for now, come, cost in zip(free[first:end], there, ahead[mine], strict=True)
+            ]
+            kept_back = pushed[last]
+            forwarded[mine] = pushed[first:end] = [
+                (now if now > sent else sent) + passing for now, sent in zip(done, pushed[first:end], strict=True)
+            ]
+            if end == workers and order[top - last][0] == virtual - 1:  # nobody is passed what the last stage made
+                pushed[last] = kept_back
+        low = wave - last  # worker s takes backward ``low + s``
+        first, end = max(0, -low), min(workers, total - low)
+        if first < end:
+            mine = _diagonal(low * workers, workers + 1, first, end)
+            there = backwarded[_diagonal(low * workers + 1, workers + 1, first, min(end, last))]
+            if end == workers:
+                there.append(backwarded[before[wave] * workers] if before[wave] >= 0 else 0.0)
+            free[first:end] = done = [
+                (now if now > come else come) + cost
+                for now, come, cost in zip(free[first:end], there, back[mine], strict=True)
+            ]
+            kept_back = returned[0]
+            backwarded[mine] = returned[first:end] = [
+                (now if now > sent else sent) + passing for now, sent in zip(done, returned[first:end], strict=True)
+            ]
+            if not first and order[low][0] == virtual - 1:  # nor the first stage anybody
+                returned[0] = kept_back
+    return max(free)
+
+
+def _diagonal(start: int, step: int, first: int, end: int) -> slice:
+    """Every ``step``-th place from ``start``, of those the ones from number ``first`` to before number ``end``."""
+    if first >= end:
+        return slice(0, 0)
+    stop = start + end * step
+    return slice(start + first * step, stop if stop >= 0 else None, step)
+
+
+def _interleaved_by_turns(course: Course, order: Sequence[tuple[int, int]], largest: int) -> float:
+    """The same for any number of microbatches: each worker goes on with its list until it must wait for another."""
     workers, stages, count = course.workers, course.stages, course.num_microbatches
-    order, largest = interleaved_order(workers, stages // workers, count)
     total, last = len(order), stages - 1
     passing = course.transfer_seconds if workers > 1 else 0.0  # nobody passes anything to itself
     ahead, back = course.forward_seconds, course.backward_seconds
@@ -217,9 +284,11 @@ def kept(schedule: str, workers: int, stages: int, num_microbatches: int) -> tup
     if schedule == "zero-bubble":
         return (min(num_microbatches, workers),) * workers
     if schedule == "interleaved" and stages > workers:
-        order, largest = interleaved_order(workers, stages // workers, num_microbatches)
-        ahead = (stages // workers - 1) * largest
-        return tuple(min(len(order), 2 * (workers - 1 - worker) + ahead + 1) for worker in range(workers))
+        virtual = stages // workers
+        ahead = (virtual - 1) * largest_group(workers, num_microbatches)
+        return tuple(
+            min(virtual * num_microbatches, 2 * (workers - 1 - worker) + ahead + 1) for worker in range(workers)
+        )
     return held(_listed(schedule, workers, stages, num_microbatches))
 
 

@@ -9,12 +9,14 @@ from sheaf.cluster.cluster import Cluster, Link
 from sheaf.cluster.links import collective_seconds
 from sheaf.cluster.traffic import CONTROL_BYTES, messages, share
 from sheaf.cost.placement import Seats
-from sheaf.graph.facts import GLUE, LOSS, ModelFacts
+from sheaf.graph.facts import GLUE, LOSS, STATE_BYTES_PER_BYTE, ModelFacts
 from sheaf.plans import Plan, layout
 from sheaf.plans.layout import Held
+from sheaf.plans.local import OUTER, Local
 
 ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, BROADCAST = "all_reduce", "reduce_scatter", "all_gather", "broadcast"
 ALL_TO_ALL, TRADE = "all_to_all", "trade"
+OUTCOME = "outcome"  # of a meeting, for those who were late
 COUNTER_SECONDS = 200e-6  # two round trips to the counter for a microbatch that is stolen: how many are left, and one
 
 
@@ -37,6 +39,8 @@ class Fabric:
         """
         if self.fullest and operation in (REDUCE_SCATTER, ALL_GATHER):
             size_bytes = round(size_bytes * self.fullest * self.workers)
+        if operation == OUTCOME:  # goes through the run's store, and nobody who was there waits for it
+            return 0.0
         operation = ALL_GATHER if operation == ALL_TO_ALL else operation
         if operation == TRADE:  # of pairs, each with one message each way
             return self.passing_seconds(size_bytes)
@@ -52,7 +56,7 @@ class Fabric:
         """What one worker sends in a collective, as ``sheaf.cluster.traffic`` counts it where it is sent: the fullest,
         where shards differ.
         """
-        part = share(operation, self.workers)
+        part = 1.0 if operation == OUTCOME else share(operation, self.workers)
         if self.fullest and operation == REDUCE_SCATTER:
             part = 1 - self.fullest
         elif self.fullest and operation == ALL_GATHER:
@@ -61,7 +65,8 @@ class Fabric:
 
     def messages(self, operation: str, size_bytes: int) -> float:
         """How many messages of gloo that is."""
-        return messages(operation, self.workers, size_bytes) if self.gloo and size_bytes > 0 else 0
+        by_gloo = self.gloo and size_bytes > 0 and operation != OUTCOME
+        return messages(operation, self.workers, size_bytes) if by_gloo else 0
 
     def passing_seconds(self, size_bytes: int) -> float:
         """One message from one worker to another over the slowest of the links."""
@@ -156,6 +161,8 @@ def meetings(facts: ModelFacts, plan: Plan, workers: int) -> list[tuple[tuple[st
     if local.graph:  # to each neighbour, whole
         to = 2 if local.kind == "ring" and workers > 2 else 1
         return [tuple([(TRADE, sum(known[name].size_bytes for name in names))] * to) for names in groups]
+    if local.rounds:
+        return [_among_those_there(local, sum(known[name].size_bytes for name in names), workers) for names in groups]
     found = [
         plan.compression.messages([known[name].shape for name in names], known[names[0]].itemsize_bytes, workers)
         for names in groups
@@ -167,6 +174,18 @@ def meetings(facts: ModelFacts, plan: Plan, workers: int) -> list[tuple[tuple[st
             for sent, names in zip(found, groups, strict=True)
         ]
     return found
+
+
+def _among_those_there(local: Local, size_bytes: int, workers: int) -> tuple[tuple[str, int], ...]:
+    """A meeting that some may miss: each who is there adds up a part and tells the others; late ones get the outcome.
+
+    Without a grace no more are there than the quorum, as no two come at the same moment; with one, all are. The outcome
+    is what the weights were after the meeting, and the momentum; or, where gradients meet, weights and optimizer state.
+    """
+    there = local.quorum if local.quorum and not local.grace else workers
+    told = 1 + STATE_BYTES_PER_BYTE if local.kind == "backup" else 1 + (local.kind in OUTER)
+    trades = [(TRADE, -(-size_bytes // there))] * (2 * (there - 1))
+    return (*trades, *[(OUTCOME, round(told * size_bytes))] * (workers - there))
 
 
 def _grouped(facts: ModelFacts, bucket_bytes: int) -> tuple[tuple[Held, ...], ...]:

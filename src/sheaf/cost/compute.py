@@ -9,10 +9,9 @@ from functools import cached_property
 
 from sheaf.cost.placement import Seat
 from sheaf.cost.tensor import NOTHING, Crossing
-from sheaf.graph.facts import GLUE, LOSS, BlockFact, BlockTime, ModelFacts, Profile
+from sheaf.graph.facts import GLUE, LOSS, STATE_BYTES_PER_BYTE, BlockFact, BlockTime, ModelFacts, Profile
 
 UNKNOWN = BlockTime(0.0, 0.0)
-STATE_BYTES_PER_BYTE = 2.0  # of an optimizer that nobody looked at: Adam's two moments
 
 
 @dataclass(frozen=True)

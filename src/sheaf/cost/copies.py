@@ -19,7 +19,7 @@ def add_copies(times: StepTimes, plan: Plan, basis: Basis, portion: Portion, num
     if not plan.server or plan.computing == plan.dp:
         return
     mesh, slices = Mesh.of(plan), basis.split.slices if basis.split else {}
-    inside = basis.between([rank for rank in range(mesh.workers) if mesh.place(rank).dp == 0])
+    inside = basis.between(mesh.mates(0))
     told = 8 * (len(basis.facts.parameters) + 3 * num_microbatches + 1)
     sizes = [told] if plan.exact else [told, 8 * 3 * inside.workers]
     times.seconds["server"] += sum(inside.seconds(ALL_REDUCE, size) for size in sizes)

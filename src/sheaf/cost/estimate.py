@@ -11,10 +11,10 @@ from sheaf.cost.communication import Fabric
 from sheaf.cost.compute import Pace
 from sheaf.cost.copies import add_copies
 from sheaf.cost.experts import expert_times, replicated
-from sheaf.cost.memory import memory
+from sheaf.cost.memory import host_bytes, memory
 from sheaf.cost.overheads import microbatch_seconds, uneven_seconds, with_meetings
 from sheaf.cost.parts import held, part_times
-from sheaf.cost.piped import pipeline_times, runs, slowest_clock
+from sheaf.cost.piped import dealt_counts, pipeline_times, slowest_clock
 from sheaf.cost.pipeline import Pipeline, kept_stages, stage_names, workers
 from sheaf.cost.placement import Seat
 from sheaf.cost.portion import Portion
@@ -23,6 +23,7 @@ from sheaf.cost.step import StepTimes, own_seconds, step_times
 from sheaf.graph.facts import ModelFacts, Profile
 from sheaf.plans import Plan
 from sheaf.plans.mesh import Mesh
+from sheaf.plans.offload import OPTIMIZER
 from sheaf.plans.split import SplitFacts
 
 
@@ -52,7 +53,8 @@ def price(
 
 def priced(plan: Plan, basis: Basis, sizes: Sequence[int], *, drawn: bool = False) -> Price:
     """``price`` on a basis made for plans that split the same; ``drawn`` adds a pipeline's timeline."""
-    found = replace(timed(plan, basis, sizes, apart=True), memory=holding(plan, basis, sizes))
+    here, there = holding(plan, basis, sizes), on_hosts(plan, basis, sizes)
+    found = replace(timed(plan, basis, sizes, apart=True), memory=here, host_bytes=there)
     if plan.pp == 1:
         return found
     stages = stage_names(plan, basis)
@@ -88,21 +90,40 @@ def _met_over(plan: Plan, basis: Basis) -> Fabric:
 
 def holding(plan: Plan, basis: Basis, sizes: Sequence[int]) -> dict[str, int]:
     """Peak bytes of the fullest worker by term: a price's ``memory``, quicker than the price."""
+    holds = [
+        memory(plan, portion, basis.profile, sizes, shared=shared, kept=kept)
+        for portion, shared, kept in _holders(plan, basis, sizes)
+    ]
+    found = max(holds, key=lambda terms: sum(terms.values()))
+    return found | {"optimizer_state": found["optimizer_state"] + _most_beside(plan, basis, sizes, in_device=True)}
+
+
+def on_hosts(plan: Plan, basis: Basis, sizes: Sequence[int]) -> int:
+    """What the worker that needs most has in its host's memory, where that is not its device's: ``host_bytes``."""
+    return _most_beside(plan, basis, sizes, in_device=False)
+
+
+def _most_beside(plan: Plan, basis: Basis, sizes: Sequence[int], *, in_device: bool) -> int:
+    """The most that a worker has where its optimizer steps, where that is the memory of its device or is not."""
+    if plan.offload != OPTIMIZER or in_device != basis.seating.shared(plan.workers):
+        return 0
+    return max(host_bytes(plan, one, basis.profile, shared) for one, shared, _ in _holders(plan, basis, sizes))
+
+
+def _holders(plan: Plan, basis: Basis, sizes: Sequence[int]) -> list[tuple[Portion, Portion | None, float]]:
+    """Workers that hold unlike amounts: what each computes, what of it replicas share, microbatches kept at once."""
     if plan.pp > 1:
-        dealt = {len(share) for _, share in runs(Pipeline.of(plan, basis), sizes)} if plan.balanced else ()
-        kept = kept_stages(plan, len(sizes), dealt)
+        kept = kept_stages(plan, len(sizes), dealt_counts(plan, basis, sizes))
         most: dict[int, tuple[int, Portion]] = {}
         for portion, stages in zip(workers(plan, basis), kept, strict=True):
             most[id(portion)] = max(most.get(id(portion), (0, portion)), (stages, portion), key=lambda one: one[0])
-        holds = [memory(plan, one, basis.profile, sizes, kept=stages / plan.virtual) for stages, one in most.values()]
-        return max(holds, key=lambda terms: sum(terms.values()))
+        return [(one, None, stages / plan.virtual) for stages, one in most.values()]
     if plan.split_parts:
         shared = rows.kept(plan, basis.parts(plan)[0], basis.facts)
-        return memory(plan, rows.held(plan, held(plan, basis), basis.facts), basis.profile, sizes, shared=shared)
+        return [(rows.held(plan, held(plan, basis), basis.facts), shared, 1.0)]
     if plan.expert_parts:
-        return memory(plan, basis.whole, basis.profile, sizes, shared=replicated(basis))
-    summed = rows.kept(plan, basis.whole, basis.facts)
-    return memory(plan, rows.held(plan, basis.whole, basis.facts), basis.profile, sizes, shared=summed)
+        return [(basis.whole, replicated(basis), 1.0)]
+    return [(rows.held(plan, basis.whole, basis.facts), rows.kept(plan, basis.whole, basis.facts), 1.0)]
 
 
 def worker_seconds(plan: Plan, basis: Basis, size: int) -> tuple[float, ...]:
@@ -141,9 +162,21 @@ def _paces(plan: Plan, basis: Basis) -> list[Pace]:
     return [slowest(tuple(dict.fromkeys(numbers))) for numbers in by_replica]
 
 
+def _copying(plan: Plan, basis: Basis) -> float:
+    """The share of stepping in the host's memory that copies take, on the seat that it takes longest."""
+    paces = [
+        (basis.pace(basis.whole, seat).optimizer_seconds_per_byte, seat) for seat in basis.seating.kinds(plan.workers)
+    ]
+    longest, seat = max(paces, key=lambda one: one[0])
+    return basis.stepping(seat, 0.0).copying / longest
+
+
 def _price(plan: Plan, basis: Basis, times: StepTimes) -> Price:
     times.seconds["host"] += basis.cluster.host_seconds
     times.seconds["wait"] += uneven_seconds(basis.profile, plan)
+    if plan.offload == OPTIMIZER:
+        copying = times.seconds["optimizer"] * _copying(plan, basis)
+        times.seconds["offload"], times.seconds["optimizer"] = copying, times.seconds["optimizer"] - copying
     return Price(
         plan=plan,
         seconds=with_meetings(times.seconds, basis.profile, plan),

@@ -9,12 +9,13 @@ and optimizer state are as wide as the parameters; copies cast by autocast are a
 import math
 from collections.abc import Sequence
 
-from sheaf.cost.compute import STATE_BYTES_PER_BYTE
+from sheaf.cost.offload import HOST_COPIES
 from sheaf.cost.portion import Portion
 from sheaf.cost.sizes import Sizes
-from sheaf.graph.facts import Profile
+from sheaf.graph.facts import STATE_BYTES_PER_BYTE, Profile
 from sheaf.plans import Plan
 from sheaf.plans.local import OUTER
+from sheaf.plans.offload import OPTIMIZER
 from sheaf.plans.shards import shard
 
 MARGIN = 1.1  # allocators, fragments and what no model foresees
@@ -49,7 +50,7 @@ def memory(
     held = {
         "parameters": _parameters(plan, portion),
         "gradients": own + _gradients(plan, replicated),
-        "optimizer_state": here if plan.server else round(stepped * state + own * state),
+        "optimizer_state": here if plan.server else round((stepped + own) * state * (plan.offload != OPTIMIZER)),
         "activations": round(activation_bytes(plan, portion, kept) * scale),
         "buffers": sum(buffer.size_bytes for buffer in facts.buffers),
         "workspace": _workspace(plan, portion, replicated, scale),
@@ -57,6 +58,16 @@ def memory(
     if apart and served > sum(held.values()):  # the fullest is one that only serves
         return dict.fromkeys(held, 0) | {"optimizer_state": served, "buffers": held["buffers"]}
     return held
+
+
+def host_bytes(plan: Plan, portion: Portion, profile: Profile | None, shared: Portion | None = None) -> int:
+    """What one worker has in its host's memory where the optimizer steps there: state, values and gradients."""
+    if plan.offload != OPTIMIZER:
+        return 0
+    replicated = (shared or portion).trainable_bytes
+    stepped = portion.trainable_bytes - replicated + (shard(plan, replicated) if plan.zero else replicated)
+    state = profile.optimizer_state_bytes_per_byte if profile else STATE_BYTES_PER_BYTE
+    return math.ceil(stepped * (state + HOST_COPIES))
 
 
 def needed_bytes(peak_bytes: int, device_kind: str) -> int:

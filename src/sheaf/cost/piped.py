@@ -25,6 +25,7 @@ from sheaf.cost.step import (
     told,
     update_seconds,
 )
+from sheaf.plans import Plan
 from sheaf.plans.mesh import Mesh
 from sheaf.plans.schedule import tells_apart
 from sheaf.plans.timeline import Timeline
@@ -117,6 +118,11 @@ def runs(pipeline: Pipeline, sizes: Sequence[int]) -> list[tuple[range, list[int
         for replica in range(plan.dp)
     ]
     return [(range(replica, replica + 1), share) for replica, share in enumerate(by_speed(sizes, seconds))]
+
+
+def dealt_counts(plan: Plan, basis: Basis, sizes: Sequence[int]) -> set[int]:
+    """How many microbatches the replicas of a pipeline are dealt, where that is by their speed; empty where not."""
+    return {len(share) for _, share in runs(Pipeline.of(plan, basis), sizes)} if plan.balanced else set()
 
 
 def _replica_seconds(

@@ -207,14 +207,19 @@ def _worth_writing(basis: Basis, costs: Sequence[float], count: int, speeds: Seq
     """The cut balanced by these costs; empty where the default one is as good."""
     default = _default_cut(basis, count)
     said = slowest(costs, default, speeds)
-    if said <= _least(costs, count, max(speeds)) * (1 + WORTH_SAYING):
+    if said <= slowest_of_any(costs, count) / max(speeds) * (1 + WORTH_SAYING):
         return ()
     found = balanced(costs, count, speeds=speeds)
     return () if said <= slowest(costs, found, speeds) * (1 + WORTH_SAYING) else found
 
 
-def _least(costs: Sequence[float], count: int, speed: float) -> float:
-    """No cut's slowest stage costs less: of any so many of the largest blocks, one stage has its share or more."""
-    largest = sorted(costs, reverse=True)
-    shared = (-(-(place + 1) // count) * cost for place, cost in enumerate(largest))
-    return max(sum(costs) / count, *shared) / speed
+def slowest_of_any(costs: Sequence[float], count: int) -> float:
+    """What the most expensive of so many stages costs at least, however the blocks are dealt out to them.
+
+    Of any so many of the largest blocks, one stage has its share or more.
+
+    >>> slowest_of_any((1, 1, 1, 1, 1), 2), slowest_of_any((5, 1, 1), 2)
+    (3, 5)
+    """
+    largest = sorted(costs, reverse=True)[::count]
+    return max(sum(costs) / count, *(share * cost for share, cost in enumerate(largest, start=1)))

@@ -26,6 +26,9 @@ class Seat:
     kernel_seconds: float
     speed: float  # relative to the figures a profile was measured with
     available_bytes: int  # for this worker
+    host_bytes: int = 0  # of an accelerator's host, for this worker
+    offload_bytes_per_second: float = 0.0  # as its host has them, which all its workers share
+    update_bytes_per_second: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +119,9 @@ def _seat(cluster: Cluster, host: Host, busy: int, precision: str) -> Seat:
         kernel_seconds=device.kernel_seconds / host.speed,
         speed=host.speed / cluster.hosts[0].speed,
         available_bytes=host.memory_per_worker(busy),
+        host_bytes=0 if device.kind == "cpu" else host.memory_bytes // busy,
+        offload_bytes_per_second=host.offload_bytes_per_second,
+        update_bytes_per_second=host.update_bytes_per_second,
     )
 
 

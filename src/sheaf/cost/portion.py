@@ -311,12 +311,13 @@ def _held(facts: ModelFacts, chosen: Iterable[BlockFact], split: SplitFacts | No
 def _local(parameter: ParameterFact, split: SplitFacts | None) -> ParameterFact:
     if split is None or parameter.name not in split.slices:
         return parameter
-    key = parameter.name, parameter.shape
-    if key not in split.held:
+    whole, local = split.held.get(parameter.name, (None, parameter))
+    if whole is not parameter:
         cut = split.slices[parameter.name]
         sizes = cut.cut.sizes
-        split.held[key] = replace(parameter, shape=cut.local_shape(parameter.shape, sizes.index(max(sizes))))
-    return split.held[key]
+        local = replace(parameter, shape=cut.local_shape(parameter.shape, sizes.index(max(sizes))))
+        split.held[parameter.name] = parameter, local
+    return local
 
 
 def _within(name: str, present: set[str], blocks: dict[str, BlockFact], *, elsewhere: bool) -> bool:

@@ -19,6 +19,7 @@ SECONDS_TERMS = (
     "server",
     "rows",
     "wait",
+    "offload",
     "optimizer",
     "host",
 )
@@ -35,11 +36,11 @@ class Price:
     what executors add to each microbatch (see ``cost.overheads``), ``tensor`` what the workers that split a layer
     send each other, ``all_to_all`` what replicas send to experts and back, ``transfer`` what passing microbatches
     from stage to stage adds, ``server`` what pushing gradients to shards and pulling values takes, ``rows`` what
-    tables take whose gradients travel as rows, and ``bubble`` what the busiest worker of a pipeline idles for the
-    others. ``wait`` is the time the fastest replica idles for the slowest. ``stages`` counts the blocks of a
-    pipeline's stages, ``begins`` names the first of each; ``timeline`` is its slowest replica's. ``traffic_bytes`` are
-    handed to the network, in so many ``messages`` of gloo, with what that says about each; ``wire_bytes`` is what the
-    links carry.
+    tables take whose gradients travel as rows, ``offload`` what copies to the hosts' memory and back take, and
+    ``bubble`` what the busiest worker of a pipeline idles for the others. ``wait`` is the time the fastest replica
+    idles for the slowest. ``stages`` counts the blocks of a pipeline's stages, ``begins`` names the first of each;
+    ``timeline`` is its slowest replica's. ``traffic_bytes`` are handed to the network, in so many ``messages`` of gloo,
+    with what that says about each; ``wire_bytes`` is what the links carry.
     """
 
     plan: Plan
@@ -51,6 +52,7 @@ class Price:
     begins: tuple[str, ...] = ()
     timeline: tuple[Row, ...] = ()
     messages: float = 0.0
+    host_bytes: int = 0  # in its host's memory, of the worker that needs most there
 
     @property
     def step_seconds(self) -> float:

@@ -64,6 +64,10 @@ class Seating:
             self._known["alike", workers] = len(rates) == 1
         return self._known["alike", workers]
 
+    def shared(self, workers: int) -> bool:
+        """Whether their devices' memory is that of their hosts."""
+        return any(seat.device_kind == "cpu" for seat in self.kinds(workers))
+
     def fabric(self, mesh: Mesh, kind: str, factor: float = 1.0) -> Fabric:
         """The links among the workers of one ``kind`` of group: ``dp``, ``tp``, ``pp``, or all of a ``stage``."""
         key = (kind, mesh, factor)

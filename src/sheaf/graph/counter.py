@@ -149,6 +149,7 @@ class Counter(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        ops.refuse_mixed(func, args)
         result = ops.as_run(func, func(*args, **kwargs))
         if ops.is_kernel(func):
             self._count(func, args, kwargs, result)

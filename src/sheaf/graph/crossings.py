@@ -29,10 +29,10 @@ class Crossings:
         if not before and keys.isdisjoint(self._trained):
             return
         made = ops.tensors(result)
-        for key, size_bytes in ops.storage_bytes(made).items():
-            if key not in self._made and key not in self._lasting:
-                self._made[key] = begun, size_bytes
-                self._apart += ops.kept_apart(made)
+        storages = ops.storage_bytes(made)
+        if fresh := storages.keys() - self._made.keys() - self._lasting:
+            self._made |= {key: (begun, storages[key]) for key in storages if key in fresh}
+            self._apart += ops.kept_apart(made)
 
     def follows(self, key: int) -> bool:
         """Whether a storage was made of what is trained."""

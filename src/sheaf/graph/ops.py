@@ -53,6 +53,10 @@ _BATCH_NORMS = frozenset(
     }
 )
 
+_ONE_TYPE = frozenset(
+    {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.convolution.default}
+)
+
 
 @cache
 def is_kernel(operator: OpOverload) -> bool:
@@ -100,6 +104,21 @@ def stored_bytes(tensor: Tensor) -> int:
         return tensor.numel() * tensor.element_size()
     held = math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or not size)
     return held * tensor.element_size()
+
+
+def refuse_mixed(operator: OpOverload, arguments: tuple[Any, ...]) -> None:
+    """Raise RuntimeError where a product is given numbers of two types, as it does when it runs.
+
+    On fake tensors torch lets it pass.
+    """
+    if operator not in _ONE_TYPE:
+        return
+    found = sorted({str(one.dtype).removeprefix("torch.") for one in arguments if isinstance(one, Tensor)})
+    if len(found) > 1:
+        raise RuntimeError(
+            f"a product of {' and '.join(found)}: its numbers must be of one type; "
+            "give data of the weights' type, such as tensor.float()"
+        )
 
 
 def as_run(operator: OpOverload, result: Any) -> Any:

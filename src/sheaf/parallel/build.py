@@ -42,9 +42,10 @@ from sheaf.parallel.statistics import BatchStatistics
 from sheaf.parallel.step import Step
 from sheaf.parallel.ties import Ties
 from sheaf.parallel.together import Together
-from sheaf.parallel.wants import looks, refuse_closure, refuse_looking
+from sheaf.parallel.wants import looks, refuse_closure, refuse_looking, refuse_offloaded, refuse_scaled
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
+from sheaf.plans.offload import OPTIMIZER
 from sheaf.plans.server import counted
 from sheaf.plans.split import SplitFacts
 from sheaf.split.closing import close
@@ -88,7 +89,8 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
     found = segments(plan, blueprint, blocks) if plan.split_parts else None
     rows = tables(task, plan, blueprint)
     _refuse_slices(task, plan, blueprint, splits, rows)
-    _refuse_scaled(task, plan)
+    refuse_scaled(task, plan)
+    refuse_offloaded(task, plan, blueprint)
     expectation, scale = Expectation(float(task.batch)), LossScale(task)
     exchange = Losses(world) if plan.server else Exchange(world)
 
@@ -113,7 +115,10 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
     sending = _sending(holding.model, portion, spread, splits, blocks)
     sending = sending or calling(holding.model, portion, spread.experts, splits, streams, untouched)
     pulled = _pulled(task, spread, holding, rows, deals := _dealer(plan, spread), found)
-    recompute(again(plan, blocks).values(), streams, _around(sending or splitting or nullcontext(), pulled))
+    placing = stages or found
+    # one that the trace did not come by is no stage's block: others follow it function by function
+    known = {name: blocks[name] for name in placing.blocks} if placing else blocks
+    recompute(again(plan, known).values(), streams, _around(sending or splitting or nullcontext(), pulled))
     parts = Parts(
         task=task,
         spread=spread,
@@ -128,7 +133,6 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
         sending=sending,
         pulling=pulled,
     )
-    placing = stages or found
     ties = _ties(plan, splits, stages, spread, portion, holding)
     if placing is None:
         return _step(plan, portion, ExpertsRunner(parts) if sending is not None else WholeModel(parts), ties)
@@ -141,9 +145,8 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
     count = len(found.split) if found else plan.num_stages
     stand_ins = StandIns(blueprint.mode, untouched)
     ledger = Ledger(homes, post, stand_ins, splitting)
-    complete = stages.complete if stages else True
     together = Together(streams, holding.model, untouched if found else {}, draws=not plan.again)
-    passing = Passing(blocks, placing.blocks, count, ledger, stand_ins, complete=complete)
+    passing = Passing(blocks, placing.blocks, count, ledger, stand_ins, complete=stages is None or stages.complete)
     if parts.statistics is not None:
         parts.statistics.follow(passing.runs)
     if found:
@@ -167,8 +170,9 @@ def refuse(task: Task, plan: Plan) -> SplitFacts | None:
     blocks = cut(blueprint.model, plan.begins)
     refuse_again(plan, blueprint.model)
     rows = tables(task, plan, blueprint)
-    _refuse_scaled(task, plan)
+    refuse_scaled(task, plan)
     refuse_closure(task)
+    refuse_offloaded(task, plan, blueprint)
     refuse_looking(plan, looking=looks(task))
     if plan.server:
         refuse_served(task, plan, blueprint)
@@ -381,17 +385,14 @@ def _hold(
     rows: Tables,
 ) -> AbstractHolding:
     replicas, first = spread.replicas, spread.place.pp
+    size = plan.bucket_bytes
     if plan.zero == 0:
-        return Replicated(portion, replicas, factor, plan.bucket_bytes, (*apart, *rows.dealt), plan.compression, rows)
-    if plan.zero == 3:
+        held = Replicated(portion, replicas, factor, size, (*apart, *rows.dealt), plan.compression, rows)
+    elif plan.zero == 3:
         calls, mine = (stages.blocks, range(first, plan.num_stages, plan.pp)) if stages else (None, (0,))
-        return Gathered(portion, replicas, factor, blocks, plan, calls, mine, spread.weights)
-    return Sharded(portion, replicas, factor, plan.bucket_bytes, spread.weights, shard_gradients=plan.zero == 2)
-
-
-def _refuse_scaled(task: Task, plan: Plan) -> None:
-    if task.precision == "fp16" and not plan.exact:
-        raise PlanError(
-            f"{plan} does not go with precision='fp16', whose loss scale all workers must change together by gradients "
-            "that met whole: use bf16 or fp32"
-        )
+        held = Gathered(portion, replicas, factor, blocks, plan, calls, mine, spread.weights)
+    else:
+        held = Sharded(portion, replicas, factor, size, spread.weights, shard_gradients=plan.zero == 2)
+    if plan.offload == OPTIMIZER:
+        held.offload(portion)
+    return held

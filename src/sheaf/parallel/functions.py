@@ -1,5 +1,6 @@
 """Kinds of torch functions, as far as a pipeline must tell them apart."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,15 @@ PICKS = {Tensor.__getitem__, torch.masked_select, Tensor.masked_select}  # eleme
 FACTORIES = frozenset(
     ["rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal", "uniform_", "random_"]
 )
+
+
+def may_differ(func: Any, args: Sequence[Any]) -> bool:
+    """Whether Python sees a value of a batch, or how many places have one, or whether something is drawn: so that the
+    forward may take another path for the next batch of the same shapes.
+    """
+    name = getattr(func, "__name__", "")
+    counts = name in ("nonzero", "argwhere") or (name == "where" and len(args) == 1)
+    return counts or func in READS or name in FACTORIES
 
 
 def has_mask(index: Any) -> bool:

@@ -204,9 +204,9 @@ class Gathered(AbstractHolding):
         """This worker's shards."""
         return {f"shard {index}": flat.shard for index, flat in enumerate(self.flats)}
 
-    def optimizer_names(self) -> dict[int, str]:
-        """The parameter name of each slice that the optimizer steps."""
-        return {id(tensor): name for name, (tensor, _) in self.slices.items()}
+    def stepped(self) -> Mapping[str, tuple[Tensor, Piece | None]]:
+        """The pieces of this worker's shards, as views of them."""
+        return self.slices
 
     def close(self) -> None:
         """Take every hook off the model, and give its blocks their own forward back."""

@@ -2,7 +2,7 @@
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sheaf.errors import PlanError
+from sheaf.parallel.offload import Offload
+from sheaf.parallel.portion import Portion
+from sheaf.plans.layout import Piece
 
 Factor = Callable[[], float]  # what a gradient sum is multiplied by to be the step's gradient; may wait for others
 
@@ -63,12 +66,13 @@ class AbstractHolding(ABC):
     """What the step needs of any way to hold a model. Every method is called on every worker, in the same order.
 
     Within a step: ``begin_step``; per microbatch ``arm``, backward, ``end_backward`` (or ``idle_round`` where another
-    worker has one microbatch more); ``finish``; ``scale`` to clip; the optimizer's step; ``after_update``.
+    worker has one microbatch more); ``finish``; ``scale`` to clip; ``update``; ``after_update``.
     """
 
     _touched: Touched
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    _host: Offload | None = None
     lockstep: bool = False  # whether workers go through microbatches in rounds
 
     @abstractmethod
@@ -122,8 +126,32 @@ class AbstractHolding(ABC):
         """What this worker keeps in a checkpoint: parameters, or its shards of them, as they are in memory."""
 
     @abstractmethod
+    def stepped(self) -> Mapping[str, tuple[Tensor, Piece | None]]:
+        """By parameter name, what of it is to be stepped here: a piece, or without one what is held of it whole."""
+
+    def offload(self, portion: Portion) -> None:
+        """Have the optimizer step in the host's memory; before anybody looks at it."""
+        self._host = Offload(portion, self.stepped())
+        self.optimizer = self._host.optimizer
+
+    def update(self) -> None:
+        """Let the optimizer step, where its state is."""
+        if self._host is None:
+            self.optimizer.step()
+        else:
+            self._host.step()
+
     def optimizer_names(self) -> dict[int, str]:
         """The parameter name of each tensor that the optimizer steps, by its id."""
+        held = (
+            {name: tensor for name, (tensor, _) in self.stepped().items()} if self._host is None else self._host.tensors
+        )
+        return {id(tensor): name for name, tensor in held.items()}
+
+    def reread(self) -> None:
+        """Values in ``kept`` are others than those that the optimizer stepped: take them."""
+        if self._host is not None:
+            self._host.reread()
 
     def extra(self) -> dict[str, Tensor]:
         """What a checkpoint must keep besides parameters and optimizer state, live (collective)."""

@@ -23,6 +23,29 @@ def learning_rate(optimizer: torch.optim.Optimizer) -> float | None:
     return None if rate is None else float(rate)
 
 
+def whole_optimizer(portion: Portion, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+    """The task's optimizer over whole parameters by name.
+
+    Where it is SparseAdam, its step raises TaskError for a dense gradient, before it changes anything.
+    """
+    optimizer = portion.task.optimizer(list(parameters.values()))  # pyright: ignore[reportArgumentType]
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        names = {id(value): name for name, value in parameters.items()}
+        optimizer.register_step_pre_hook(lambda made, *_: _refuse_dense(made, names))
+    return optimizer
+
+
+def _refuse_dense(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> None:
+    held = [value for group in optimizer.param_groups for value in group["params"] if value.grad is not None]
+    dense = [names.get(id(value), "a parameter") for value in held if value.grad.layout is torch.strided]
+    if dense:
+        raise TaskError(
+            f"{dense[0]} ({len(dense)} parameters in all) got a dense gradient, and {type(optimizer).__name__} steps "
+            "only by those that torch keeps as rows, of layers built with sparse=True: use SGD or Adagrad, which take "
+            "both, or AdamW and no sparse=True"
+        )
+
+
 def sliced_optimizer(portion: Portion, slices: Mapping[str, tuple[Tensor, Piece | None]]) -> torch.optim.Optimizer:
     """The task's optimizer, made over the whole parameters without memory, then moved to this worker's slices.
 
@@ -34,7 +57,7 @@ def sliced_optimizer(portion: Portion, slices: Mapping[str, tuple[Tensor, Piece 
     Raises TaskError for an optimizer over tensors that are no parameters, and PlanError for one that keeps whole
     parameters, or tensors in objects of its own, where they cannot be exchanged.
     """
-    fakes = portion.every
+    fakes = portion.as_trained
     with portion.recording():
         optimizer = portion.task.optimizer(list(fakes.values()))  # pyright: ignore[reportArgumentType]
     name_of = {id(fake): name for name, fake in fakes.items()}
@@ -156,7 +179,7 @@ def _sliced(value: Any, whole: Tensor, tensor: Tensor, piece: Piece | None, real
     made = real(value).clone()
     if value.shape == whole.shape and value.ndim:
         made = made if piece is None else made.flatten()[piece.start : piece.stop].clone()
-        return made.to(device=tensor.device, dtype=tensor.dtype if made.is_floating_point() else None)
+        return made.to(tensor.device)
     return made
 
 

@@ -210,6 +210,9 @@ class PacedStep(Step):
         content = self._board.outcome(meeting)
         if content is None:
             return False
+        closed = self._board.closed(meeting)
+        if self.rank == 0 and closed is not None:  # the store is here, and gives it to the others who were late
+            traffic.message(len(content) * (self.workers - len(closed.present) - 1))
         more = self._own.adopt(content)
         if self._own.by_gradients:
             told = json.loads(more.pop("values").numpy().tobytes())
@@ -252,11 +255,7 @@ class PacedStep(Step):
     def _alone(self, step: int, microbatches: Sequence[Microbatch]) -> float | None:
         """Compute a part of a step, and step by its gradient, or keep that for the meeting; gives the norm."""
         whole = self._order.step(step)
-        self._exchange.begin(len(whole))
-        if self._statistics is not None:
-            self._statistics.begin_step()
-        self._own.begin_step()
-        self._runner.run(step, microbatches)
+        self._runner.compute(step, microbatches, len(whole))
         mine = self._exchange.mine
         for index, total, weight in mine:
             if not math.isfinite(total) or not math.isfinite(weight):
@@ -346,7 +345,8 @@ class PacedStep(Step):
         if len(closed.present) < self.workers and self.rank == closed.present[0]:
             content = self._outcome()
             self._board.post(meeting, content)
-            traffic.message(len(content))
+            late = self.workers - len(closed.present)
+            traffic.message(len(content) * (late if self.rank == 0 else 1))  # the store is beside worker 0
         return norm
 
     def _schedule(self) -> None:

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_
 
 from sheaf.errors import PlanError
 from sheaf.parallel.course import Course
-from sheaf.parallel.functions import ABOUT, ARRAYS, FACTORIES, PICKS, READS, has_mask
+from sheaf.parallel.functions import ABOUT, ARRAYS, PICKS, READS, has_mask, may_differ
 from sheaf.parallel.ledger import Kept, Ledger
 from sheaf.parallel.outlines import described, pictured
 from sheaf.parallel.post import FORWARD
@@ -160,7 +160,7 @@ class Passing(TorchFunctionMode):
             return func(*args, **kwargs)
         entries = self._ledger.entries((args, kwargs))
         if not entries:
-            if func in READS or getattr(func, "__name__", "") in FACTORIES:
+            if may_differ(func, args):
                 self._course.steady = self.by_rows = False  # the next microbatch may take another path
             return func(*args, **kwargs)
         if func in ABOUT:

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from sheaf.plans.split import Slice
 from sheaf.split.moves import sliced
 from sheaf.task import Blueprint, Task
+from sheaf.task.blueprint import copy_attributes
 
 
 class Portion:
@@ -66,12 +67,31 @@ class Portion:
                 else:
                     part = sliced(fake.detach(), found.dim, found.cut, self.rank)
                     made[name] = nn.Parameter(part, requires_grad=fake.requires_grad)
+                    copy_attributes(fake, made[name])
         return made
 
     @property
     def every(self) -> dict[str, Tensor]:
         """Fakes of all parameters of the model, those that are not held whole."""
         return {name: self.parameters.get(name, fake) for name, fake in self.blueprint.parameters.items()}
+
+    @cached_property
+    def as_trained(self) -> dict[str, Tensor]:
+        """As ``every``, in the dtype in which they are trained: what an optimizer is made over."""
+        made = dict[str, Tensor]()
+        with self.blueprint.recording(), torch.no_grad():
+            for name, fake in self.every.items():
+                made[name] = fake
+                if self.dtype_of(fake) != fake.dtype:
+                    wide = nn.Parameter(fake.detach().to(self.dtype_of(fake)), requires_grad=fake.requires_grad)
+                    copy_attributes(fake, wide)
+                    made[name] = wide
+        return made
+
+    @property
+    def cuts(self) -> dict[str, list[int]]:
+        """By parameter held as a slice: its dimension, in how many runs that is cut, and each worker's of one."""
+        return {name: [found.dim, found.cut.outer, *found.cut.sizes] for name, found in self.slices.items()}
 
     @property
     def complete(self) -> bool:

@@ -4,7 +4,7 @@ The bucketing and overlap are those of DistributedDataParallel (Li et al., 2020,
 """
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from sheaf.cluster.primitives import Pending
 from sheaf.parallel.compression import compressor
 from sheaf.parallel.holding import AbstractHolding, Factor, Touched, refuse_sparse
-from sheaf.parallel.optimizers import sliced_optimizer
+from sheaf.parallel.optimizers import sliced_optimizer, whole_optimizer
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.rows.meeting import RowsMeeting
 from sheaf.parallel.rows.store import Store
@@ -20,7 +20,7 @@ from sheaf.parallel.rows.tables import Tables
 from sheaf.parallel.turnstile import Turnstile
 from sheaf.parallel.world import World
 from sheaf.plans.compression import Compression
-from sheaf.plans.layout import Held, buckets
+from sheaf.plans.layout import Held, Piece, buckets
 
 
 class Replicated(AbstractHolding):
@@ -44,7 +44,7 @@ class Replicated(AbstractHolding):
         self.model = portion.fill(world.device)
         self.parameters = portion.own(self.model)
         if portion.complete:
-            self.optimizer = portion.task.optimizer(list(self.parameters.values()))
+            self.optimizer = whole_optimizer(portion, self.parameters)
         else:  # its groups are decided on the whole model's parameters
             self.optimizer = sliced_optimizer(portion, {name: (held, None) for name, held in self.parameters.items()})
         rows = RowsMeeting(world, tables, self.parameters, factor) if tables else None
@@ -152,8 +152,8 @@ class Replicated(AbstractHolding):
     def kept(self) -> dict[str, Tensor]:
         return self.full_parameters()
 
-    def optimizer_names(self) -> dict[int, str]:
-        return {id(value): name for name, value in self.parameters.items()}
+    def stepped(self) -> Mapping[str, tuple[Tensor, Piece | None]]:
+        return {name: (value, None) for name, value in self.parameters.items()}
 
     def extra(self) -> dict[str, Tensor]:
         return {

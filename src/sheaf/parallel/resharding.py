@@ -20,8 +20,8 @@ State = tuple[dict[str, Tensor], dict[str, Any]]  # as ``state`` of a step gives
 
 
 def is_reshardable(plan: Plan, saved: str) -> bool:
-    """Whether a run of ``plan`` can go on from a checkpoint of the other: the same but for how many replicas there are
-    and which shares they have. Stages 1 and 2 of ZeRO keep the same.
+    """Whether a run of ``plan`` can go on from a checkpoint of the other: the same but for how many replicas there are,
+    which shares they have, and where the optimizer steps. Stages 1 and 2 of ZeRO keep the same.
 
     >>> plan = Plan.parse("dp=2,zero=1")
     >>> [is_reshardable(plan, saved) for saved in ("dp=2,zero=1,shares=2:1", "dp=3,zero=2", "dp=2,zero=3", "dp=2")]
@@ -29,10 +29,23 @@ def is_reshardable(plan: Plan, saved: str) -> bool:
     """
     try:
         other = Plan.parse(saved)
-        alike = replace(other, dp=plan.dp, shares=plan.shares, zero=plan.zero)
+        alike = replace(other, dp=plan.dp, shares=plan.shares, zero=plan.zero, offload=plan.offload)
     except PlanError:
         return False
     return bool(plan.zero and other.zero) and (plan.zero == 3) == (other.zero == 3) and alike == plan
+
+
+def keeps_the_same(plan: Plan, saved: str) -> bool:
+    """Whether a checkpoint of the other plan is as one of this: they differ in where the optimizer steps alone.
+
+    >>> plan = Plan.parse("dp=2,tp=2,offload=optimizer")
+    >>> keeps_the_same(plan, "dp=2,tp=2"), keeps_the_same(plan, "dp=4")
+    (True, False)
+    """
+    try:
+        return replace(Plan.parse(saved), offload=plan.offload) == plan
+    except PlanError:
+        return False
 
 
 def resharded(plan: Plan, saved: str, holding: AbstractHolding, read: Callable[[int], State]) -> State | None:
@@ -68,6 +81,18 @@ def checked(name: str, saved: Tensor, num_elements: int) -> Tensor:
             "a version of Sheaf that cut ZeRO's shards equally under weighted shares; resume with what wrote it"
         )
     return saved
+
+
+def check_cuts(saved: Mapping[str, list[int]], here: Mapping[str, list[int]]) -> None:
+    """Raises RunError where a checkpoint's layers are cut otherwise than here: slices of one size may hold others."""
+    other = [name for name in sorted({*saved, *here}) if saved.get(name) != here.get(name)]
+    if other:
+        theirs, ours = (cuts.get(other[0], "whole") for cuts in (saved, here))
+        raise RunError(
+            f"{len(other)} parameters (the first is {other[0]}) are cut among workers otherwise in the checkpoint "
+            f"(dimension, runs, sizes: {theirs}) than here ({ours}): another version of Sheaf or torch wrote it; "
+            "resume with that one"
+        )
 
 
 def overlaps(piece: Piece, pieces: Sequence[Sequence[Piece]]) -> list[tuple[int, Piece]]:

@@ -115,6 +115,14 @@ class AbstractRunner(ABC):
         self.position: tuple[int, int] | None = (0, 0)
         self.compute_seconds = 0.0
 
+    def compute(self, step: int, microbatches: Sequence[Microbatch], count: int) -> None:
+        """Begin a step anew and run ``microbatches`` of it; losses are told among ``count``."""
+        self.parts.exchange.begin(count)
+        if self.parts.statistics is not None:
+            self.parts.statistics.begin_step()
+        self.parts.holding.begin_step()
+        self.run(step, microbatches)
+
     @abstractmethod
     def run(self, step: int, microbatches: Sequence[Microbatch]) -> None:
         """All of this worker's forwards and backwards of a step; its losses are sent when it has no more."""

@@ -4,6 +4,7 @@ Rajbhandari et al., 2020, "ZeRO: Memory Optimizations Toward Training Trillion P
 """
 
 from collections import deque
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -133,8 +134,8 @@ class Sharded(AbstractHolding):
         frozen = {name: value.detach() for name, value in self.parameters.items() if name not in self._flat_of}
         return frozen | {f"shard {index}": flat.shard for index, flat in enumerate(self.flats)}
 
-    def optimizer_names(self) -> dict[int, str]:
-        return {id(tensor): name for name, (tensor, _) in self.slices.items()}
+    def stepped(self) -> Mapping[str, tuple[Tensor, Piece | None]]:
+        return self.slices
 
     def _launch(self, index: int) -> None:
         flat = self.flats[index]

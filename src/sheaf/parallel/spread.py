@@ -48,7 +48,7 @@ class Spread:
         columns = groups.pp_groups if self.apart else _columns(groups, self.lengthwise)
         single = [[rank] for rank in range(groups.workers)]
         self.copies = among(columns if groups.pp > 1 else single)
-        self.replica = among(_replicas(groups) if self.apart else single)
+        self.replica = among(groups.replica_groups if self.apart else single)
         self.layers = GroupTeam(self._layers.group, self._layers.explained) if known and self.mesh.tp > 1 else None
         self.by_parts = plan.by_parts
         if known and plan.split_parts:
@@ -150,11 +150,6 @@ def _columns(mesh: Mesh, whole: bool) -> list[list[int]]:
     if whole:
         return [list(range(mesh.workers))]
     return [[rank for rank in range(mesh.workers) if mesh.place(rank).tp == part] for part in range(mesh.tp)]
-
-
-def _replicas(mesh: Mesh) -> list[list[int]]:
-    """The workers of each replica."""
-    return [[rank for rank in range(mesh.workers) if mesh.place(rank).dp == replica] for replica in range(mesh.dp)]
 
 
 def put_slice(whole: Tensor, local: Tensor, dim: int, ranges: tuple[tuple[int, int], ...]) -> None:

@@ -14,7 +14,7 @@ from sheaf.parallel.agreement import Agreement
 from sheaf.parallel.exchange import Told
 from sheaf.parallel.optimizers import learning_rate, load_named_state, named_state
 from sheaf.parallel.portion import Portion
-from sheaf.parallel.resharding import State, checked, resharded
+from sheaf.parallel.resharding import State, check_cuts, checked, keeps_the_same, resharded
 from sheaf.parallel.runner import AbstractRunner
 from sheaf.parallel.ties import Ties
 from sheaf.parallel.values import decoded, encoded
@@ -120,11 +120,7 @@ class Step:
         self._runner.compute_seconds = 0.0
         self._check_trained()
         microbatches = self._order.step(self.index)
-        self._exchange.begin(len(microbatches))
-        if self._statistics is not None:
-            self._statistics.begin_step()
-        self._holding.begin_step()
-        self._runner.run(self.index, microbatches)
+        self._runner.compute(self.index, microbatches, len(microbatches))
         self._holding.flush()
         told = self._exchange.told()
         self._runner.parts.dealer.finished()
@@ -201,6 +197,7 @@ class Step:
         values = {
             "index": self.index,
             "expected_weight": self._expectation.weight,
+            "cuts": self._portion.cuts,
             "loss_scale": self._scale.value,
             "good_steps": self._scale.good_steps,
             "optimizer": optimizer,
@@ -213,11 +210,13 @@ class Step:
     def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Go on where ``state`` of this worker's ``state_owner`` stood, before or behind; collective.
 
-        What is given is copied, so it may be loaded again, and by other steps. Raises RunError where sizes differ.
+        What is given is copied, and may be loaded again. Raises RunError where it is cut otherwise.
         """
+        check_cuts(values["cuts"], self._portion.cuts)
         with torch.no_grad():
             for name, value in self._holding.kept().items():
                 value.copy_(checked(name, tensors[f"parameter/{name}"], value.numel()))
+            self._holding.reread()
             for name, value in self.model.named_buffers():
                 value.copy_(tensors[f"buffer/{name}"])
             for name, value in self._holding.extra().items():
@@ -236,8 +235,10 @@ class Step:
     def relaid(self, saved: str, read: Callable[[int], State]) -> State | None:
         """What to ``load`` of a checkpoint of the plan ``saved``, of which ``read`` gives each worker's part.
 
-        None where the plans differ in more than how ZeRO cuts its shards.
+        None where the plans differ in more than how ZeRO cuts its shards, and where the optimizer steps.
         """
+        if keeps_the_same(self.plan, saved):
+            return read(self.state_owner)
         return resharded(self.plan, saved, self._holding, read)
 
     def full_state(self) -> dict[str, Tensor]:
@@ -315,7 +316,7 @@ class Step:
             if self.task.clip is not None:  # in the gradients' precision, as torch.nn.utils.clip_grad_norm_ does
                 coefficient = (self.task.clip / (total + 1e-6)).clamp(max=1.0)
                 self._holding.scale(float(coefficient))
-        self._holding.optimizer.step()
+        self._holding.update()
         if isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             self._scheduler.step(self._exchange.told().loss)
         elif self._scheduler is not None:

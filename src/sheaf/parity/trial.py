@@ -1,14 +1,13 @@
 """A plan on trial: serial runs, their noise, the planned run, and what comes of comparing them."""
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from sheaf.graph.example import global_streams_kept
 from sheaf.parity import noise, serial
 from sheaf.parity.compare import BUFFER, GRADIENT, WEIGHT, Key, backgrounds, departures, sizes
 from sheaf.parity.observation import START, Observation, Store
@@ -79,14 +78,12 @@ class Trial:
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Leave Python's, numpy's and torch's random generators and torch's threads as they were."""
-    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state(), torch.get_num_threads()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.random.set_rng_state(states[2])
-        torch.set_num_threads(states[3])
+    threads = torch.get_num_threads()
+    with global_streams_kept():
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _steps(task: Task, steps: int, planned: Read, alone: Read, noises: dict[int, dict[Key, float]]) -> list[Step]:

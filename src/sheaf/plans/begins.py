@@ -27,6 +27,8 @@ def uncuttable(stages: str, *, pp: int, virtual: int) -> list[str]:
     >>> uncuttable("3:4", pp=2, virtual=1), uncuttable("layers.4.norm", pp=2, virtual=1)
     ([], [])
     """
+    if not stages:
+        return []
     counts, begins, wanted = counts_of(stages), begins_of(stages), pp * virtual
     why = ""
     if begins and (re.fullmatch(r"[\d:\s-]*", stages) or not all(re.fullmatch(r"\S+", name) for name in begins)):

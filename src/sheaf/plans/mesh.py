@@ -55,7 +55,15 @@ class Mesh:
         >>> Mesh(pp=2, dp=2, tp=1).mates(2)
         (0, 2)
         """
-        return tuple(other for other in range(self.workers) if self.place(other).dp == self.place(rank).dp)
+        return self.replica_groups[self.place(rank).dp]
+
+    @property
+    def replica_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Ranks that compute a microbatch together."""
+        return tuple(
+            tuple(self.rank(pp=stage, dp=replica, tp=part) for stage in range(self.pp) for part in range(self.tp))
+            for replica in range(self.dp)
+        )
 
     @property
     def tp_groups(self) -> tuple[tuple[int, ...], ...]:

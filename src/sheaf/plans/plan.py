@@ -13,6 +13,7 @@ from sheaf.plans.again import AGAIN, as_text, from_text, matches, unrepeatable
 from sheaf.plans.begins import begins_of, counts_of, uncuttable
 from sheaf.plans.compression import Compression, uncodable
 from sheaf.plans.local import Local, unmeetable
+from sheaf.plans.offload import ON_DEVICE, unoffloadable
 from sheaf.plans.rows import ROWS, named, unmixable
 from sheaf.plans.server import Server, unservable
 from sheaf.plans.text import DEFAULT_SCHEDULE
@@ -43,6 +44,7 @@ class Plan:
     ``zero``        0: all state on every worker; 1: optimizer state sharded; 2: gradients too; 3: parameters too.
                     Shards are as large as weighted shares, and equal under all others
     ``recompute``   ``none``, or ``full``: each block keeps only its input and runs forward again in backward
+    ``offload``     ``none``, or ``optimizer``: its state is in the host's memory, and it steps there
     ``local``       steps between meetings of weights, and how they meet: ``16``, ``16:diloco``, ``1:adasum``,
                     ``1:ring``, ``1:backup:quorum=3``; settings of ``plans.local.Local`` follow. Relaxed, not serial
     ``compress``    gradients travel as ``bf16``, ``fp16``, ``int8``, ``topk:0.01`` or ``powersgd:4``. Relaxed too
@@ -57,7 +59,7 @@ class Plan:
                     ``dp`` workers that else hold replicas, ``head=whole`` keeps them whole under ``tp``,
                     ``*.experts=ep`` deals their stacked experts out over the replicas, who send each other tokens;
                     ``words=sparse``: the gradient of a table travels as its touched rows, ``words=rows``: so do its
-                    values, from the replicas among whom its rows are dealt out. ``h.[0-3]=recompute``: of all blocks
+                    values, from the replicas among whom its rows are dealt out. ``h.{0-3}=recompute``: of all blocks
                     these alone run forward again in backward
 
     >>> Plan.parse("dp=4,zero=3")
@@ -83,6 +85,7 @@ class Plan:
     shares: str = EQUAL
     zero: int = 0
     recompute: str = "none"
+    offload: str = ON_DEVICE
     local: str = ""
     compress: str = "none"
     server: str = ""
@@ -286,12 +289,9 @@ class Plan:
 
     def _broken(self) -> list[str]:
         broken: list[str] = []
-        if self.dp < 1:
-            broken.append(f"dp={self.dp}: at least one worker is needed")
-        if self.tp < 1:
-            broken.append(f"tp={self.tp}: at least one worker is needed")
-        if self.cp < 1:
-            broken.append(f"cp={self.cp}: at least one worker is needed")
+        for key, workers in (("dp", self.dp), ("tp", self.tp), ("cp", self.cp)):
+            if workers < 1:
+                broken.append(f"{key}={workers}: at least one worker is needed")
         if self.zero not in (0, 1, 2, 3):
             broken.append(f"zero={self.zero}: ZeRO has stages 0, 1, 2 and 3")
         if self.recompute not in RECOMPUTE:
@@ -313,7 +313,7 @@ class Plan:
                 )
             elif not any(int(part) for part in self.shares.split(":")):
                 broken.append(f"shares={self.shares}: at least one weight must be above zero")
-        broken += unmixable(self) + unrepeatable(self)
+        broken += unmixable(self) + unrepeatable(self) + unoffloadable(self)
         return broken + _broken_pipeline(self) + _broken_relaxed(self) + _illegal_mixes(self)
 
 
@@ -335,6 +335,8 @@ def _broken_pipeline(plan: Plan) -> list[str]:
 
 
 def _broken_relaxed(plan: Plan) -> list[str]:
+    if (plan.local, plan.server, plan.compress, plan.late) == ("", "", "none", "plain"):
+        return []
     broken = unmeetable(
         plan.local, dp=plan.dp, tp=plan.tp, pp=plan.pp, cp=plan.cp, zero=plan.zero, parts=plan.split_parts,
         shares=plan.shares, compress=plan.compress,

@@ -184,7 +184,16 @@ def interleaved_order(workers: int, virtual: int, microbatches: int) -> tuple[li
     starts = [-(-microbatches * number // rounds) for number in range(rounds + 1)]
     groups = [range(start, stop) for start, stop in pairwise(starts)]
     order = [(turn, microbatch) for group in groups for turn in range(virtual) for microbatch in group]
-    return order, max(map(len, groups))
+    return order, largest_group(workers, microbatches)
+
+
+def largest_group(workers: int, microbatches: int) -> int:
+    """How many microbatches pass through a worker's stages one after the other, at most.
+
+    >>> largest_group(4, 9), largest_group(4, 3)
+    (5, 3)
+    """
+    return -(-microbatches // max(1, microbatches // workers))
 
 
 def _interleaved(workers: int, virtual: int, microbatches: int) -> tuple[tuple[Action, ...], ...]:

@@ -129,7 +129,7 @@ class SplitFacts:
 
     @cached_property
     def held(self) -> dict[Any, Any]:
-        """Parameters as the worker that holds most has them, by name and shape, as far as somebody asked."""
+        """By name a whole parameter, and as the worker that holds most has it, as far as somebody asked."""
         return {}
 
     def to_dict(self) -> dict[str, Any]:

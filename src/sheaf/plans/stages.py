@@ -198,21 +198,25 @@ def _balanced(
     pace = (1.0,) * stages if speeds is None else speeds
     paced = {speed: np.where(possible, spans / speed, np.inf) for speed in set(pace)}
     each = [paced[speed] for speed in pace]
-    best = each[-1][:, count]  # by where the last stage begins; then of the last two, and so on
-    for cost in reversed(each[:-1]):
+    room = count - stages + 1  # a stage begins with one of so many blocks: others need theirs before and after it
+    best = each[-1][stages - 1 : count, count]  # by where the last stage begins; then of the last two, and so on
+    for stage, cost in reversed(list(enumerate(each[:-1]))):
+        cost = cost[stage : stage + room, stage + 1 : stage + 1 + room]
         best = np.min(np.maximum(cost, best[None, :]), axis=1)
     limit = best[0] * ROUNDING
     # Among the cuts within the limit: rest[stage][i] is the least sum of squares of this stage and all later ones.
     squared = {speed: np.where(cost <= limit, cost**2, np.inf) for speed, cost in paced.items()}
     squares = [squared[speed] for speed in pace]
-    rest = [squares[-1][:, count]]
-    for square in reversed(squares[:-1]):
-        rest.insert(0, np.min(square + rest[0][None, :], axis=1))
+    rest = [squares[-1][stages - 1 : count, count]]
+    for stage, square in reversed(list(enumerate(squares[:-1]))):
+        square = square[stage : stage + room, stage + 1 : stage + 1 + room]
+        rest.append(np.min(square + rest[-1][None, :], axis=1))
+    rest.reverse()
     cut: list[int] = []
     start = 0
     for stage in range(stages - 1):
-        through = squares[stage][start] + rest[stage + 1]
-        stop = int(np.argmax(through <= through.min() * ROUNDING))
+        through = squares[stage][start, stage + 1 : stage + 1 + room] + rest[stage + 1]
+        stop = stage + 1 + int(np.argmax(through <= through.min() * ROUNDING))
         cut.append(stop - start)
         start = stop
     return (*cut, count - start)

@@ -13,14 +13,14 @@ import numpy as np
 
 from sheaf.cost.basis import Basis
 from sheaf.cost.communication import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER
-from sheaf.cost.compute import STATE_BYTES_PER_BYTE
 from sheaf.cost.memory import needed_bytes
 from sheaf.cost.overheads import meeting_seconds
-from sheaf.cost.pipeline import kept_stages, stage_names, workers
+from sheaf.cost.pipeline import kept_stages, slowest_of_any, stage_names, workers
 from sheaf.cost.placement import Seat
 from sheaf.cost.step import own_seconds
 from sheaf.graph.facts import BlockFact
 from sheaf.plans import Plan
+from sheaf.plans.offload import OPTIMIZER
 from sheaf.plans.rows import SPARSE, named
 from sheaf.plans.schedule import tells_apart
 from sheaf.plans.stages import placed
@@ -42,6 +42,18 @@ class Bounds:
         """No step of the plan takes less; without ``cut``, nor of one with other stages, or another schedule."""
         if plan.by_parts:
             return 0.0  # what a part spares is not known before it is priced
+        return self._computing(plan, cut=cut) + self._offloading(plan)
+
+    def _offloading(self, plan: Plan) -> float:
+        """Nobody copies and steps less in its host's memory than its part of the model, on the fastest seat."""
+        if plan.offload != OPTIMIZER:
+            return 0.0
+        basis = self.basis(plan)
+        paces = (basis.pace(basis.whole, seat) for seat in basis.seating.kinds(plan.workers))
+        stepped = basis.whole.trainable_bytes / plan.pp / (plan.alike if plan.zero else 1)
+        return SAFE * stepped * min(pace.optimizer_seconds_per_byte for pace in paces)
+
+    def _computing(self, plan: Plan, *, cut: bool) -> float:
         basis, size = self.basis(plan), self.size(plan)
         full = self.batch // size
         if basis.alike(plan.workers) and not plan.stolen and ":" not in plan.shares:
@@ -49,15 +61,15 @@ class Bounds:
             turns = float(max(0, -(-count // plan.dp) - (1 if self.batch % size else 0)))
         else:
             turns = full / plan.dp
+        there = id(basis), id(basis.fabric(plan, "tp")), plan.recompute, size, self._where(plan, basis)
         if plan.pp == 1:
-            key = (id(basis), id(basis.fabric(plan, "tp")), plan.recompute, plan.stolen, size)
-            return SAFE * turns * self._once(key, lambda: self._whole(plan, basis, size))
-        own, ahead = self._once(
-            (id(basis), plan.recompute, size, plan.pp, plan.num_stages, plan.stages, id(basis.fabric(plan, "tp"))),
-            lambda: self._stages(plan, basis, size),
-        )
+            return SAFE * turns * self._once((*there, plan.stolen), lambda: self._whole(plan, basis, size))
         if not cut:
-            return SAFE * turns * sum(own) / plan.pp
+            made = self._once((*there, plan.pp), lambda: self._any_stages(plan, basis, size))
+            return SAFE * turns * made
+        own, ahead = self._once(
+            (*there, plan.pp, plan.num_stages, plan.stages), lambda: self._stages(plan, basis, size)
+        )
         # The last microbatch's gradients of weights may be found while those of inputs go on their way back.
         waits = ahead if turns >= 1 and not tells_apart(plan) else (0.0,) * len(ahead)
         return SAFE * max(turns * mine + before for mine, before in zip(own, waits, strict=True))
@@ -85,16 +97,25 @@ class Bounds:
         """Whether what it holds may fit; a plan that fits always does. Without ``cut``, nor does one of the same mesh
         with other stages or another schedule, or that recomputes.
         """
-        if plan.by_parts or plan.server or named(plan.parts, SPARSE):
+        if plan.server or (plan.parts and (plan.by_parts or named(plan.parts, SPARSE))):
             return True
-        basis, alike = self.basis(plan), plan.alike
-        seats = basis.seating.kinds(plan.workers)
-        state = basis.profile.optimizer_state_bytes_per_byte if basis.profile else STATE_BYTES_PER_BYTE
+        basis = self.basis(plan)
+        if cut and plan.pp > 1:
+            return self._fits(plan, basis, cut=True)
+        key = (id(basis), "fits", plan.zero, plan.alike, plan.pp, plan.workers)
+        return self._once(key, lambda: self._fits(plan, basis, cut=False))
+
+    def _fits(self, plan: Plan, basis: Basis, *, cut: bool) -> bool:
+        alike, seats = plan.alike, basis.seating.kinds(plan.workers)
+        state = 0.0 if plan.offload == OPTIMIZER else basis.state
         # Bytes by byte of parameters, and of those that are trained: gradients, the sent or sharded ones, and state.
         held = 1 / alike if plan.zero == 3 else 1.0
         trained = 1 + (alike > 1) + state if not plan.zero else (plan.zero == 1) + (1 + state) / alike
         least = (basis.whole.parameter_bytes * held + basis.whole.trainable_bytes * trained) / plan.pp
-        if cut and plan.pp > 1:
+        if not cut and plan.pp > 1:
+            each = self._blocks_hold(plan, basis)
+            least = max(least, slowest_of_any((each[:, 0] * held + each[:, 1] * trained).tolist(), plan.pp))
+        elif plan.pp > 1:
             key = (id(basis), "held", plan.num_stages, plan.pp, plan.stages, plan.again)
             each = self._once(key, lambda: self._each_holds(plan, basis))
             size = min(self.size(plan), self.batch)
@@ -108,11 +129,23 @@ class Bounds:
         crossing = basis.crossing(basis.whole, basis.fabric(plan, "tp")).seconds(size, again=plan.again)
         return min(own_seconds(plan, pace, size) for pace in paces) + crossing
 
-    def _stages(self, plan: Plan, basis: Basis, size: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """By worker, what a microbatch takes on its stages, and on all before its first."""
+    def _where(self, plan: Plan, basis: Basis) -> int:
+        """Which workers a plan has, as far as that counts: any so many where all are as fast as the first."""
+        return 0 if basis.alike(plan.workers) else plan.workers
+
+    def _scale(self, plan: Plan, basis: Basis, size: int) -> float:
+        """What a microbatch takes on the fastest seat, beside one of the facts on the first."""
         first = basis.seats(plan.workers)[0]
         scale = min(_times_as_long(first, seat, basis) for seat in basis.seating.kinds(plan.workers))
-        scale *= min(1.0, size / basis.facts.samples)  # launching kernels takes as long for any size
+        return scale * min(1.0, size / basis.facts.samples)  # launching kernels takes as long for any size
+
+    def _any_stages(self, plan: Plan, basis: Basis, size: int) -> float:
+        """What a microbatch takes on the busiest worker at least, wherever the model is cut."""
+        return slowest_of_any(basis.block_seconds(plan), plan.pp) * self._scale(plan, basis, size)
+
+    def _stages(self, plan: Plan, basis: Basis, size: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """By worker, what a microbatch takes on its stages, and on all before its first."""
+        scale = self._scale(plan, basis, size)
         each = basis.block_seconds(plan)
         costs: list[float] = []
         begin = 0
@@ -124,16 +157,20 @@ class Bounds:
 
     def _each_holds(self, plan: Plan, basis: Basis) -> np.ndarray:
         """By worker of a pipeline, what its blocks hold as ``_block_holds`` says it: (pp, 3)."""
+        blocks = self._blocks_hold(plan, basis)
+        starts = [0, *accumulate(map(len, stage_names(plan, basis)))]
+        stages = np.add.reduceat(blocks, starts[:-1])
+        return stages.reshape(plan.virtual, plan.pp, 3).sum(axis=0)
+
+    def _blocks_hold(self, plan: Plan, basis: Basis) -> np.ndarray:
+        """By block what ``_block_holds`` says of it: (blocks, 3)."""
 
         def made() -> np.ndarray:
             whole = basis.whole.facts
             sizes = {one.name: (one.size_bytes, one.size_bytes * one.requires_grad) for one in whole.parameters}
             return np.array([_block_holds(block, sizes, again=plan.again) for block in placed(whole)], dtype=float)
 
-        blocks = self._once((id(basis), "blocks", plan.again), made)
-        starts = [0, *accumulate(map(len, stage_names(plan, basis)))]
-        stages = np.add.reduceat(blocks, starts[:-1])
-        return stages.reshape(plan.virtual, plan.pp, 3).sum(axis=0)
+        return self._once((id(basis), "blocks", plan.again), made)
 
     def _once(self, key: Any, make: Callable[[], T]) -> T:
         if key not in self._known:

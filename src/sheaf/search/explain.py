@@ -68,7 +68,7 @@ def explained(question: Question, ranking: Ranking) -> Explanation | None:
 
 def _strategy(price: Price) -> tuple[Any, ...]:
     plan = price.plan
-    return plan.dp > 1, plan.tp > 1, plan.cp > 1, plan.pp > 1, plan.zero, plan.again, plan.by_parts
+    return plan.dp > 1, plan.tp > 1, plan.cp > 1, plan.pp > 1, plan.zero, plan.again, plan.offload, plan.by_parts
 
 
 def _needed(question: Question, runner: Price, best: Price) -> Needed:
@@ -144,7 +144,8 @@ def _short_of_memory(question: Question, ranking: Ranking, best: Price) -> list[
     for price in ranking.starved:
         seats = question.seating.kinds(price.plan.workers)
         short = max(needed_bytes(price.peak_bytes, seat.device_kind) - seat.available_bytes for seat in seats)
-        found.append((short, str(price.plan)))
+        if short > 0:  # else its host is short of it
+            found.append((short, str(price.plan)))
     plans = {str(price.plan): price.plan for price in ranking.starved}
     for short, text in sorted(found)[:RUNNERS]:
         if question.timed(plans[text]).step_seconds < best.step_seconds:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from sheaf.cost import worker_seconds
 from sheaf.cost.pipeline import measured_stages
@@ -21,32 +22,65 @@ def candidates(question: Question) -> Iterator[Plan]:
         yield from choices
 
 
+@dataclass(frozen=True)
+class Strategy:
+    """A plan whose shares, microbatch and stages are open, and the microbatches to try (None: the task's)."""
+
+    plan: Plan
+    sizes: Sequence[int | None]
+
+    @cached_property
+    def open(self) -> tuple[Plan, ...]:
+        """The plan with each microbatch; its stages are those that it has by default."""
+        return tuple(self.plan if size is None else replace(self.plan, microbatch=size) for size in self.sizes)
+
+    def families(self, question: Question) -> Iterator[list[Plan]]:
+        """Plans that differ in the microbatch only, together: with equal shares, and where workers differ others."""
+        if self.plan.recompute != "none" and not question.recomputable:
+            return
+        same = [_staged(question, plan) for plan in self.open]
+        yield same
+        if question.seating.alike(self.plan.workers):
+            return
+        if self.plan.dp > 1 and not self.plan.stolen and self.plan.meets_locally.steps != "speed":
+            weighted = [plan for one in same if (plan := _weighted(question, one)) is not None]
+            if weighted:
+                yield weighted
+            if weighted and self.plan.zero and self.plan.pp == 1:  # as many microbatches each, shards of equal size
+                yield [replace(plan, shares=BALANCED) for plan in weighted]
+
+
 def families(question: Question) -> Iterator[list[Plan]]:
     """Plans that differ in the microbatch only, together."""
+    for strategy in _strategies(question):
+        yield from strategy.families(question)
+
+
+def _strategies(question: Question) -> Iterator[Strategy]:
     for workers in space.degrees(question.available, question.batch):
         sizes = [None] if question.microbatch else list(space.microbatch_choices(question.batch, workers))
-        for strategy in space.strategies(workers):
-            yield from _with_shares(question, strategy, sizes)
-        yield from _meeting_families(question, workers, sizes)
-    yield from _mesh_families(question)
-    yield from _part_families(question)
-    yield from _expert_families(question)
-    yield from _table_families(question)
-    yield from _sequence_families(question)
+        for plan in space.strategies(workers):
+            yield Strategy(plan, sizes)
+        yield from _meetings(question, workers, sizes)
+    yield from _meshes(question)
+    yield from _parts(question)
+    yield from _experts(question)
+    yield from _tables(question)
+    yield from _split_sequences(question)
 
 
-def _meeting_families(question: Question, workers: int, sizes: Sequence[int | None]) -> Iterator[list[Plan]]:
+def _meetings(question: Question, workers: int, sizes: Sequence[int | None]) -> Iterator[Strategy]:
     """Other ways for gradients to meet than an all-reduce; fp16's loss scale goes with none of them."""
     if question.precision == "fp16":
         return
-    for strategy in space.served(workers, question.available - workers):
-        yield from _with_shares(question, strategy, sizes)
+    for plan in space.served(workers, question.available - workers):
+        yield Strategy(plan, sizes)
     if question.allow_relaxed:
-        for strategy in space.relaxed(workers):
-            yield from _with_shares(question, strategy, sizes)
+        for plan in space.relaxed(workers):
+            yield Strategy(plan, sizes)
 
 
-def _mesh_families(question: Question) -> Iterator[list[Plan]]:
+def _meshes(question: Question) -> Iterator[Strategy]:
     """Plans with split layers or stages, where each replica gets a microbatch.
 
     Splitting a layer talks all the time: never between machines that hold several workers. Where the task allows
@@ -65,16 +99,16 @@ def _mesh_families(question: Question) -> Iterator[list[Plan]]:
                 continue
             sequences = sorted(sequence for degree, sequence in layers if degree == tp)
             sizes = [None] if question.microbatch else list(space.mesh_microbatches(question.batch, dp, pp))
-            for strategy in space.mesh_strategies(dp, tp, pp, sequences, most_stages):
-                yield from _with_shares(question, strategy, sizes)
+            for plan in space.mesh_strategies(dp, tp, pp, sequences, most_stages):
+                yield Strategy(plan, sizes)
                 if forbidden:
                     break
                 if question.allow_relaxed and question.precision != "fp16":
-                    for relaxed in space.relaxed_replicas(strategy):
-                        yield from _with_shares(question, relaxed, sizes)
+                    for relaxed in space.relaxed_replicas(plan):
+                        yield Strategy(relaxed, sizes)
 
 
-def _part_families(question: Question) -> Iterator[list[Plan]]:
+def _parts(question: Question) -> Iterator[Strategy]:
     """Replicas that split the part in which most parameters are."""
     facts = facts_for(question.facts, 1)
     name = space.heavy_part(facts)
@@ -84,27 +118,27 @@ def _part_families(question: Question) -> Iterator[list[Plan]]:
         split = question.splits.get((workers, 0))
         if workers > 1 and split is not None and any(f"{one}.".startswith(f"{name}.") for one in split.slices):
             sizes = [None] if question.microbatch else list(space.microbatch_choices(question.batch, workers))
-            for strategy in space.part_plans(workers, name):
-                yield from _with_shares(question, strategy, sizes)
+            for plan in space.part_plans(workers, name):
+                yield Strategy(plan, sizes)
 
 
-def _expert_families(question: Question) -> Iterator[list[Plan]]:
+def _experts(question: Question) -> Iterator[Strategy]:
     """Replicas that hold experts for each other."""
     for (workers, kind), split in sorted(question.splits.items(), key=lambda pair: pair[0]):
         if kind == 2 and workers in space.degrees(question.available, question.batch):
             sizes = [None] if question.microbatch else list(space.microbatch_choices(question.batch, workers))
-            for strategy in space.expert_plans(workers, holders(split.slices)):
-                if strategy.recompute == "none" or question.may_repeat(strategy):
-                    yield from _with_shares(question, strategy, sizes)
+            for plan in space.expert_plans(workers, holders(split.slices)):
+                if plan.recompute == "none" or question.may_repeat(plan):
+                    yield Strategy(plan, sizes)
 
 
-def _table_families(question: Question) -> Iterator[list[Plan]]:
+def _tables(question: Question) -> Iterator[Strategy]:
     """Replicas whose tables travel as rows."""
     for plan, sizes in table_plans(question):
-        yield from _with_shares(question, plan, sizes)
+        yield Strategy(plan, sizes)
 
 
-def _sequence_families(question: Question) -> Iterator[list[Plan]]:
+def _split_sequences(question: Question) -> Iterator[Strategy]:
     """Replicas, or pipelines of them, whose sequences are split among workers."""
     facts = facts_for(question.facts, 1)
     most_stages = len(placed(facts))
@@ -116,21 +150,8 @@ def _sequence_families(question: Question) -> Iterator[list[Plan]]:
             if cp == 1 or dp > count:
                 continue
             sizes = [None] if question.microbatch else list(space.mesh_microbatches(question.batch, dp, pp))
-            for strategy in space.sequence_strategies(dp, cp, pp):
-                yield from _with_shares(question, strategy, sizes)
-
-
-def _with_shares(question: Question, strategy: Plan, sizes: Sequence[int | None]) -> Iterator[list[Plan]]:
-    if strategy.recompute != "none" and not question.recomputable:
-        return
-    same = [_staged(question, strategy if size is None else replace(strategy, microbatch=size)) for size in sizes]
-    yield same
-    if strategy.dp > 1 and not strategy.stolen and strategy.meets_locally.steps != "speed":
-        weighted = [plan for one in same if (plan := _weighted(question, one)) is not None]
-        if weighted:
-            yield weighted
-        if weighted and strategy.zero and strategy.pp == 1:  # as many microbatches each, and shards of equal size
-            yield [replace(plan, shares=BALANCED) for plan in weighted]
+            for plan in space.sequence_strategies(dp, cp, pp):
+                yield Strategy(plan, sizes)
 
 
 def _staged(question: Question, plan: Plan) -> Plan:
@@ -143,15 +164,13 @@ def _staged(question: Question, plan: Plan) -> Plan:
 
 def _weighted(question: Question, plan: Plan) -> Plan | None:
     basis, size = question.basis(plan), question.size(plan)
-    if basis.alike(plan.workers):
-        return None
     shares = space.weighted_shares(worker_seconds(plan, basis, size), -(-question.batch // size))
     return None if shares in (EQUAL, "") else replace(plan, shares=shares)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Families of plans on one mesh.
+    """Strategies on one mesh.
 
     No plan of them computes less than the fastest of ``examples``, one for each microbatch and way to split layers, and
     none holds less for its parameters than the ``leanest``. Without examples nothing is known before they are priced.
@@ -159,7 +178,7 @@ class Group:
 
     examples: tuple[Plan, ...]
     leanest: tuple[Plan, ...]
-    families: Callable[[], Iterator[list[Plan]]]
+    strategies: Callable[[], Iterator[Strategy]]
 
 
 def groups(question: Question) -> Iterator[Group]:
@@ -184,26 +203,26 @@ def groups(question: Question) -> Iterator[Group]:
     cps = sorted(cp for cp, kind in question.splits if kind == 3 and (per_machine == 1 or cp <= per_machine))
     for dp, cp, pp in space.wide_meshes(question.available, count, cps, most_stages):
         yield _sequences(question, (dp, cp, pp))
-    yield Group((), (), lambda: _part_families(question))
-    yield Group((), (), lambda: _expert_families(question))
-    yield Group((), (), lambda: _table_families(question))
+    yield Group((), (), lambda: _parts(question))
+    yield Group((), (), lambda: _experts(question))
+    yield Group((), (), lambda: _tables(question))
 
 
 def _replicas(question: Question, workers: int) -> Group:
     sizes = [None] if question.microbatch else list(space.microbatch_choices(question.batch, workers))
 
-    def families() -> Iterator[list[Plan]]:
+    def strategies() -> Iterator[Strategy]:
         alike = question.seating.alike(workers)
-        for strategy in space.strategies(workers):
-            if not (strategy.stolen and alike):
-                yield from _with_shares(question, strategy, sizes)
-        yield from _meeting_families(question, workers, sizes)
+        for plan in space.strategies(workers):
+            if not (plan.stolen and alike):
+                yield Strategy(plan, sizes)
+        yield from _meetings(question, workers, sizes)
 
     relaxed = (Plan(dp=workers),) if question.allow_relaxed else ()
     return Group(
         tuple(Plan(dp=workers, microbatch=size) for size in sizes),
         (Plan(dp=workers, zero=3 if workers > 1 else 0), *relaxed),
-        families,
+        strategies,
     )
 
 
@@ -212,14 +231,14 @@ def _mesh(question: Question, mesh: tuple[int, int, int], kinds: Sequence[int], 
     sizes = [None] if question.microbatch else list(space.mesh_microbatches(question.batch, dp, pp))
     sequences = kinds if tp > 1 else (0,)
 
-    def families() -> Iterator[list[Plan]]:
-        for strategy in space.mesh_strategies(dp, tp, pp, kinds, most_stages):
-            yield from _with_shares(question, strategy, sizes)
+    def strategies() -> Iterator[Strategy]:
+        for plan in space.mesh_strategies(dp, tp, pp, kinds, most_stages):
+            yield Strategy(plan, sizes)
 
     return Group(
         tuple(Plan(dp=dp, tp=tp, pp=pp, sequence=kind, microbatch=size) for kind in sequences for size in sizes),
         (Plan(dp=dp, tp=tp, pp=pp, zero=(1 if pp > 1 else 3) if dp > 1 else 0),),
-        families,
+        strategies,
     )
 
 
@@ -227,12 +246,12 @@ def _sequences(question: Question, mesh: tuple[int, int, int]) -> Group:
     dp, cp, pp = mesh
     sizes = [None] if question.microbatch else list(space.mesh_microbatches(question.batch, dp, pp))
 
-    def families() -> Iterator[list[Plan]]:
-        for strategy in space.sequence_strategies(dp, cp, pp):
-            yield from _with_shares(question, strategy, sizes)
+    def strategies() -> Iterator[Strategy]:
+        for plan in space.sequence_strategies(dp, cp, pp):
+            yield Strategy(plan, sizes)
 
     return Group(
         tuple(Plan(dp=dp, cp=cp, pp=pp, microbatch=size) for size in sizes),
         (Plan(dp=dp, cp=cp, pp=pp, zero=1 if pp > 1 else 3),),
-        families,
+        strategies,
     )

@@ -7,6 +7,7 @@ from sheaf.cost import Price, microbatch_sizes
 from sheaf.cost.basis import Basis
 from sheaf.cost.estimate import holding
 from sheaf.cost.memory import MARGIN, PROCESS_BYTES, memory
+from sheaf.cost.piped import dealt_counts
 from sheaf.cost.pipeline import kept_stages, stage_names, workers
 from sheaf.cost.portion import Portion
 from sheaf.graph.facts import GLUE, LOSS, BlockFact
@@ -82,7 +83,8 @@ def _each(plan: Plan, basis: Basis, sizes: Sequence[int]) -> Iterator[tuple[list
         yield names, basis.whole, 1.0, sum(holding(plan, basis, sizes).values())
         return
     stages = stage_names(plan, basis)
-    for worker, (part, count) in enumerate(zip(workers(plan, basis), kept_stages(plan, len(sizes)), strict=True)):
+    counts = kept_stages(plan, len(sizes), dealt_counts(plan, basis, sizes))
+    for worker, (part, count) in enumerate(zip(workers(plan, basis), counts, strict=True)):
         names = [name for stage in stages[worker :: plan.pp] for name in stage]
         kept = count / plan.virtual
         yield names, part, kept, sum(memory(plan, part, basis.profile, sizes, kept=kept).values())

@@ -1,15 +1,16 @@
 """What a search is asked: a model's facts, a cluster, measured times; and the price of any plan under them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sheaf.cluster.cluster import Cluster
 from sheaf.cost import Price, microbatch_sizes, priced
 from sheaf.cost.basis import Basis
-from sheaf.cost.estimate import holding, timed
+from sheaf.cost.estimate import holding, on_hosts, timed
 from sheaf.cost.seating import Seating
 from sheaf.graph.facts import GLUE, LOSS, ModelFacts, Profile
 from sheaf.plans import Plan
+from sheaf.plans.offload import ON_DEVICE, OPTIMIZER
 from sheaf.plans.split import SplitFacts
 from sheaf.plans.stages import default_microbatch
 from sheaf.search.measured import Profiles, facts_for, profile_for
@@ -22,10 +23,10 @@ class Question:
 
     ``facts`` by samples per microbatch: one size where the task fixes it (``microbatch``), else those worth trying
     or a few of them. ``profiles`` by (samples, busy workers per host); none: a roofline prices. ``elementwise`` says
-    whether the optimizer may step flat slices, ``allow_relaxed`` whether plans count that are not exact. ``splits`` by
-    (workers that split a layer, sequence 0 or 1; see ``Plan.split_kind``): what is not there is not proposed.
-    ``pieces`` of plans whose stages begin inside of blocks, by what they name (``Plan.begins``); where they are not
-    there, facts are taken to be traced for the plan.
+    whether the optimizer may step flat slices, ``hosted`` whether it steps in a host's memory, ``allow_relaxed``
+    whether plans count that are not exact. ``splits`` by (workers that split a layer, sequence 0 or 1; see
+    ``Plan.split_kind``): what is not there is not proposed. ``pieces`` of plans whose stages begin inside of blocks, by
+    what they name (``Plan.begins``); where they are not there, facts are taken to be traced for the plan.
     """
 
     batch: int
@@ -35,6 +36,7 @@ class Question:
     workers: int | None = None
     profiles: Profiles = field(default_factory=dict)
     elementwise: bool = True
+    hosted: bool = True
     precision: str = "fp32"
     splits: Mapping[tuple[int, int], SplitFacts] = field(default_factory=dict)
     allow_relaxed: bool = False
@@ -50,6 +52,11 @@ class Question:
     def size(self, plan: Plan) -> int:
         """Samples per microbatch under a plan."""
         return self.microbatch or plan.microbatch or default_microbatch(plan, self.batch)
+
+    @property
+    def offloadable(self) -> bool:
+        """Whether optimizers can be moved out of the devices' memory: that of a CPU is its host's."""
+        return self.hosted and all(host.device.kind != "cpu" for host in self.cluster.hosts)
 
     @property
     def recomputable(self) -> bool:
@@ -79,17 +86,23 @@ class Question:
 
     def held(self, plan: Plan) -> Price:
         """The price as far as memory goes: without seconds."""
-        holds = holding(plan, self.basis(plan), microbatch_sizes(self.batch, self.size(plan)))
-        return Price(plan, {}, holds, 0.0)
+        basis, sizes = self.basis(plan), microbatch_sizes(self.batch, self.size(plan))
+        return Price(plan, {}, holding(plan, basis, sizes), 0.0, host_bytes=on_hosts(plan, basis, sizes))
 
     def basis(self, plan: Plan) -> Basis:
         """What the price of this plan has in common with others."""
         size = self.size(plan)
-        pieces = self.pieces.get(plan.begins)
+        begins = plan.begins if self.pieces else ()
+        pieces = self.pieces.get(begins)
         facts = facts_for(self.facts, size) if pieces is None else pieces.facts
         split = self.split_key(plan)
         measured = (size, self._busy(plan)) if self.profiles else None
-        key = (facts.samples, measured, split, plan.parts, plan.begins)
+        key = (facts.samples, measured, split, plan.parts, begins)
+        if plan.offload == OPTIMIZER:
+            offloading = (*key, plan.offload)
+            if offloading not in self._bases:
+                self._bases[offloading] = self.basis(replace(plan, offload=ON_DEVICE)).offloading()
+            return self._bases[offloading]
         if key not in self._bases:
             self._bases[key] = Basis.of(
                 plan,

@@ -8,6 +8,7 @@ from sheaf.cost import Price
 from sheaf.errors import PlanError
 from sheaf.graph.facts import ModelFacts
 from sheaf.plans import Plan
+from sheaf.plans.offload import OPTIMIZER
 from sheaf.plans.plan import BALANCED
 from sheaf.search import rules, space
 from sheaf.search.fewest import fewest
@@ -32,14 +33,15 @@ class Remedies:
         self._known: dict[Plan, Price | None] = {_open(one.plan): one for one in reversed(priced)}
 
     def of(self, plan: Plan) -> tuple[Remedy, ...]:
-        """The same plan with recomputation, a higher stage of ZeRO, equal shards, or several of these, where that fits:
-        the fastest first. The fastest that recomputes all blocks is there with the fewest that do, too.
+        """The same plan with recomputation, a higher stage of ZeRO, its optimizer in the hosts' memory, equal shards,
+        or several of these, where that fits: the fastest first. The fastest that recomputes all blocks is there with
+        the fewest that do, too.
 
         Where the task leaves the microbatch open, each has the one that suits it best: it may be a smaller one. Where
         no change of the plan is enough, the fastest plan that fits, with as many workers if there is one.
         """
         there = self._question.timed(plan).step_seconds
-        found = [one for change in self._changes(plan) if (one := self._fitting(change)) is not None]
+        found = [one for change in self._changes(plan) if (one := self._needed(plan, change)) is not None]
         if not found:
             same = [one for one in self._priced if one.plan.workers == plan.workers]
             found = sorted(same or self._priced, key=lambda one: one.step_seconds)[:1]
@@ -47,15 +49,23 @@ class Remedies:
         found.sort(key=lambda one: one.step_seconds)
         return tuple(Remedy(str(one.plan), one.step_seconds, one.step_seconds / there) for one in found)
 
+    def _needed(self, plan: Plan, change: Plan) -> Price | None:
+        """The price of a change that fits; None too where it has no need of the hosts' memory to fit."""
+        without = replace(change, offload=plan.offload)
+        if without not in (change, plan) and self._fitting(without) is not None:
+            return None
+        return self._fitting(change)
+
     def _changes(self, plan: Plan) -> Iterator[Plan]:
         again = (plan.recompute, "full") if self._question.may_repeat(plan) else (plan.recompute,)
         stages = range(plan.zero, MOST_ZERO + 1) if plan.alike > 1 else (plan.zero,)
+        hosts = (plan.offload, OPTIMIZER) if self._question.offloadable else (plan.offload,)
         even = (BALANCED,) if ":" in plan.shares and plan.pp == 1 else ()  # dealt by speed too, shards of equal size
-        for zero, recompute in product(stages, dict.fromkeys(again)):
+        for zero, recompute, offload in product(stages, dict.fromkeys(again), dict.fromkeys(hosts)):
             for shares in (plan.shares, *(even if zero else ())):
-                if (zero, recompute, shares) != (plan.zero, plan.recompute, plan.shares):
+                if (zero, recompute, offload, shares) != (plan.zero, plan.recompute, plan.offload, plan.shares):
                     try:
-                        yield replace(plan, zero=zero, recompute=recompute, shares=shares)
+                        yield replace(plan, zero=zero, recompute=recompute, offload=offload, shares=shares)
                     except PlanError:
                         continue
 

@@ -140,13 +140,20 @@ def unmergeable(facts: ModelFacts) -> tuple[str, ...]:
 
 
 def too_large(price: Price, cluster: Cluster) -> str | None:
-    """Why a plan's peak does not fit its fullest seat; None when it fits with a tenth to spare."""
+    """Why a plan's peak does not fit its fullest seat, or that seat's host; None when it fits with a tenth to spare."""
     for seat in kinds(cluster, price.plan.workers):
         needed = needed_bytes(price.peak_bytes, seat.device_kind)
         if needed > seat.available_bytes:
             return (
                 f"needs {pretty_bytes(needed)} (with a tenth to spare) on each worker of {seat.host_name}, "
                 f"{pretty_bytes(seat.available_bytes)} are free; {largest_memory(price)}"
+            )
+        beside = needed_bytes(price.host_bytes, seat.device_kind)
+        if price.host_bytes and beside > seat.host_bytes:
+            return (
+                f"needs {pretty_bytes(beside)} (with a tenth to spare) of the memory of {seat.host_name} for each "
+                f"worker, {pretty_bytes(seat.host_bytes)} are its share; offload keeps optimizer state, parameters and "
+                "gradients there"
             )
     return None
 

@@ -3,22 +3,27 @@
 import heapq
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from sheaf.cost import Price
 from sheaf.plans import Plan
+from sheaf.plans.offload import ON_DEVICE
 from sheaf.search import rules, words
 from sheaf.search.bounds import Bounds
-from sheaf.search.families import Group, families, groups
+from sheaf.search.families import Group, Strategy, families, groups
 from sheaf.search.fewest import instead
 from sheaf.search.measured import facts_for
+from sheaf.search.offloads import offloaded, offloaded_group
 from sheaf.search.question import Question
 from sheaf.search.ranking import Entry, Ranking, Refusal
 from sheaf.search.remedies import Remedies, told
 
 EVERYTHING_UP_TO = 64  # workers: every plan is priced
 RANKED_AT_LEAST = 16  # plans, where not everything is
+TOLD_SECONDS = 0.25  # how far a search is, though nothing better was found
+
+_Left = tuple[float, tuple[int, int], Group | Strategy | list[Plan]]  # what it takes at least, its turn, and what it is
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class _Taken:
         self.least: float | None = None
         self.bounds: Bounds | None = None  # where plans are left out that cannot be as fast as the best, or not fit
         self._question, self._budget, self._heard = question, seconds, heard
-        self._began = time.monotonic()
+        self._began, self._told = time.monotonic(), 0.0
 
     def priced(self, choices: Sequence[Plan]) -> None:
         """Price plans that differ in the microbatch only, and keep the best of them."""
@@ -127,14 +132,25 @@ class _Taken:
             return
         if not fitting:
             leanest = min(held, key=lambda one: one.peak_bytes)
-            if not self.wide or len(self.starved) < RANKED_AT_LEAST:
+            told = leanest.plan.offload != ON_DEVICE or (self.wide and len(self.starved) >= RANKED_AT_LEAST)
+            if not told:
                 self.starved.append((leanest, rules.too_large(leanest, self._question.cluster) or ""))
+            if variants := self.offloaded(legal):
+                self.priced(variants)
         if all(map(self._hopeless, fitting)):
             return
         self.prices.append(_ordered([self._question.rough(plan) for plan in fitting])[0])
         if self.best is None or self.prices[-1].step_seconds < self.best.step_seconds:
             self.best = self.prices[-1]
             self.tell()
+        elif self.seconds >= self._told + TOLD_SECONDS:
+            self.tell()
+
+    def offloaded(self, choices: Sequence[Plan]) -> list[Plan]:
+        """Plans that do not fit with their optimizers in the hosts' memory, unless the best is faster than any."""
+        if not self._question.offloadable or all(map(self._hopeless, choices)):
+            return []
+        return offloaded(self._question, choices)
 
     def worthwhile(self, choices: Sequence[Plan]) -> list[Plan]:
         """Of plans that differ in the microbatch only those that may fit, where one of them may be the best.
@@ -156,6 +172,7 @@ class _Taken:
 
     def tell(self) -> None:
         """Say how far it is."""
+        self._told = self.seconds
         if self._heard is not None:
             self._heard(Progress(self.best, self.count, self.left, self.seconds, self.least))
 
@@ -169,21 +186,29 @@ class _Taken:
         return self._budget is not None and bool(self.prices) and self.seconds >= self._budget
 
 
+def _may_fit(bounds: Bounds, group: Group) -> bool:
+    return not group.leanest or any(bounds.fits(plan, cut=False) for plan in group.leanest)
+
+
 def _best_first(question: Question, took: _Taken) -> None:
     """Price what could be fastest first, until the rest cannot be as fast as the best within 1 %.
 
-    Groups of plans on one mesh go by the least of their mesh; opened, each family by its own.
+    Groups of plans on one mesh go by the least of their mesh; opened, each strategy by the least that it takes with
+    any stages; opened, each family by its own.
     """
     took.wide = True
     took.bounds = bounds = Bounds(question.batch, question.basis, question.size)
-    heap: list[tuple[float, int, Group | list[Plan]]] = []
+    heap: list[_Left] = []
     number = itertools.count()
-    for group in groups(question):
-        if not group.leanest or any(bounds.fits(plan, cut=False) for plan in group.leanest):
+    for whole in groups(question):
+        group = whole
+        if not _may_fit(bounds, group):  # with any of its plans in its devices' memory
+            group = offloaded_group(question, whole)
+        if _may_fit(bounds, group):
             least = min((bounds.seconds(plan, cut=False) for plan in group.examples), default=0.0)
-            heapq.heappush(heap, (least, next(number), group))
+            heapq.heappush(heap, (least, (next(number), 0), group))
     while heap:
-        least, _, item = heapq.heappop(heap)
+        least, place, item = heapq.heappop(heap)
         took.left, took.least = len(heap) + 1, least
         enough = len(took.prices) >= RANKED_AT_LEAST
         if took.best is not None and enough and least > took.best.step_seconds * (1 + words.TIE):
@@ -191,14 +216,33 @@ def _best_first(question: Question, took: _Taken) -> None:
         if took.late():
             return  # what is left may be faster than what was found: ``least`` says by how much at most
         if isinstance(item, Group):
-            for choices in item.families():
+            for strategy in item.strategies():
+                _push(heap, strategy, (next(number), 0), _loosely(question, bounds, strategy))
+        elif isinstance(item, Strategy):
+            for later, choices in enumerate(item.families(question)):
                 fitting = took.worthwhile(choices)
-                if fitting:
-                    heapq.heappush(heap, (min(map(bounds.seconds, fitting)), next(number), fitting))
+                if not fitting and not any(map(bounds.fits, choices)):
+                    fitting = took.worthwhile(took.offloaded(choices))
+                _push(heap, fitting, (place[0], later), map(bounds.seconds, fitting))
         else:
             took.priced(item)
     took.least, took.bounds = None, None
     _asked_for(question, took)
+
+
+def _push(heap: list[_Left], item: Strategy | list[Plan], place: tuple[int, int], seconds: Iterable[float]) -> None:
+    """Add what may take as little as the least of these; nothing, where none of its plans may fit."""
+    least = min(seconds, default=None)
+    if least is not None:
+        heapq.heappush(heap, (least, place, item))
+
+
+def _loosely(question: Question, bounds: Bounds, strategy: Strategy) -> list[float]:
+    """The least that each plan of a strategy may take that may fit, whatever its stages are."""
+    fitting = [plan for plan in strategy.open if bounds.fits(plan, cut=False)]
+    if not fitting:
+        fitting = [plan for plan in offloaded(question, strategy.open) if bounds.fits(plan, cut=False)]
+    return [bounds.seconds(plan, cut=False) for plan in fitting]
 
 
 def _asked_for(question: Question, took: _Taken) -> None:
@@ -244,7 +288,7 @@ def _explained(ordered: list[Price]) -> tuple[Entry, ...]:
     if not ordered:
         return ()
     best, *others = ordered
-    serials = [one for one in ordered if one.plan.serial]
+    serials = [one for one in ordered if one.plan.serial and one.plan.offload == ON_DEVICE]
     serial = min(serials, key=lambda one: one.step_seconds) if serials else None
     reason = words.reason(best, serial, others[0] if others else None)
     leader = Entry(best, reason=reason, caution=words.caution(best.plan))

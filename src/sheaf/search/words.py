@@ -21,6 +21,7 @@ TERM_WORDS = {
     "server": "pushing gradients to shards and pulling values",
     "rows": "sending of rows of tables",
     "wait": "waiting for the slowest worker",
+    "offload": "copying gradients to the host and values back",
     "optimizer": "optimizer",
     "host": "fetching and bookkeeping",
 }

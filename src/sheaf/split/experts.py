@@ -11,6 +11,7 @@ from sheaf.errors import first_line
 from sheaf.graph.facts import GLUE
 from sheaf.plans.split import Cut, Move, Slice, SplitFacts
 from sheaf.split.alone import Alone
+from sheaf.split.common import Common
 from sheaf.split.mode import leaves
 from sheaf.split.moves import sliced
 from sheaf.split.rehearsal import Rehearses, Stage, Try, Units
@@ -97,13 +98,19 @@ class Choosing(Sending, Rehearses):
         return [tuple(own)] * workers
 
 
-class _Experts(Stage):
-    """Runs the rehearsals of one model."""
+class Dealing(Stage):
+    """Runs the rehearsals of one model; ``left`` says of what was taken for experts why it is none."""
 
-    def __init__(self, task: Task, workers: int, samples: int, wanted: Callable[[str], bool]) -> None:
-        self.left: dict[str, str] = {}  # why a parameter is none
+    def __init__(
+        self, task: Task, workers: int, samples: int, wanted: Callable[[str], bool], common: Common | None
+    ) -> None:
+        self.left: dict[str, str] = {}
         self._wanted = wanted
-        super().__init__(task, workers, samples, False, lambda _name: False)
+        super().__init__(task, workers, samples, False, lambda _name: False, common)
+
+
+class _Experts(Dealing):
+    """Takes parameters for stacks of experts."""
 
     def decide(self) -> SplitFacts:
         self.attempt({})  # leaves out what is no expert; what is done twice for that is not counted
@@ -138,13 +145,19 @@ class _Experts(Stage):
 
 
 def experts(
-    task: Task, workers: int, *, samples: int, wanted: Callable[[str], bool] = lambda _name: True
+    task: Task,
+    workers: int,
+    *,
+    samples: int,
+    wanted: Callable[[str], bool] = lambda _name: True,
+    common: Common | None = None,
 ) -> SplitFacts:
     """Which parameters replicas can deal out by expert, and what sending tokens moves for ``samples`` samples.
 
     ``wanted`` says of a parameter's name whether it may be one. ``closed`` says of stacks of matrices that are none
-    why. Moves are one replica's: its own microbatch's rows out and back.
+    why. Moves are one replica's: its own microbatch's rows out and back. ``common`` is what other rehearsals of the
+    task have found, and is added to.
 
     Raises PlanError when the model cannot be run so.
     """
-    return _Experts(task, workers, samples, wanted).decide()
+    return _Experts(task, workers, samples, wanted, common).decide()

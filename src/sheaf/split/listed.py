@@ -17,8 +17,10 @@ from sheaf.graph.facts import GLUE
 from sheaf.graph.trace import SMALL_BYTES
 from sheaf.plans.split import Cut, Move, Slice, SplitFacts
 from sheaf.split.alone import Alone
+from sheaf.split.common import Common
+from sheaf.split.experts import Dealing
 from sheaf.split.mode import leaves
-from sheaf.split.rehearsal import Rehearses, Stage, Try, Units
+from sheaf.split.rehearsal import Rehearses, Try, Units
 from sheaf.task import Task
 
 MOST_DIMS = 4
@@ -157,13 +159,8 @@ def _first(start: Any, wanted: dict[Any, str]) -> str:
     return ""
 
 
-class _Lists(Stage):
-    """Runs the rehearsals of one model."""
-
-    def __init__(self, task: Task, workers: int, samples: int, wanted: Callable[[str], bool]) -> None:
-        self.left: dict[str, str] = {}
-        self._wanted = wanted
-        super().__init__(task, workers, samples, False, lambda _name: False)
+class _Lists(Dealing):
+    """Takes lists of modules for experts."""
 
     def decide(self) -> SplitFacts:
         taken: dict[str, dict[str, nn.Module]] = {}
@@ -252,12 +249,19 @@ def _shares(counted: dict[str, float], workers: int) -> dict[str, float]:
     return shares
 
 
-def listed(task: Task, workers: int, *, samples: int, wanted: Callable[[str], bool] = lambda _name: True) -> SplitFacts:
+def listed(
+    task: Task,
+    workers: int,
+    *,
+    samples: int,
+    wanted: Callable[[str], bool] = lambda _name: True,
+    common: Common | None = None,
+) -> SplitFacts:
     """Which modules in lists replicas can deal out, each to one of ``workers``, and what sending rows to them moves.
 
     ``wanted`` says of a parameter's name whether it may be an expert's; ``dealt`` who holds which module; ``closed`` of
-    lists that are none of experts why.
+    lists that are none of experts why. ``common`` is what other rehearsals of the task have found, and is added to.
 
     Raises PlanError when the model cannot be run so.
     """
-    return _Lists(task, workers, samples, wanted).decide()
+    return _Lists(task, workers, samples, wanted, common).decide()

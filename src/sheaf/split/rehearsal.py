@@ -112,9 +112,10 @@ class Rehearsing(Rehearses):
         """Backward will add up its gradient; a parameter's, once per step."""
         if self._note_partial(tensor):
             return tensor
-        before = len(self._entered)
+        place = -id(tensor) if isinstance(tensor, Split) else id(tensor)  # one that is gone may have had the same
+        before = self._entered.get(place)
         entered = super().enter(tensor, why)
-        if len(self._entered) > before and entered.requires_grad:
+        if self._entered.get(place) is not before and entered.requires_grad:
             self._foresee("reduce_scatter" if isinstance(tensor, Split) else "all_reduce", entered, why)
         return entered
 

@@ -15,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint as checkpoints
 from torch.utils._pytree import tree_iter
 
+from sheaf.split.tensor import Split
+
 
 class AbstractSeeing(TorchFunctionMode, ABC):
     """A mode that a forward runs in, and that must see this too. It may be entered again inside itself."""
@@ -120,8 +122,33 @@ def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
 
 
 def frames(function: Callable[..., Any], keeps_random_state: bool, context: Any, *rest: Any, **named: Any) -> Any:
-    """Stands in for what torch.utils.checkpoint.checkpoint is made of; one with contexts of its own is left alone."""
-    if _running.modes and context is checkpoints.noop_context_fn:
+    """Stands in for what torch.utils.checkpoint.checkpoint is made of; one with contexts of its own keeps them."""
+    if not _running.modes:
+        return _frames(function, keeps_random_state, context, *rest, **named)
+    if context is checkpoints.noop_context_fn:
         mode = _running.modes[-1]
-        return _frames(function, keeps_random_state, lambda: (nullcontext(), mode), *rest, **named)
-    return _frames(function, keeps_random_state, context, *rest, **named)
+        context = lambda: (nullcontext(), mode)  # noqa: E731
+    again, kept = _of_slices(function, rest)
+    return _frames(again, keeps_random_state, context, *kept, **named)
+
+
+def _of_slices(function: Callable[..., Any], given: Sequence[Any]) -> tuple[Callable[..., Any], Sequence[Any]]:
+    """The same function, of slices in place of what is cut: a checkpoint inside of another would keep a ``Split``
+    without its gradient. The arguments of ``function`` stand last in ``given``.
+    """
+    laid = {
+        place - len(given): (one.axis, one.cut, one.origin, one.scale, one.shadow)
+        for place, one in enumerate(given)
+        if isinstance(one, Split)
+    }
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        made = list(args)
+        for place, (axis, cut, origin, scale, shadow) in laid.items():
+            made[place] = Split(args[place], axis, cut, origin=origin, scale=scale)
+            made[place].shadow = shadow
+        return function(*made, **kwargs)
+
+    if not laid:
+        return function, given
+    return again, [one.local if isinstance(one, Split) else one for one in given]

@@ -99,7 +99,7 @@ class Blueprint:
             value = parameter(name)
             if value is not None:
                 made[id(fake)] = real = nn.Parameter(value, requires_grad=fake.requires_grad)
-                _copy_attributes(fake, real)
+                copy_attributes(fake, real)
         for views in self._views():
             values = _moved_together(self._recorder.compute_all(views), device, self.dtype_of)
             made.update({id(fake): value for fake, value in zip(views, values, strict=True)})
@@ -320,7 +320,8 @@ def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
 _PLAIN = frozenset(FakeTensorMode().from_tensor(torch.empty(0)).__dict__) | {"_is_param"}
 
 
-def _copy_attributes(fake: Tensor, real: Tensor) -> None:
+def copy_attributes(fake: Tensor, real: Tensor) -> None:
+    """Give what stands for a parameter what a model has noted on it, which optimizers may group by."""
     for name, value in fake.__dict__.items():
         if name not in _PLAIN:
             setattr(real, name, value)

@@ -48,6 +48,21 @@ def elementwise(optimizer: _Optimizer, shapes: Sequence[Sequence[int]] | None = 
             return False
 
 
+def unhosted(optimizer: _Optimizer, parameters: Sequence[tuple[int, bool]]) -> str:
+    """Why the optimizer does not step dense tensors in the host's memory, by what it raises there; empty where it does.
+
+    ``parameters`` are given as to ``over_stand_ins``.
+    """
+    try:
+        made = over_stand_ins(optimizer, parameters)
+        for parameter in (one for group in made.param_groups for one in group["params"] if one.requires_grad):
+            parameter.grad = torch.ones_like(parameter)
+        made.step()
+    except Exception as error:  # noqa: BLE001 - whatever it raises, it is no step
+        return f"it raised {type(error).__name__}: {error}"
+    return ""
+
+
 def over_stand_ins(optimizer: _Optimizer, parameters: Sequence[tuple[int, bool]]) -> optim.Optimizer:
     """The optimizer over small stand-ins of parameters, each given by its dimensions and whether it is trained.
 

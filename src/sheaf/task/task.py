@@ -1,6 +1,6 @@
 """The task: what is computed, and nothing about who computes it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,9 +74,10 @@ class Task:
 
     def _broken(self) -> list[str]:
         mistyped = self._mistyped()
-        return [*self._uncallable(), *(mistyped or self._contradicting())]
+        return [*self._uncallable(), *mistyped.values(), *self._contradicting(frozenset(mistyped))]
 
-    def _mistyped(self) -> list[str]:
+    def _mistyped(self) -> dict[str, str]:
+        """What is wrong with the type of a field, by the field's name."""
         samples, number = "a whole number of samples", "a number"
         wanted: tuple[tuple[str, Any, Any, str], ...] = (
             ("batch", self.batch, int, samples),
@@ -88,11 +89,11 @@ class Task:
             ("precision", self.precision, str, f"one of {', '.join(PRECISIONS)}"),
             ("name", self.name, str, "a text"),
         )
-        return [
-            f"{name}={value!r} is {_a(type(value).__name__)}; give {want}"
+        return {
+            name: f"{name}={value!r} is {_a(type(value).__name__)}; give {want}"
             for name, value, kinds, want in wanted
             if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool)
-        ]
+        }
 
     def _uncallable(self) -> list[str]:
         broken = [
@@ -111,19 +112,22 @@ class Task:
         ]
         return broken
 
-    def _contradicting(self) -> list[str]:
+    def _contradicting(self, mistyped: Collection[str]) -> list[str]:
+        """What is wrong with the values of fields, except of those whose type is wrong."""
+        batch = 1 if "batch" in mistyped else self.batch
+        microbatch = None if "microbatch" in mistyped else self.microbatch
         broken: list[str] = []
-        if self.batch < 1:
-            broken.append(f"batch={self.batch}: at least one sample per step is needed")
-        if self.microbatch is not None and not self.microbatch >= 1:
-            broken.append(f"microbatch={self.microbatch}: at least one sample is needed")
-        if self.microbatch is not None and self.microbatch > self.batch >= 1:
-            broken.append(f"microbatch={self.microbatch} is larger than batch={self.batch}: lower it or raise batch")
-        if self.precision not in PRECISIONS:
+        if batch < 1:
+            broken.append(f"batch={batch}: at least one sample per step is needed")
+        if microbatch is not None and not microbatch >= 1:
+            broken.append(f"microbatch={microbatch}: at least one sample is needed")
+        if microbatch is not None and "batch" not in mistyped and microbatch > batch >= 1:
+            broken.append(f"microbatch={microbatch} is larger than batch={batch}: lower it or raise batch")
+        if "precision" not in mistyped and self.precision not in PRECISIONS:
             broken.append(f"precision={self.precision!r}: {nearest(self.precision, PRECISIONS)}")
-        if self.clip is not None and not self.clip > 0:
+        if "clip" not in mistyped and self.clip is not None and not self.clip > 0:
             broken.append(f"clip={self.clip}: the largest gradient norm must be above zero")
-        if self.weights is not None and not Path(self.weights).is_file():
+        if "weights" not in mistyped and self.weights is not None and not Path(self.weights).is_file():
             broken.append(f"weights={str(self.weights)!r}: no such file; give a safetensors file")
         return broken
 

@@ -45,6 +45,13 @@ class Settling(Protocol):
 
 
 @runtime_checkable
+class Concluding(Protocol):
+    """A step of workers that are between meetings when training ends."""
+
+    def conclude(self) -> None: ...
+
+
+@runtime_checkable
 class Serving(Protocol):
     """A step of a worker that computes nothing; ``sheaf.parallel.server.serving`` has it."""
 

@@ -22,7 +22,7 @@ from sheaf.record import Record, StepReport
 from sheaf.task import Task
 from sheaf.training.description import describe
 from sheaf.training.directory import MODEL, RECORD, claimed, keep_plan, prepare
-from sheaf.training.heirs import Heirs, Outliving, Serving, Settling
+from sheaf.training.heirs import Concluding, Heirs, Outliving, Serving, Settling
 from sheaf.training.pipeline import Span, Spans
 from sheaf.training.stop import stopping
 
@@ -134,6 +134,8 @@ def _carry_out(step: TrainingStep, steps: int, out: Path, book: "_Book", saver: 
     if isinstance(step, Settling):
         step.settle()
     saver.save()
+    if isinstance(step, Concluding):
+        step.conclude()
     if heirs is not None:
         heirs.write_spans(spans, out)
         heirs.write_model(out / MODEL)
@@ -157,6 +159,8 @@ def _resume(step: TrainingStep, out: Path, book: "_Book") -> None:
         found = checkpoint.latest(out)
         for line in found.skipped:
             book.warn(line)
+        if found.skipped and found.path is None:
+            book.warn(f"no checkpoint in {out} is whole: the run starts anew")
         return None if found.path is None else str(found.path)
 
     path: str | None = from_first(newest)

@@ -10,10 +10,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from sheaf.units import pretty_seconds
+from sheaf.units import pretty_number, pretty_seconds
 
 _STRATEGIES = 7  # lines: the others are never near the best
 _FEW_TICKS = 8.0  # times from the lowest to the highest: below, an axis marked 1, 2, 5 may have one mark only
+_IN_WHOLE = 1000.0  # GB/s: three digits would be written with an exponent
 
 Line = Sequence[float | None]
 
@@ -79,7 +80,8 @@ def _draw(ax: Axes, sweep: Mapping[str, Any], key: str, kept: Sequence[str]) -> 
         for where, height, _, after in crossings(x, lines):
             color = f"C{kept.index(after)}" if after in kept else "black"
             ax.plot([where], [height], marker="o", markersize=9, markerfacecolor="none", color=color)
-            named = f"{where:.3g}" if "GB/s" in sweep["figure"] else f"{math.ceil(where)}"
+            named = pretty_number(where) if where >= _IN_WHOLE else f"{where:.3g}"
+            named = named if "GB/s" in sweep["figure"] else f"{math.ceil(where)}"
             ax.annotate(named, (where, height), textcoords="offset points", xytext=(6, 6), fontsize=8)
     ax.axvline(at, color="0.8", zorder=0)
     ax.set_xscale("log")

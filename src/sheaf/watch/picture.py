@@ -17,7 +17,7 @@ from sheaf.errors import RunError, SheafError
 from sheaf.plans import Plan
 from sheaf.plans.typical import typical
 from sheaf.record import StepReport, read_record, step_reports
-from sheaf.units import pretty_bytes, pretty_seconds
+from sheaf.units import pretty_bytes, pretty_number, pretty_seconds
 
 PICTURE = "picture.png"
 _DPI = 130
@@ -142,7 +142,7 @@ def as_measured(predicted: dict[str, float]) -> dict[str, float]:
 def _read(directory: Path) -> _Run:
     record = directory / "record.jsonl"
     if not record.is_file():
-        raise RunError(f"{directory} holds no record.jsonl, so there is nothing to draw: give the directory of a run")
+        raise RunError(f"{directory} holds no record.jsonl: give the directory of a run")
     run = _Run(directory.resolve().name, step_reports(record), [])
     run.plan = _plan_text(directory / "plan.toml")
     since: set[int] = set()
@@ -225,7 +225,7 @@ def _throughput(axes: Axes, run: _Run) -> None:
     axes.axhline(middle, color=_INK, lw=0.8, ls=(0, (4, 3)))
     axes.set_ylim(0, float(rates.max()) * 1.25)
     axes.annotate(
-        f"median {middle:,.4g} samples/s", (1, 1), xycoords="axes fraction", xytext=(-4, -4),
+        f"median {pretty_number(middle)} samples/s", (1, 1), xycoords="axes fraction", xytext=(-4, -4),
         textcoords="offset points", ha="right", va="top", fontsize=9, color=_INK,
     )  # fmt: skip
     _mark_resumes(axes, run, label=False)

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sheaf.record import StepReport
-from sheaf.units import pretty_bytes, pretty_seconds
+from sheaf.units import pretty_bytes, pretty_number, pretty_seconds
 
 _RECENT = 20  # steps over which speed and shares are averaged
 _REFRESH_SECONDS = 0.1
@@ -210,12 +210,3 @@ def cells_of(shares: list[float], width: int) -> list[int]:
     for index in by_remainder[: width - sum(cells)]:
         cells[index] += 1
     return cells
-
-
-def pretty_number(value: float) -> str:
-    """A number with about three digits and thousands apart.
-
-    >>> pretty_number(12345.6), pretty_number(87.65), pretty_number(0.4321)
-    ('12,346', '87.7', '0.43')
-    """
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"

@@ -21,6 +21,7 @@ from sheaf.cost.analytic.machine import Machine, machine
 from sheaf.cost.analytic.networks import networks
 from sheaf.cost.analytic.stages import stage_layers
 from sheaf.cost.analytic.workload import Workload
+from sheaf.cost.offload import COPY_BYTES_PER_SECOND
 
 TERMS: tuple[str, ...] = (
     "matmul",
@@ -361,7 +362,7 @@ class _Pricing:
         spread = split.shards if split.zero else split.dp * split.cp if self.job.stack.distributed else 1
         moved = (own + experts) / spread * self.job.book.kernels["update_bytes"]
         rate = self.machine.memory_bytes_per_second * self.constants.optimizer
-        apart = (own + experts) / spread * 16 / self.job.book.kernels["offload_bytes_per_second"]
+        apart = (own + experts) / spread * 16 / COPY_BYTES_PER_SECOND
         return moved / rate + (apart if split.offload else 0.0)
 
 

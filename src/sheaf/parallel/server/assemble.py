@@ -1,7 +1,6 @@
 """A plan with ``server`` becomes a step: shards and their backups beside the workers, and this worker's side."""
 
 import torch
-from torch import nn
 
 from sheaf.errors import PlanError
 from sheaf.graph import cut
@@ -24,7 +23,7 @@ from sheaf.parallel.server.stolen import StolenStep
 from sheaf.parallel.shares import AbstractDealer, Dealt, dealer
 from sheaf.parallel.spread import Spread
 from sheaf.parallel.statistics import BatchStatistics, keeps_statistics
-from sheaf.parallel.wants import looks
+from sheaf.parallel.wants import looks, tried
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
 from sheaf.task import Blueprint, Streams, Task
@@ -163,19 +162,11 @@ def microbatches(task: Task) -> int:
     return -(-task.batch // task.microbatch)
 
 
-def _tried(task: Task) -> torch.optim.Optimizer | None:
-    """The task's optimizer over a stand-in; None for one that wants other parameters, which is none of torch's own."""
-    try:
-        return task.optimizer([nn.Parameter(torch.zeros(1, 1))])
-    except Exception:  # noqa: BLE001 - whatever it wants, this is not it
-        return None
-
-
 def _name(task: Task) -> str:
-    made = _tried(task)
+    made = tried(task)
     return "this optimizer" if made is None else type(made).__name__
 
 
 def _has_nesterov(task: Task) -> bool:
-    made = _tried(task)
+    made = tried(task)
     return type(made) is torch.optim.SGD and all(group["nesterov"] for group in made.param_groups)

@@ -8,9 +8,11 @@ from torch import Tensor
 from sheaf.errors import NonFiniteLoss
 from sheaf.parallel.exchange import Exchange
 from sheaf.parallel.holding import AbstractHolding, Touched, refuse_sparse
+from sheaf.parallel.optimizers import whole_optimizer
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.server.client import Client
 from sheaf.parallel.server.places import Arena
+from sheaf.plans.layout import Piece
 
 
 class Losses(Exchange):
@@ -32,7 +34,7 @@ class Beside(AbstractHolding):
     def __init__(self, portion: Portion, device: torch.device, optimizer: torch.optim.Optimizer | None = None) -> None:
         self.model = portion.fill(device)
         self.parameters = portion.own(self.model)
-        self.optimizer = optimizer or portion.task.optimizer(list(self.parameters.values()))
+        self.optimizer = optimizer or whole_optimizer(portion, self.parameters)
         self.served = self.parameters  # those that this worker pushes gradients of, and pulls
         self._touched = Touched(self.parameters.items(), lambda _: None)
         self.index = 0  # of the step that full_parameters waits for
@@ -79,7 +81,7 @@ class Beside(AbstractHolding):
     def kept(self) -> dict[str, Tensor]:
         return {}
 
-    def optimizer_names(self) -> dict[int, str]:
+    def stepped(self) -> Mapping[str, tuple[Tensor, Piece | None]]:
         return {}
 
     def clip(self, step: int, largest: float | None, factor: float) -> float | None:

@@ -1,5 +1,7 @@
 """How a worker holds the model that steps alone between meetings with a parameter server."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,7 @@ from sheaf.parallel.portion import Portion
 from sheaf.parallel.server.beside import Beside
 from sheaf.parallel.server.places import Arena
 from sheaf.parallel.world import World
+from sheaf.plans.layout import Piece
 
 
 class Departing(Beside):
@@ -61,8 +64,8 @@ class Departing(Beside):
     def loaded(self) -> None:
         """Nothing: every worker has its own."""
 
-    def optimizer_names(self) -> dict[int, str]:
-        return {id(value): name for name, value in self.parameters.items()}
+    def stepped(self) -> Mapping[str, tuple[Tensor, Piece | None]]:
+        return {name: (value, None) for name, value in self.parameters.items()}
 
     def full_parameters(self) -> dict[str, Tensor]:
         if self._among is None:

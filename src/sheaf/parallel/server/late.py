@@ -39,7 +39,8 @@ class Buffer:
     and a worker's gradient in place of its pseudo-gradient). Of each gradient g the values lose lr g / N; with the
     N-th, m becomes b m + D / N, D being the sum of all N, and the values lose lr b m besides. ``torch.optim.SGD`` with
     ``nesterov=True`` does that at once when it steps on D / N, so the step on the mean starts from where the values
-    were: ``ahead`` is what they have moved by since.
+    were: ``ahead`` is what they have moved by since. Of other optimizers, which may have no lr, plans with ``delayed``
+    are refused.
     """
 
     def __init__(self, count: int, *, plain_between: bool = False) -> None:
@@ -60,9 +61,11 @@ class Buffer:
         if self.gathered == self.count:
             return self.given(values)
         if self._plain:
-            rates = {id(value): group["lr"] for group in optimizer.param_groups for value in group["params"]}
+            groups = {id(value): group for group in optimizer.param_groups for value in group["params"]}
             for name, gradient in gradients.items():
-                part = gradient * (-float(rates[id(values[name])]) / self.count)
+                group = groups[id(values[name])]
+                rate = float(group["lr"]) * (-1 if group["maximize"] else 1)
+                part = gradient * (-rate / self.count)
                 values[name] += part
                 self.ahead[name] = self.ahead[name] + part if name in self.ahead else part
         return None

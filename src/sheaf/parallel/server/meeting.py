@@ -97,6 +97,20 @@ class MeetingStep(ServedStep):
         report.terms["host"] = max(0.0, report.seconds - sum(report.terms.values()))
         return report
 
+    def conclude(self) -> None:
+        """No step follows, and nothing is saved any more but the model: out of lock-step, what came after the last
+        meeting meets too, as a round of so many steps. Every worker that lives calls this.
+        """
+        if self.plan.serves.exact:
+            return  # the whole is the mean of the workers' weights
+        turns = self.index % self._every
+        while turns and self._meet(turns).dropped:
+            for turn in range(turns):
+                self._alone(turn)
+        self._beside.index = clock = -(-self.index // self._every)
+        if self.plan.serves.gathers:
+            self.once("conclude", lambda: self._drain(clock))
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What this worker has of its own, and what its shards hold once every worker has come as far.
 
@@ -156,11 +170,7 @@ class MeetingStep(ServedStep):
         """Make a round's step of that turn by this worker's own gradient; its norm, and how many samples it has."""
         step, microbatches = self._dealt_in(turn)
         whole = self._order.step(step)
-        self._exchange.begin(len(whole))
-        if self._statistics is not None:
-            self._statistics.begin_step()
-        self._beside.begin_step()
-        self._runner.run(step, microbatches)
+        self._runner.compute(step, microbatches, len(whole))
         mine = self._exchange.mine
         norm = self._own(step, mine)
         weight, held = math.fsum(one[2] for one in mine), self._beside.held()
@@ -187,10 +197,12 @@ class MeetingStep(ServedStep):
         part = self._supply.part((clock * self._every + turn) * self.plan.dp + place)
         return part.step, part.microbatches
 
-    def _meet(self) -> Seen:
-        """Push what the weights departed by in the round, and go on from the values that come back."""
+    def _meet(self, turns: int = 0) -> Seen:
+        """Push what the weights departed by in the round, of so many steps (0: all that are between two meetings), and
+        go on from the values that come back.
+        """
         told = self._round
-        used = self._own_weights.depart(self._factor())
+        used = self._own_weights.depart(self._factor(turns or self._every))
         common = {
             "losses": [[self.rank, told["sum"], told["weight"]]],
             "samples": told["samples"],
@@ -211,14 +223,16 @@ class MeetingStep(ServedStep):
         self._round = self._nothing()
         return seen
 
-    def _factor(self) -> float:
-        """By what a departure counts: in lock-step shards divide by the weight of all, else it is a part of a mean."""
+    def _factor(self, turns: int) -> float:
+        """By what a departure of so many steps counts: in lock-step shards divide by the weight of all, else it is a
+        part of a mean.
+        """
         weight = self._round["weight"]
         if self.plan.serves.exact:
             return weight
         if not weight:
             return 0.0
-        whole = self._seen_weight / self._seen_samples * self.task.batch * self._every
+        whole = self._seen_weight / self._seen_samples * self.task.batch * turns
         return weight / whole * (self.plan.dp if self.plan.serves.gathers else 1)  # what is gathered becomes a mean
 
     def _schedule(self) -> None:

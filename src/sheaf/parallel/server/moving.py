@@ -15,7 +15,7 @@ from sheaf.parallel.server.clock import Clocks
 from sheaf.parallel.server.frame import Kind
 from sheaf.parallel.server.log import Entry, Member
 from sheaf.parallel.server.places import Arena, Form
-from sheaf.parallel.server.restore import kept, packed, restored, unpacked
+from sheaf.parallel.server.restore import kept, packed, part, restored, unpacked
 from sheaf.parallel.server.shard import Shard
 from sheaf.parallel.server.work import Round
 
@@ -112,9 +112,7 @@ def unpacked_shard(shard: Shard, raw: bytes) -> None:
         worker: (sequence, _arena(shard.form, tensors[f"pulled/{worker}"]))
         for worker, sequence in _by_number(state["pulled"]).items()
     }
-    shard.watched = {
-        name.removeprefix("watched/"): value.clone() for name, value in tensors.items() if name.startswith("watched/")
-    }
+    shard.watched = {name: value.clone() for name, value in part(tensors, "watched/").items()}
     if shard.kept is not None:
         lent = state["lent"]
         shard.kept.pushes = {(key[0], key[1], key[2]): _there(entries.get(one)) for *key, one in lent["pushes"]}

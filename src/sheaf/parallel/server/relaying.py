@@ -9,7 +9,7 @@ from torch import Tensor
 from sheaf.errors import PlanError, RunError
 from sheaf.parallel.resharding import State, joined, overlaps
 from sheaf.parallel.server.places import Form
-from sheaf.parallel.server.restore import numbered
+from sheaf.parallel.server.restore import numbered, part
 from sheaf.plans import Plan
 from sheaf.plans.server import beside
 
@@ -44,11 +44,6 @@ def relaid(saved: Plan, read: Callable[[int], State], forms: Sequence[Form], old
     if missing := sorted(set(range(saved.serves.shards)) - set(kept)):
         raise RunError(f"the checkpoint has no shard {missing[0]}; it was not written by a whole run")
     return numbered(enumerate(_relaid(form, old_forms, kept) for form in forms))
-
-
-def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Those whose name begins so, without that."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _relaid(form: Form, old_forms: Sequence[Form], kept: dict[int, State]) -> State:

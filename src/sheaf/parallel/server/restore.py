@@ -1,7 +1,7 @@
 """A shard's state for a checkpoint, and back: values, optimizer state, scheduler, gathered gradients."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -40,20 +40,16 @@ def kept(shard: Shard) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def restored(shard: Shard, tensors: dict[str, Tensor], values: dict[str, Any], index: int) -> None:
     """Put back what ``kept`` gave; every worker joins anew at step ``index``."""
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
-
     with torch.no_grad():
-        for name, value in part("value/").items():
+        for name, value in part(tensors, "value/").items():
             shard.values[name].copy_(value)
     names = {id(value): name for name, value in shard.values.items()}
     if shard.scheduler is not None:
         shard.scheduler.load_state_dict(decoded(values["scheduler"]))
-    load_named_state(shard.optimizer, names, part("optimizer/"), values["optimizer"])
+    load_named_state(shard.optimizer, names, part(tensors, "optimizer/"), values["optimizer"])
     if shard.buffer is not None:
-        shard.buffer.sums = {name: value.clone() for name, value in part("gathered/").items()}
-        shard.buffer.ahead = {name: value.clone() for name, value in part("ahead/").items()}
+        shard.buffer.sums = {name: value.clone() for name, value in part(tensors, "gathered/").items()}
+        shard.buffer.ahead = {name: value.clone() for name, value in part(tensors, "ahead/").items()}
         shard.buffer.gathered = int(values["gathered"])
     shard.forget(index)
     for member in shard.members.values():
@@ -91,6 +87,11 @@ def numbered(
         shards[str(number)] = values
         named |= {f"shard/{number}/{name}": value for name, value in tensors.items()}
     return named, shards
+
+
+def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose name begins so, without that."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def packed(tensors: dict[str, Tensor], values: dict[str, Any]) -> bytes:

@@ -13,7 +13,6 @@ from sheaf.parallel.server.host import Host
 from sheaf.parallel.server.restore import kept, numbered
 from sheaf.parallel.server.seats import PRIMARY
 from sheaf.parallel.step import Step
-from sheaf.plans.mesh import Mesh
 from sheaf.plans.server import outlives
 
 _WATCH_SECONDS = 0.1  # between two looks at who is lost
@@ -68,10 +67,13 @@ class AbstractSeatedStep(Step, ABC):
                         host.lose(member)
                 self._looked()
 
+    def _member(self, rank: int) -> int:
+        """Which worker of the clock a rank is, or is of: its replica."""
+        return self._spread.mesh.place(rank).dp
+
     def _members(self, ranks: Collection[int]) -> list[int]:
         """The workers of the clock that these are, or are of: one for each replica."""
-        mesh, computing = Mesh.of(self.plan), self.plan.computing
-        return sorted({mesh.place(rank).dp for rank in ranks if rank < computing})
+        return sorted({self._member(rank) for rank in ranks if rank < self.plan.computing})
 
     def _looked(self) -> None:
         """Whoever is lost was given up; called now and then from a thread of its own."""

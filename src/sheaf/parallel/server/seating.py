@@ -20,7 +20,7 @@ from sheaf.parallel.server.link import Address, Keys
 from sheaf.parallel.server.log import Terms
 from sheaf.parallel.server.peers import Peers
 from sheaf.parallel.server.places import Form
-from sheaf.parallel.server.restore import restored, shared
+from sheaf.parallel.server.restore import part, restored, shared
 from sheaf.parallel.server.seats import BACKUP, PRIMARY, Throne
 from sheaf.parallel.server.shard import Shard
 from sheaf.parallel.server.spare import Spare
@@ -152,9 +152,7 @@ def reload(
     for number in range(shards):
         mine = None
         if str(number) in values["shards"]:
-            prefix = f"shard/{number}/"
-            held = {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
-            mine = held, values["shards"][str(number)]
+            mine = part(tensors, f"shard/{number}/"), values["shards"][str(number)]
         found = shared(world, mine, f"shard {number}")
         for host in hosts:
             if host.shard.number == number:

@@ -137,10 +137,6 @@ class ServedStep(AbstractSeatedStep):
         """The workers that compute, without those that only serve."""
         return range(self._spread.computing.workers)
 
-    def _member(self, rank: int) -> int:
-        """Which worker of the clock a rank is, or is of: its replica."""
-        return self._spread.mesh.place(rank).dp
-
     @property
     def _together(self) -> World:
         """Those who load the state of their shards together."""
@@ -175,13 +171,13 @@ class ServedStep(AbstractSeatedStep):
 
     def settle(self) -> None:
         """No step follows: what late gradients were gathered are applied. Every worker that lives calls this."""
-
-        def drain() -> None:
-            self.client.read(self.clock)
-            self.client.drain()
-
         if self.plan.serves.gathers:
-            self.once(f"settle/{self.index}", drain)
+            self.once(f"settle/{self.index}", lambda: self._drain(self.clock))
+
+    def _drain(self, clock: int) -> None:
+        """Have the shards apply what they have gathered, once every worker has come to ``clock``."""
+        self.client.read(clock)
+        self.client.drain()
 
     def heed(self, lost: Callable[[], Collection[int]]) -> None:
         """Give up at once whom ``lost`` names, before a lease has run out."""
@@ -311,11 +307,7 @@ class ServedStep(AbstractSeatedStep):
 
     def _once(self, step: int, microbatches: tuple[Microbatch, ...]) -> tuple[float | None, Seen]:
         """Compute this worker's share and exchange it."""
-        self._exchange.begin(len(microbatches))
-        if self._statistics is not None:
-            self._statistics.begin_step()
-        self._beside.begin_step()
-        self._runner.run(step, microbatches)
+        self._runner.compute(step, microbatches, len(microbatches))
         found = self._found(len(self._order.step(step)))
         self._told_here = found.losses
         norm = None

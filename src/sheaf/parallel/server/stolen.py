@@ -78,12 +78,8 @@ class StolenStep(ServedStep):
 
     def _cover(self, microbatches: tuple[Microbatch, ...]) -> bool:
         """Compute what is lent, and push it; False when the step is closed."""
-        self._exchange.begin(len(microbatches))
-        if self._statistics is not None:
-            self._statistics.begin_step()
-        self._beside.begin_step()
         seconds = self._runner.compute_seconds
-        self._runner.run(self.index, microbatches)
+        self._runner.compute(self.index, microbatches, len(microbatches))
         if not self._lent.held:
             return False
         used = self._beside.put()
