@@ -8,8 +8,10 @@ from tiny import tiny
 
 from sheaf.cluster import read
 from sheaf.cost import price
-from sheaf.cost.memory import MARGIN, host_bytes, needed_bytes
+from sheaf.cost.basis import Basis
+from sheaf.cost.memory import MARGIN, host_bytes, memory, needed_bytes
 from sheaf.cost.offload import COPY_BYTES_PER_SECOND, HOST_COPIES, UPDATE_BYTES_PER_SECOND
+from sheaf.cost.pipeline import kept_stages, workers
 from sheaf.cost.portion import Portion
 from sheaf.graph import trace
 from sheaf.plans import Plan
@@ -82,8 +84,8 @@ def test_the_host_holds_what_is_priced(ranks):
 
     task = replace(tiny(), optimizer=torch.optim.AdamW)
     facts = Portion(trace(task, 3), None)
-    for plan, workers in (("offload=optimizer", 1), ("dp=2,zero=1,offload=optimizer", 2)):
-        found = ranks(held, workers, task, plan)
+    for plan, count in (("offload=optimizer", 1), ("dp=2,zero=1,offload=optimizer", 2)):
+        found = ranks(held, count, task, plan)
         assert max(found) == pytest.approx(host_bytes(Plan.parse(plan), facts, None), rel=0.02)  # padding
 
 
@@ -117,3 +119,30 @@ def test_it_is_proposed_where_a_plan_does_not_fit_and_the_optimizer_can():
     cpus = on_cpus(workers=1, memory_bytes=2**30)
     cpus = replace(cpus, hosts=(replace(cpus.hosts[0], memory_bytes=room),))
     assert not search(asked(cpus)).ranked
+
+
+def test_the_host_that_steps_slowest_is_waited_for_wherever_it_stands():
+    there = made.cluster(1)
+    fast = there.hosts[0]
+    slow = replace(fast, name="slow", offload_bytes_per_second=1e9, update_bytes_per_second=10e9)
+    for text in ("dp=2", "dp=2,zero=1", "pp=2"):
+        found = [
+            priced(f"{text},offload=optimizer", replace(there, hosts=hosts)) for hosts in ((fast, slow), (slow, slow))
+        ]
+        assert found[0].seconds == pytest.approx(found[1].seconds), text
+        assert found[0].seconds["offload"] > priced(f"{text},offload=optimizer").seconds["offload"], text
+
+
+def test_on_cpus_the_fullest_of_a_pipeline_has_what_it_steps_itself():
+    """The first stage keeps most for backward, the last has most to step."""
+    even, plan, cpus = made.facts(4), Plan.parse("pp=4,offload=optimizer"), on_cpus(workers=4)
+    *others, last = even.parameters
+    facts = replace(even, parameters=(*others, replace(last, shape=(400_000,))))
+    parts = workers(plan, Basis.of(plan, facts, None, cpus))
+    here = [
+        sum(memory(plan, part, None, SIZES, kept=kept).values())
+        for part, kept in zip(parts, kept_stages(plan, len(SIZES)), strict=True)
+    ]
+    there = [host_bytes(plan, part, None) for part in parts]
+    found = price(plan, facts, cpus, None, microbatches=SIZES).peak_bytes
+    assert found == max(map(sum, zip(here, there, strict=True))) < max(here) + max(there)

@@ -23,7 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from sheaf.errors import TaskError
-from sheaf.graph import GLUE, LOSS, ModelFacts, cut, trace
+from sheaf.graph import GLUE, LOSS, ModelFacts, cut, ops, trace
 from sheaf.task import arguments, as_loss, fetch
 from sheaf.task.blueprint import Blueprint
 
@@ -167,6 +167,22 @@ def test_precision_changes_what_is_kept(precision: str, width: int):
     assert facts.parameter("0.weight").itemsize_bytes == (8 if precision == "fp64" else 4)
 
 
+class Projecting(nn.Module):
+    """A matrix that is no parameter, in a model that is too large to be traced for real."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.basis, self.large = nn.Linear(10, 3), torch.eye(10), nn.Parameter(torch.zeros(2**29))
+
+    def forward(self, given: Tensor) -> Tensor:
+        return self.layer(given @ self.basis)
+
+
+def test_what_is_no_parameter_has_the_tasks_precision_too():
+    one = task(Projecting, vectors(10), precision="fp64")
+    assert trace(one, 4).block("layer").forward_flops == 2 * 4 * 10 * 3
+
+
 def test_a_hundred_billion_parameters_allocate_nothing():
     def build() -> nn.Module:
         return gpt2(n_layer=12, n_embd=26624, n_head=208, n_positions=1024, vocab_size=50257)
@@ -196,6 +212,13 @@ def test_data_of_another_type_than_the_weights_is_told(build: Any, kind: torch.d
     both = " and ".join(sorted(["float32", name]))
     with pytest.raises(TaskError, match=rf"module 0 \(Linear\).*{both}.*the batch is {name}\[4, 10\]"):
         trace(task(build, wrong), 4)
+
+
+def test_types_that_an_accelerators_autocast_may_bring_together_are_let_pass():
+    single, half = torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.bfloat16)
+    ops.refuse_mixed(torch.ops.aten.mm.default, (single, half))
+    with pytest.raises(RuntimeError, match="bfloat16 and float64"):
+        ops.refuse_mixed(torch.ops.aten.mm.default, (half, single.double()))
 
 
 def test_a_failing_loss_is_told_with_its_line():

@@ -144,6 +144,16 @@ class Branching(Layers):
         return self.head(given * given.detach().abs().max().item())
 
 
+class Picked(Layers):
+    """Some layers are given some rows only: how many, the batch tells."""
+
+    def forward(self, given: Tensor) -> Tensor:
+        kept = self.layers[0](given)
+        few = self.layers[1](given[given[:, 0] > 0])
+        chosen = self.layers[2](kept[given[:, 1] > 0])
+        return self.head(kept + chosen.sum(0) + self.layers[3](few).sum(0))
+
+
 class Deciding(nn.Module):
     """A block whose own course depends on values."""
 
@@ -239,6 +249,7 @@ ODD: dict[str, Callable[[], nn.Module]] = {
     "objects": Objects,
     "shared": Shared,
     "branching": Branching,
+    "picked": Picked,
     "hidden": Hidden,
 }
 REFUSED: dict[str, Callable[[], nn.Module]] = {"leaking": Leaking, "failing": Failing}

@@ -186,6 +186,7 @@ def test_how_a_task_wants_to_step_is_kept():
     one = nn.Parameter(torch.ones(3))
     for kind, settings in (
         (torch.optim.AdamW, {"foreach": True}),
+        (torch.optim.AdamW, {"foreach": False}),
         (torch.optim.AdamW, {"fused": False}),
         (torch.optim.NAdam, {}),
     ):
@@ -193,3 +194,18 @@ def test_how_a_task_wants_to_step_is_kept():
         before = optimizer.param_groups[0].get("fused")
         with in_one_pass(optimizer):
             assert optimizer.param_groups[0].get("fused") is before
+
+
+@pytest.mark.parametrize("used", [(2, 2), (1, 2, 2), (2, 1, 2)])
+def test_one_pass_goes_with_parameters_that_are_used_later_than_others(used):
+    """Torch's fused SGD takes the momentum of a whole group, or begins that of a whole group."""
+    ones, others = ([nn.Parameter(torch.ones(5, dtype=torch.float64)) for _ in range(2)] for _ in range(2))
+    plainly, at_once = OPTIMIZERS["momentum"](ones), OPTIMIZERS["momentum"](others)
+    for step, count in enumerate(used):
+        for each in (ones, others):
+            for number, one in enumerate(each):
+                one.grad = torch.full_like(one, 0.5 + step) if number < count else None
+        plainly.step()
+        with in_one_pass(at_once):
+            at_once.step()
+    torch.testing.assert_close(others, ones, rtol=1e-12, atol=1e-14)

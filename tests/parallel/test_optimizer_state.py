@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sheaf.errors import TaskError
 from sheaf.parallel import build
+from sheaf.parallel.optimizers import load_named_state, named_state
 from sheaf.plans import Plan
 
 
@@ -89,3 +90,48 @@ def test_a_dense_gradient_for_an_optimizer_of_rows_is_named_and_nothing_is_stepp
     for said, unchanged in ranks(refused, Plan.parse(plan).workers):
         assert said.startswith(f"{name} parameters in all) got a dense gradient, and SparseAdam")
         assert unchanged
+
+
+class Pictured(nn.Module):
+    """Its weights lie in memory as images do, channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Conv2d(3, 4, 2, padding=1).to(memory_format=torch.channels_last)
+        self.out = nn.Linear(36, 5)
+
+    def forward(self, given: Tensor) -> Tensor:
+        return self.out(self.image(given.view(-1, 3, 2, 2)).tanh().flatten(1))
+
+
+def fused(parameters: Any) -> torch.optim.Optimizer:
+    """Goes by memory alone, whatever strides say."""
+    return torch.optim.AdamW(parameters, lr=0.01, fused=True)
+
+
+@pytest.mark.parametrize("plan", ["dp=2", "dp=2,offload=optimizer"])
+def test_fused_kernels_find_gradients_where_their_parameters_lie(ranks: Any, plan: str):
+    task = mlp_float64(model=Pictured, optimizer=fused)
+    whole = build(task, Plan())
+    assert not next(whole.model.parameters()).is_contiguous()
+    whole.close()
+    assert_same(ranks(planned, 2, task, plan, 3)[0], plain(task, 3), 1e-12)
+
+
+def test_loaded_state_lies_in_memory_as_its_parameter_does():
+    """Checkpoints hold every tensor in the order of its indices."""
+    first = torch.linspace(-1, 1, 48, dtype=torch.float64).reshape(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    one, other = nn.Parameter(first.clone()), nn.Parameter(first.clone())
+    optimizers = [fused([one]), fused([other])]
+    for gradient in (first, first.cos()):
+        one.grad = gradient
+        optimizers[0].step()
+    tensors, values = named_state(optimizers[0], {id(one): "it"})
+    kept = {name: value.contiguous() for name, value in tensors.items()}
+    load_named_state(optimizers[1], {id(other): "it"}, kept, values)
+    with torch.no_grad():
+        other.copy_(one)
+    for parameter, optimizer in zip((one, other), optimizers, strict=True):
+        parameter.grad = first.sin()
+        optimizer.step()
+    assert torch.equal(one, other)

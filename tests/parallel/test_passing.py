@@ -32,6 +32,11 @@ def test_an_odd_model_computes_the_serial_answer(ranks, name, plan):
     assert_same(found, reference(name), 1e-11)
 
 
+def test_as_many_rows_as_a_mask_of_the_batch_picks_cross(ranks):
+    task, steps = odd("picked"), 4  # what a stage received in the second step, it is ready for from then on
+    assert_same(ranks(planned, 2, task, "pp=2,stages=2:3", steps)[0], plain(task, steps), 1e-11)
+
+
 @pytest.mark.parametrize("name", ["skips", "dicts", "shared"])
 def test_two_stages_a_worker_compute_the_serial_answer(ranks, name):
     assert_same(ranks(planned, 2, odd(name), "pp=2:interleaved", STEPS)[0], reference(name), 1e-11)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sheaf.task.probe import elementwise
+from sheaf.task.probe import elementwise, unhosted
 
 
 class Normed(torch.optim.SGD):
@@ -59,6 +59,19 @@ def test_the_probe_leaves_the_random_stream_alone():
     before = torch.default_generator.get_state()
     elementwise(lambda p: torch.optim.SGD(p, lr=float(torch.rand(()))))
     assert torch.equal(before, torch.default_generator.get_state())
+
+
+def test_whether_it_steps_in_a_hosts_memory_is_found_without_a_trace_and_left_open_where_nobody_knows():
+    def drawing(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=float(torch.rand(())))
+
+    def by_mark(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD([one for one in parameters if one.matters], lr=0.1)  # stand-ins have no such mark
+
+    before = torch.default_generator.get_state()
+    assert [unhosted(one, [(2, True), (1, False)]) for one in (drawing, by_mark)] == ["", ""]
+    assert torch.equal(before, torch.default_generator.get_state())
+    assert "capturable" in unhosted(lambda p: torch.optim.AdamW(p, capturable=True), [(2, True)])
 
 
 class Sized(torch.optim.SGD):

@@ -136,6 +136,16 @@ def test_what_meets_faster_than_priced_is_bounded_as_it_is_priced():
     assert least[-100.0] < least[0.0]
 
 
+def test_a_bound_is_of_as_many_busy_workers_as_the_plan_has():
+    there = made.cluster(4, hosts=2)
+    host = there.hosts[0]
+    cpus = replace(there, backend="gloo", hosts=(replace(host, device=replace(host.device, kind="cpu")),))
+    question = Question(batch=32, facts={4: made.facts()}, cluster=cpus, microbatch=4)
+    bounds = Bounds(question.batch, question.basis, question.size)
+    for plan in (Plan(dp=4), Plan()):  # who is alone on a host has all its cores: what four take is too much
+        assert bounds.seconds(plan) <= question.rough(plan).step_seconds * (1 + 1e-9)
+
+
 def test_a_search_that_is_cut_short_says_what_it_found_and_what_is_left():
     question = asked(
         {"blocks": 4, "elements": 250_000, "flops": 1e9, "saved_bytes": 10_000, "workers": 4, "hosts": 2, "speeds": (),

@@ -295,6 +295,9 @@ def test_wherever_a_worker_was_when_it_was_given_up_its_samples_count_once(stage
         seen = dying.exchange(0, metas)
         counted = stage == MIDDLE[3]
         assert dying.rejoined == 1
+        assert {host.shard.clocks.of(0) for host in servers.hosts} == {seen.finished}, (
+            "else a last step keeps all waiting"
+        )
         assert seen.dropped is (taken and not counted)
         assert (run_out(dying, seen.finished, steps) == seen.finished) is taken
         run_out(other, clock, steps)
@@ -322,9 +325,14 @@ def test_another_runs_server_at_the_address_of_a_seat_that_died_is_passed_by():
             reader.read(2)
             assert same(servers.whole(reader.values), wanted([(0, 0), (0, 1)]))
             reader.close()
+            known = Link(0, servers.addresses[0], Guest(WORKER, 0, 2), KEYS, 64, QUICK)
+            known.ask(Head(Kind.BEAT, 0, 2))
             servers.backups[0].close()
             with pytest.raises(PlanError, match="another token"):  # and not that it is lost
                 Link(0, servers.addresses[0], Guest(WORKER, 0, 2), KEYS, 64, 0.1).ask(Head(Kind.BEAT, 0, 1))
+            known._lease = 0.1
+            with pytest.raises(WorkerFailed, match="no sign of life"):  # it knows that its shard was elsewhere
+                known.ask(Head(Kind.BEAT, 0, 2))
         finally:
             another.close()
         assert another.shard.version == 0

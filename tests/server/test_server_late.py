@@ -124,8 +124,12 @@ def test_a_worker_has_the_shards_apply_what_is_left():
         step(servers.clients[0], 0, gradient(0, 0))
         assert same(servers.read(), wanted([]))
         for _ in range(2):
-            servers.clients[0].drain()
+            servers.clients[0].drain(1)
         assert same(servers.read(), {name: value / 2 for name, value in wanted([(0, 0)]).items()})
+        for host in servers.hosts:
+            host.lose(0)
+        servers.clients[0].drain(1)
+        assert {host.shard.clocks.of(0) for host in servers.hosts} == {1}, "who was given up is where it was"
 
 
 def test_the_past_is_not_heard():

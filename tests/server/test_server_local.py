@@ -33,6 +33,8 @@ def run(task, text, steps=7, resume_after=None):
             step.close()
             step = build(task, plan)
             step.load(tensors, values)
+    if plan.server:
+        step.conclude()  # in lock-step it changes nothing
     state = step.full_state()
     step.close()
     return (reports, weights, state) if step.rank < plan.computing else None
@@ -236,6 +238,48 @@ def test_what_came_after_the_last_meeting_is_used_once_when_training_ends(ranks,
     _, _, met, whole = ranks(in_turn, 2, counting(), f"dp=2,server=1:async,late={late},local=2", 5)[0]
     assert uses(met) == once(4)
     assert uses(whole) == once(5)  # that of worker 1 came too late, and was made again
+
+
+def back_at_the_end(task, text, taken):
+    """Worker 1 is given up within its second round, and comes back when the other has concluded after five steps; where
+    its part was ``taken`` by then, it was given up before that. Its steps, and what came of it all.
+    """
+    step, store = build(task, Plan.parse(text)), dist.distributed_c10d._get_default_store()
+    steps = []
+    if step.rank:
+        steps = [step().step for _ in range(3)]
+        store.set(f"{text}/{taken}/behind", "")
+        store.wait([f"{text}/{taken}/over"])
+    else:
+        store.wait([f"{text}/{taken}/behind"])
+        (host,) = step.hosts
+        if taken:
+            host.lose(1)
+    while step.index < 5:
+        steps.append(step().step)
+    step.conclude()
+    if step.rank:
+        store.set(f"{text}/{taken}/back", "")
+    else:
+        host.lose(1)  # nothing where it was lost before
+        store.set(f"{text}/{taken}/over", "")
+        store.wait([f"{text}/{taken}/back"])
+    whole = {name: value.clone() for name, value in step.full_state().items()}
+    ended = step.index
+    step.close()
+    return steps, ended, whole
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_who_comes_back_when_the_others_have_concluded_goes_no_further_than_they(ranks, taken):
+    (_, _, whole), (steps, ended, _) = ranks(back_at_the_end, 2, counting(), "dp=2,server=1:async,local=2", taken)
+    assert ended == 5
+    assert steps == ([0, 1, 2, 3, 4] if taken else [0, 1, 2, 4])
+    alone = [(step, 0) for step in range(4)]
+    if taken:  # a step of its second round is made by worker 0, and it makes its own of the last
+        assert uses(whole) == samples_of([*alone, (2, 1), (0, 1), (1, 1), (4, 1)])
+    else:
+        assert uses(whole) == samples_of([*alone, (4, 0), *((step, 1) for step in range(4))])
 
 
 def test_what_shards_cannot_know_is_refused_and_workers_may_have_any_optimizer():

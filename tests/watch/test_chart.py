@@ -19,7 +19,7 @@ def test_crossings_are_where_both_lines_are_as_high():
     assert crossings(x, {"a": [1.0, 1.0, 1.0], "b": [2.0, 2.0, 2.0]}) == []
 
 
-@pytest.mark.parametrize(("scale", "named"), [(1e9, "1.41"), (1e12, "1,414"), (1e13, "14,142")])
+@pytest.mark.parametrize(("scale", "named"), [(1e9, "1.41"), (7.069e11, "1,000"), (1e12, "1,414"), (1e13, "14,142")])
 def test_where_another_leads_is_written_without_an_exponent(scale, named):
     axes = Figure().subplots()
     lines = {"a": {"seconds": [1.0, 2.0], "cost": []}, "b": {"seconds": [2.0, 1.0], "cost": []}}

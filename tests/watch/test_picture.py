@@ -13,7 +13,7 @@ from sheaf.errors import RunError
 from sheaf.record import Record, StepReport
 from sheaf.watch import draw, picture
 
-TERMS = ("compute", "recompute", "all_reduce", "reduce_scatter", "all_gather", "wait", "optimizer", "host")
+TERMS = ("compute", "recompute", "all_reduce", "reduce_scatter", "all_gather", "wait", "offload", "optimizer", "host")
 
 
 def report(step, **changes):

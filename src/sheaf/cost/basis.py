@@ -80,8 +80,8 @@ class Basis:
         return self.seating.seats(workers)
 
     def alike(self, workers: int) -> bool:
-        """Whether so many workers are equally fast."""
-        return self.seating.alike(workers)
+        """Whether so many workers are equally fast, and none is slower than the first where optimizers step."""
+        return self.seating.alike(workers, offloaded=self.offloaded)
 
     def fabric(self, plan: Plan, kind: str) -> Fabric:
         """The links among the plan's workers of one ``kind`` of group: ``dp``, ``tp`` or ``pp``.

@@ -90,22 +90,19 @@ def _met_over(plan: Plan, basis: Basis) -> Fabric:
 
 def holding(plan: Plan, basis: Basis, sizes: Sequence[int]) -> dict[str, int]:
     """Peak bytes of the fullest worker by term: a price's ``memory``, quicker than the price."""
-    holds = [
-        memory(plan, portion, basis.profile, sizes, shared=shared, kept=kept)
-        for portion, shared, kept in _holders(plan, basis, sizes)
-    ]
-    found = max(holds, key=lambda terms: sum(terms.values()))
-    return found | {"optimizer_state": found["optimizer_state"] + _most_beside(plan, basis, sizes, in_device=True)}
+    beside = plan.offload == OPTIMIZER and basis.seating.shared(plan.workers)  # its host's memory is its device's
+    holds: list[dict[str, int]] = []
+    for portion, shared, kept in _holders(plan, basis, sizes):
+        terms = memory(plan, portion, basis.profile, sizes, shared=shared, kept=kept)
+        if beside:
+            terms["optimizer_state"] += host_bytes(plan, portion, basis.profile, shared)
+        holds.append(terms)
+    return max(holds, key=lambda terms: sum(terms.values()))
 
 
 def on_hosts(plan: Plan, basis: Basis, sizes: Sequence[int]) -> int:
     """What the worker that needs most has in its host's memory, where that is not its device's: ``host_bytes``."""
-    return _most_beside(plan, basis, sizes, in_device=False)
-
-
-def _most_beside(plan: Plan, basis: Basis, sizes: Sequence[int], *, in_device: bool) -> int:
-    """The most that a worker has where its optimizer steps, where that is the memory of its device or is not."""
-    if plan.offload != OPTIMIZER or in_device != basis.seating.shared(plan.workers):
+    if plan.offload != OPTIMIZER or basis.seating.shared(plan.workers):
         return 0
     return max(host_bytes(plan, one, basis.profile, shared) for one, shared, _ in _holders(plan, basis, sizes))
 
@@ -156,7 +153,8 @@ def _paces(plan: Plan, basis: Basis) -> list[Pace]:
     @cache
     def slowest(numbers: tuple[int, ...]) -> Pace:
         there = [paced(seats.kinds[number]) for number in numbers]
-        return max(there, key=lambda one: own_seconds(plan, one, basis.facts.samples))
+        samples = basis.facts.samples
+        return max(there, key=lambda one: (own_seconds(plan, one, samples), one.optimizer_seconds_per_byte))
 
     by_replica = seats.numbers[: mesh.workers].reshape(plan.dp, mesh.tp).tolist()
     return [slowest(tuple(dict.fromkeys(numbers))) for numbers in by_replica]

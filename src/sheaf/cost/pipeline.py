@@ -49,7 +49,13 @@ class Pipeline:
             ranks = (mesh.rank(pp=stage % plan.pp, dp=replica, tp=part) for part in range(mesh.tp))
             there = {seats[rank]: basis.pace(portions[stage], seats[rank]) for rank in ranks}
             size = basis.facts.samples
-            paced = max(there.values(), key=lambda one: one.forward.seconds(size) + one.backward.seconds(size))
+            paced = max(
+                there.values(),
+                key=lambda one: (
+                    one.forward.seconds(size) + one.backward.seconds(size),
+                    one.optimizer_seconds_per_byte,
+                ),
+            )
             slowest = min(seat.speed for seat in there)
             return replace(paced, crossing=crossings[stage], dispatch_seconds=adding(stage, slowest))
 

@@ -27,8 +27,8 @@ class Seat:
     speed: float  # relative to the figures a profile was measured with
     available_bytes: int  # for this worker
     host_bytes: int = 0  # of an accelerator's host, for this worker
-    offload_bytes_per_second: float = 0.0  # as its host has them, which all its workers share
-    update_bytes_per_second: float = 0.0
+    offload_bytes_per_second: float = 0.0  # as its host has it, for each worker
+    update_bytes_per_second: float = 0.0  # as its host has it, for all its workers
 
 
 @dataclass(frozen=True, eq=False)

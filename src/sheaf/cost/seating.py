@@ -8,6 +8,7 @@ import numpy as np
 
 from sheaf.cluster.cluster import Cluster
 from sheaf.cost.communication import Fabric, Neighbourhood
+from sheaf.cost.offload import Stepping
 from sheaf.cost.placement import Seat, Seats, kinds, seats
 from sheaf.plans.mesh import Mesh
 
@@ -54,15 +55,17 @@ class Seating:
             self._known["kinds", workers] = kinds(self.cluster, workers, self.precision)
         return self._known["kinds", workers]
 
-    def alike(self, workers: int) -> bool:
-        """Whether all of them are equally fast."""
-        if ("alike", workers) not in self._known:
+    def alike(self, workers: int, *, offloaded: bool = False) -> bool:
+        """Whether all of them are equally fast; with ``offloaded``, no host steps slower than the first."""
+        if ("alike", workers, offloaded) not in self._known:
+            there = self.kinds(workers)
             rates = {
-                (seat.flops_per_second, seat.memory_bytes_per_second, seat.kernel_seconds, seat.speed)
-                for seat in self.kinds(workers)
+                (seat.flops_per_second, seat.memory_bytes_per_second, seat.kernel_seconds, seat.speed) for seat in there
             }
-            self._known["alike", workers] = len(rates) == 1
-        return self._known["alike", workers]
+            first, *others = [Stepping.of(seat, 0.0, 0.0) for seat in there if offloaded] or [Stepping(0.0, 0.0)]
+            slower = any(one.copying > first.copying or one.updating > first.updating for one in others)
+            self._known["alike", workers, offloaded] = len(rates) == 1 and not slower
+        return self._known["alike", workers, offloaded]
 
     def shared(self, workers: int) -> bool:
         """Whether their devices' memory is that of their hosts."""

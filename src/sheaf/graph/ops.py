@@ -56,6 +56,8 @@ _BATCH_NORMS = frozenset(
 _ONE_TYPE = frozenset(
     {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.convolution.default}
 )
+# Autocast brings these together, perhaps that of an accelerator inside of the model, which does nothing on fakes.
+_BY_AUTOCAST = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 @cache
@@ -107,16 +109,16 @@ def stored_bytes(tensor: Tensor) -> int:
 
 
 def refuse_mixed(operator: OpOverload, arguments: tuple[Any, ...]) -> None:
-    """Raise RuntimeError where a product is given numbers of two types, as it does when it runs.
-
-    On fake tensors torch lets it pass.
+    """Raise RuntimeError where a product is given numbers of two types that no autocast brings together, as it does
+    when it runs. On fake tensors torch lets it pass.
     """
     if operator not in _ONE_TYPE:
         return
-    found = sorted({str(one.dtype).removeprefix("torch.") for one in arguments if isinstance(one, Tensor)})
-    if len(found) > 1:
+    found = {one.dtype for one in arguments if isinstance(one, Tensor)}
+    if len(found) > 1 and not found <= _BY_AUTOCAST:
+        named = sorted(str(one).removeprefix("torch.") for one in found)
         raise RuntimeError(
-            f"a product of {' and '.join(found)}: its numbers must be of one type; "
+            f"a product of {' and '.join(named)}: its numbers must be of one type; "
             "give data of the weights' type, such as tensor.float()"
         )
 

@@ -12,7 +12,12 @@ from typing import Any
 import jaxtyping
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 
 from sheaf.errors import SheafError, TaskError
 from sheaf.graph import ops
@@ -296,14 +301,15 @@ def quiet() -> Iterator[None]:
 
 
 def widen(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Hold every floating-point fake of a model as float64; shared ones stay shared."""
+    """Hold every floating-point fake of a model as float64, in plain attributes too; shared ones stay shared."""
     made: dict[int, Tensor] = {}
     with mode:
         for module in model.modules():
-            registries: list[dict[str, Any]] = [module._parameters, module._buffers]
+            registries: list[dict[str, Any]] = [module._parameters, module._buffers, module.__dict__]
             for registry in registries:
                 for name, tensor in registry.items():
-                    if tensor is not None and tensor.is_floating_point():
+                    dense = isinstance(tensor, FakeTensor) and tensor.layout is torch.strided
+                    if dense and tensor.is_floating_point():
                         wide = made.get(id(tensor))
                         if wide is None:
                             wide = torch.empty(tensor.shape, dtype=torch.float64)

@@ -15,8 +15,8 @@ class Finished(BaseException):
 
 
 class Course:
-    """Events are numbered alike in every stage. ``steady`` is false from when the forward under way looked at a value
-    or drew a number that its course may depend on: the next one for such a batch may take another.
+    """Events are numbered alike in every stage. ``steady`` is false from when the forward under way looked at a value,
+    counted places or drew a number: the next one for such a batch may take another course, or pass other shapes.
 
     ``arrivals`` are kept with a course: what the stage received on it.
     """

@@ -36,15 +36,22 @@ PICKS = {Tensor.__getitem__, torch.masked_select, Tensor.masked_select}  # eleme
 FACTORIES = frozenset(
     ["rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal", "uniform_", "random_"]
 )
+_COUNTS = frozenset(["nonzero", "argwhere", "unique", "_unique2", "unique_consecutive", "unique_dim", "bincount"])
 
 
-def may_differ(func: Any, args: Sequence[Any]) -> bool:
+def may_differ(func: Any, args: Sequence[Any], *, picks: bool) -> bool:
     """Whether Python sees a value of a batch, or how many places have one, or whether something is drawn: so that the
-    forward may take another path for the next batch of the same shapes.
+    forward may take another path, or pass other shapes, for the next batch of the same shapes. ``picks``: so it may
+    where elements are picked by a mask.
     """
     name = getattr(func, "__name__", "")
-    counts = name in ("nonzero", "argwhere") or (name == "where" and len(args) == 1)
+    counts = name in _COUNTS or (name == "where" and len(args) == 1) or (picks and is_pick(func, args))
     return counts or func in READS or name in FACTORIES
+
+
+def is_pick(func: Any, args: Sequence[Any]) -> bool:
+    """Whether a function picks elements by the values of its second argument."""
+    return func in PICKS and len(args) > 1 and has_mask(args[1])
 
 
 def has_mask(index: Any) -> bool:

@@ -62,6 +62,13 @@ def refuse_sparse(name: str, gradient: Tensor) -> None:
         )
 
 
+def laid_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient in memory as its parameter is, as autograd leaves it: fused kernels go by memory alone."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
+
+
 class AbstractHolding(ABC):
     """What the step needs of any way to hold a model. Every method is called on every worker, in the same order.
 

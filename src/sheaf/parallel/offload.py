@@ -7,6 +7,7 @@ parameters and gradients, the host the optimizer's state and the values that it 
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from sheaf.parallel.portion import Portion
 from sheaf.plans.layout import Piece
 
 _FUSED = (optim.Adam, optim.AdamW, optim.SGD, optim.Adagrad)  # torch steps these in one pass over the host's memory
-_OTHERWISE = ("foreach", "capturable", "differentiable")  # settings with which a task says how it wants to step
+_OPEN, _OTHERWISE = ("fused", "foreach"), ("capturable", "differentiable")  # settings of how a task wants to step
 
 
 class Offload:
@@ -116,8 +117,9 @@ def in_one_pass(optimizer: optim.Optimizer) -> Iterator[None]:
         group
         for group in optimizer.param_groups
         if type(optimizer) in _FUSED
-        and group.get("fused", False) is None
+        and all(group.get(setting, False) is None for setting in _OPEN)
         and not any(group.get(setting) for setting in _OTHERWISE)
+        and _taken(optimizer, group)
     ]
     for group in open_groups:
         group["fused"] = True
@@ -126,3 +128,10 @@ def in_one_pass(optimizer: optim.Optimizer) -> Iterator[None]:
     finally:
         for group in open_groups:
             group["fused"] = None
+
+
+def _taken(optimizer: optim.Optimizer, group: dict[str, Any]) -> bool:
+    """Whether fused kernels take a group as it is: real numbers, of which all have a momentum by now, or none has."""
+    stepped = [one for one in group["params"] if one.grad is not None]
+    begun = {optimizer.state.get(one, {}).get("momentum_buffer") is not None for one in stepped}
+    return all(one.is_floating_point() for one in stepped) and (not group.get("momentum") or len(begun) < 2)

@@ -135,11 +135,20 @@ def load_named_state(
             state = by_name.get(names[id(parameter)])
             if state is not None:
                 optimizer.state[parameter] = {
-                    key: value.to(state_device(key, parameter, group), copy=True)
+                    key: _placed(value, parameter, state_device(key, parameter, group))
                     if isinstance(value, Tensor)
                     else value
                     for key, value in state.items()
                 }
+
+
+def _placed(value: Tensor, parameter: Tensor, device: torch.device) -> Tensor:
+    """A copy on a device. What has a number for each of the parameter's lies in memory as that does: fused kernels take
+    that for granted, and go by memory alone.
+    """
+    if value.shape != parameter.shape:
+        return value.to(device, copy=True)
+    return torch.empty_like(parameter.detach(), dtype=value.dtype, device=device).copy_(value)
 
 
 def state_device(key: str, parameter: Tensor, group: dict[str, Any]) -> torch.device:
@@ -178,16 +187,17 @@ def _sliced(value: Any, whole: Tensor, tensor: Tensor, piece: Piece | None, real
         return replace_tensors(value, real)
     made = real(value).clone()
     if value.shape == whole.shape and value.ndim:
-        made = made if piece is None else made.flatten()[piece.start : piece.stop].clone()
-        return made.to(tensor.device)
+        if piece is None:
+            return _placed(made, tensor, tensor.device)
+        return made.flatten()[piece.start : piece.stop].clone().to(tensor.device)
     return made
 
 
 def _refuse_whole(optimizer: torch.optim.Optimizer) -> None:
     for path in _fakes(vars(optimizer), type(optimizer).__name__, set()):
         raise PlanError(
-            f"{path} is a tensor made with the optimizer that cannot be exchanged for this worker's part: use zero=0, "
-            "or keep it in the optimizer's state, groups or attributes, and parameters in groups only"
+            f"{path} is a tensor made with the optimizer that cannot be exchanged for this worker's part: use zero=0 "
+            "without offload, or keep it in the optimizer's state, groups or attributes, and parameters in groups only"
         )
 
 

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from sheaf.parallel.holding import Factor
+from sheaf.parallel.holding import Factor, laid_as
 from sheaf.parallel.meeting import summed_among
 from sheaf.parallel.optimizers import learning_rate
 from sheaf.parallel.outer import Outer
@@ -118,7 +118,7 @@ class OwnPace(Replicated):
             flat = torch.cat([gradient.reshape(-1) for gradient in given]) * float(self.weight)
             found = summed_among(self._everyone, present, flat) / (total or len(present))
             for parameter, value in zip(parameters, found.split([one.numel() for one in parameters]), strict=True):
-                parameter.grad = value.view(parameter.shape)
+                parameter.grad = laid_as(parameter, value.view(parameter.shape))
 
     def miss(self) -> float:
         """The meeting was over: keep what this worker brought for the next, or drop it. Gives the weight dropped."""

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_
 
 from sheaf.errors import PlanError
 from sheaf.parallel.course import Course
-from sheaf.parallel.functions import ABOUT, ARRAYS, PICKS, READS, has_mask, may_differ
+from sheaf.parallel.functions import ABOUT, ARRAYS, READS, is_pick, may_differ
 from sheaf.parallel.ledger import Kept, Ledger
 from sheaf.parallel.outlines import described, pictured
 from sheaf.parallel.post import FORWARD
@@ -53,7 +53,7 @@ class Passing(TorchFunctionMode):
         self._ledger, self._post, self._stand_ins = ledger, ledger.post, stand_ins
         self._course = Course()
         self._wrapped: list[tuple[nn.Module, Any]] = []
-        self.stage, self._inside = -1, 0
+        self.stage, self._inside, self.in_loss = -1, 0, False
         self._complete = complete
         self.rows: Collection[str] = ()  # blocks that compute row by row
         self.by_rows = True  # whether this stage has computed nothing else in the forward under way
@@ -80,7 +80,7 @@ class Passing(TorchFunctionMode):
 
     def begin(self, stage: int, batch: Any) -> None:
         """A microbatch's forward as this stage begins."""
-        self.stage, self._inside = stage, 0
+        self.stage, self._inside, self.in_loss = stage, 0, False
         self._calls = {}
         self._course.begin(stage, batch)
         self.by_rows = self._complete
@@ -160,7 +160,7 @@ class Passing(TorchFunctionMode):
             return func(*args, **kwargs)
         entries = self._ledger.entries((args, kwargs))
         if not entries:
-            if may_differ(func, args):
+            if may_differ(func, args, picks=not self.in_loss):
                 self._course.steady = self.by_rows = False  # the next microbatch may take another path
             return func(*args, **kwargs)
         if func in ABOUT:
@@ -177,7 +177,7 @@ class Passing(TorchFunctionMode):
     def _function(self, func: Any, args: Any, kwargs: Any, entries: Collection[Entry], stage: int) -> Any:
         ledger = self._ledger
         name = resolve_name(func) or getattr(func, "__name__", str(func))
-        picks = func in PICKS and has_mask(args[1]) and not ledger.entries((args[1:], kwargs))
+        picks = is_pick(func, args) and not ledger.entries((args[1:], kwargs))
         key = None if self._complete else (func, kinds((args, kwargs)))
         if self._complete:
             self._shown[key] = True
@@ -189,6 +189,7 @@ class Passing(TorchFunctionMode):
             return self._own(func, args, kwargs, name)
 
         self.by_rows = self.by_rows and stage != self.stage
+        self._course.steady &= not picks or stage == self.num_stages - 1  # as many may not be picked of the next batch
         if stage == self.stage and (picks or self._shown[key]):
             self._course.event(name, concerns=True)
             return run()
@@ -319,8 +320,7 @@ class Passing(TorchFunctionMode):
         known = self._complete or self._shown.get(name)
         if known is None:
             both = (args, kwargs)
-            faked = partial(_apart, ledger, both)
-            known = self._shown[name] = self._stand_ins.block(name, both, faked) is not None
+            known = self._shown[name] = self._stand_ins.block(name, both, partial(_apart, ledger, both)) is not None
         asked = None if known else (name, signature((args, kwargs)))
         told = not known and (ledger.checking or name in self._unsteady or asked not in self._described)
         self._course.event(name, told or stage == self.stage or any(entry.stage == self.stage for entry in entries))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sheaf.cluster.primitives import Pending
 from sheaf.parallel.compression import compressor
-from sheaf.parallel.holding import AbstractHolding, Factor, Touched, refuse_sparse
+from sheaf.parallel.holding import AbstractHolding, Factor, Touched, laid_as, refuse_sparse
 from sheaf.parallel.optimizers import sliced_optimizer, whole_optimizer
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.rows.meeting import RowsMeeting
@@ -117,7 +117,7 @@ class Replicated(AbstractHolding):
             self._world.wait(pending)
         self._pending.clear()
         for name, view in self._views.items():
-            self.parameters[name].grad = view if name in used else None
+            self.parameters[name].grad = laid_as(self.parameters[name], view) if name in used else None
         if self._compressors:
             self._give_back(used)
         gradients = [gradient for name in self._apart if (gradient := self.parameters[name].grad) is not None]

@@ -72,6 +72,7 @@ class AbstractStaged(AbstractRunner):
                 with parts.autocast(), parts.holding.forward_context(), parts.forward_context(), passing:
                     positional, named = parts.arguments(batch)
                     output = parts.holding.model(*positional, **named)
+                    passing.in_loss = True
                     self.returned(output, members)
                     start = 0
                     for microbatch, own in members:

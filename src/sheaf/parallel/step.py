@@ -212,7 +212,7 @@ class Step:
 
         What is given is copied, and may be loaded again. Raises RunError where it is cut otherwise.
         """
-        check_cuts(values["cuts"], self._portion.cuts)
+        check_cuts(values.get("cuts", {}), self._portion.cuts)  # it was not kept always
         with torch.no_grad():
             for name, value in self._holding.kept().items():
                 value.copy_(checked(name, tensors[f"parameter/{name}"], value.numel()))

@@ -5,7 +5,7 @@ send, a pipeline's filling and draining; parameters, what is kept for them, and 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from sheaf.cost.placement import Seat
 from sheaf.cost.step import own_seconds
 from sheaf.graph.facts import BlockFact
 from sheaf.plans import Plan
-from sheaf.plans.offload import OPTIMIZER
+from sheaf.plans.offload import ON_DEVICE, OPTIMIZER
 from sheaf.plans.rows import SPARSE, named
 from sheaf.plans.schedule import tells_apart
 from sheaf.plans.stages import placed
@@ -54,9 +54,9 @@ class Bounds:
         return SAFE * stepped * min(pace.optimizer_seconds_per_byte for pace in paces)
 
     def _computing(self, plan: Plan, *, cut: bool) -> float:
-        basis, size = self.basis(plan), self.size(plan)
+        basis, size = self._on_device(plan), self.size(plan)
         full = self.batch // size
-        if basis.alike(plan.workers) and not plan.stolen and ":" not in plan.shares:
+        if self.basis(plan).alike(plan.workers) and not plan.stolen and ":" not in plan.shares:
             count = -(-self.batch // size)
             turns = float(max(0, -(-count // plan.dp) - (1 if self.batch % size else 0)))
         else:
@@ -80,7 +80,7 @@ class Bounds:
             return 0.0  # tables do not travel whole
         if plan.server or not plan.exact or plan.alike == 1 or plan.zero >= 2:
             return 0.0
-        basis = self.basis(plan)
+        basis = self._on_device(plan)
         parts = workers(plan, basis) if plan.pp > 1 else (basis.whole,)
         fullest, links = max(parts, key=lambda part: part.trainable_bytes), basis.fabric(plan, "dp")
 
@@ -99,10 +99,10 @@ class Bounds:
         """
         if plan.server or (plan.parts and (plan.by_parts or named(plan.parts, SPARSE))):
             return True
-        basis = self.basis(plan)
+        basis = self._on_device(plan)
         if cut and plan.pp > 1:
             return self._fits(plan, basis, cut=True)
-        key = (id(basis), "fits", plan.zero, plan.alike, plan.pp, plan.workers)
+        key = (id(basis), "fits", plan.zero, plan.alike, plan.pp, plan.workers, plan.offload)
         return self._once(key, lambda: self._fits(plan, basis, cut=False))
 
     def _fits(self, plan: Plan, basis: Basis, *, cut: bool) -> bool:
@@ -123,6 +123,13 @@ class Bounds:
             least = max(least, *(each[:, 0] * held + each[:, 1] * trained + each[:, 2] * kept).tolist())
         return any(needed_bytes(int(least * SAFE), seat.device_kind) <= seat.available_bytes for seat in seats)
 
+    def _on_device(self, plan: Plan) -> Basis:
+        """What the plan has in common with others, wherever their optimizers step."""
+        basis = self.basis(plan)
+        if plan.offload != OPTIMIZER:
+            return basis
+        return self._once((id(basis), "on device"), lambda: self.basis(replace(plan, offload=ON_DEVICE)))
+
     def _whole(self, plan: Plan, basis: Basis, size: int) -> float:
         """What a microbatch takes on the fastest seat."""
         paces = [basis.pace(basis.whole, seat) for seat in basis.seating.kinds(plan.workers)]
@@ -130,8 +137,8 @@ class Bounds:
         return min(own_seconds(plan, pace, size) for pace in paces) + crossing
 
     def _where(self, plan: Plan, basis: Basis) -> int:
-        """Which workers a plan has, as far as that counts: any so many where all are as fast as the first."""
-        return 0 if basis.alike(plan.workers) else plan.workers
+        """Which workers a plan has, as far as that counts: where all are as fast as the first, how busy its host is."""
+        return -basis.seats(plan.workers)[0].busy if basis.alike(plan.workers) else plan.workers
 
     def _scale(self, plan: Plan, basis: Basis, size: int) -> float:
         """What a microbatch takes on the fastest seat, beside one of the facts on the first."""

@@ -1,6 +1,7 @@
 """Plans that are refused for their memory, with their optimizers in the memory of the hosts.
 
-Where a plan fits, copying to the host and back makes it slower, and never is a gain: those are not looked at.
+Where a plan fits, copying to the host and back makes it slower, and it is not looked at so, though a larger microbatch
+might make up for it where copies are fast.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,12 +28,17 @@ def offloaded(question: Question, choices: Sequence[Plan]) -> list[Plan]:
     return found
 
 
-def offloaded_group(question: Question, group: Group) -> Group:
-    """The same group of plans, all with their optimizers in the hosts' memory."""
+def moved(question: Question, item: Group | Strategy | list[Plan]) -> list[Group | Strategy | list[Plan]]:
+    """The same plans, all with their optimizers in the hosts' memory; nothing where none of them can."""
+    if isinstance(item, list):
+        plans = offloaded(question, item)
+        return [plans] if plans else []
+    if isinstance(item, Strategy):
+        return [replace(item, plan=plan) for plan in offloaded(question, [item.plan])]
 
     def strategies() -> Iterator[Strategy]:
-        for strategy in group.strategies():
+        for strategy in item.strategies():
             for plan in offloaded(question, [strategy.plan]):
-                yield Strategy(plan, strategy.sizes)
+                yield replace(strategy, plan=plan)
 
-    return replace(group, leanest=tuple(offloaded(question, group.leanest)), strategies=strategies)
+    return [replace(item, leanest=tuple(offloaded(question, item.leanest)), strategies=strategies)]

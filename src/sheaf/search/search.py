@@ -2,8 +2,9 @@
 
 import heapq
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from sheaf.cost import Price
@@ -14,7 +15,7 @@ from sheaf.search.bounds import Bounds
 from sheaf.search.families import Group, Strategy, families, groups
 from sheaf.search.fewest import instead
 from sheaf.search.measured import facts_for
-from sheaf.search.offloads import offloaded, offloaded_group
+from sheaf.search.offloads import moved, offloaded
 from sheaf.search.question import Question
 from sheaf.search.ranking import Entry, Ranking, Refusal
 from sheaf.search.remedies import Remedies, told
@@ -23,7 +24,8 @@ EVERYTHING_UP_TO = 64  # workers: every plan is priced
 RANKED_AT_LEAST = 16  # plans, where not everything is
 TOLD_SECONDS = 0.25  # how far a search is, though nothing better was found
 
-_Left = tuple[float, tuple[int, int], Group | Strategy | list[Plan]]  # what it takes at least, its turn, and what it is
+_Item = Group | Strategy | list[Plan]
+_Left = tuple[float, tuple[int, int], _Item]  # what it takes at least, its turn, and what it is
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class _Taken:
         self.count, self.left, self.wide = 0, 0, False
         self.least: float | None = None
         self.bounds: Bounds | None = None  # where plans are left out that cannot be as fast as the best, or not fit
+        self.put_off: list[_Item] = []  # what does not fit, to be looked at offloaded
         self._question, self._budget, self._heard = question, seconds, heard
         self._began, self._told = time.monotonic(), 0.0
 
@@ -135,7 +138,9 @@ class _Taken:
             told = leanest.plan.offload != ON_DEVICE or (self.wide and len(self.starved) >= RANKED_AT_LEAST)
             if not told:
                 self.starved.append((leanest, rules.too_large(leanest, self._question.cluster) or ""))
-            if variants := self.offloaded(legal):
+            if self.wide:
+                self.put_off.append(legal)
+            elif variants := offloaded(self._question, legal):
                 self.priced(variants)
         if all(map(self._hopeless, fitting)):
             return
@@ -146,12 +151,6 @@ class _Taken:
         elif self.seconds >= self._told + TOLD_SECONDS:
             self.tell()
 
-    def offloaded(self, choices: Sequence[Plan]) -> list[Plan]:
-        """Plans that do not fit with their optimizers in the hosts' memory, unless the best is faster than any."""
-        if not self._question.offloadable or all(map(self._hopeless, choices)):
-            return []
-        return offloaded(self._question, choices)
-
     def worthwhile(self, choices: Sequence[Plan]) -> list[Plan]:
         """Of plans that differ in the microbatch only those that may fit, where one of them may be the best.
 
@@ -161,13 +160,22 @@ class _Taken:
             return [*choices]
         enough = len(self.starved) >= RANKED_AT_LEAST
         fitting = [plan for plan in choices if self.bounds.fits(plan, cut=enough)]
+        if not fitting:
+            self.put_off.append([*choices])
         return [] if enough and all(map(self._hopeless, fitting)) else fitting
+
+    @property
+    def most_seconds(self) -> float:
+        """What takes longer is not worth a look; infinite until enough was priced."""
+        if self.best is None or len(self.prices) < RANKED_AT_LEAST:
+            return math.inf
+        return self.best.step_seconds * (1 + words.TIE)
 
     def _hopeless(self, plan: Plan) -> bool:
         """Whether a plan that fits cannot be as fast as the best."""
-        if self.bounds is None or self.best is None or len(self.prices) < RANKED_AT_LEAST:
+        if self.bounds is None or (most := self.most_seconds) == math.inf:
             return False
-        least, most = self.bounds.seconds(plan), self.best.step_seconds * (1 + words.TIE)
+        least = self.bounds.seconds(plan)
         return least > most or least + self.bounds.meeting(plan) > most
 
     def tell(self) -> None:
@@ -186,63 +194,78 @@ class _Taken:
         return self._budget is not None and bool(self.prices) and self.seconds >= self._budget
 
 
-def _may_fit(bounds: Bounds, group: Group) -> bool:
-    return not group.leanest or any(bounds.fits(plan, cut=False) for plan in group.leanest)
-
-
 def _best_first(question: Question, took: _Taken) -> None:
     """Price what could be fastest first, until the rest cannot be as fast as the best within 1 %.
 
     Groups of plans on one mesh go by the least of their mesh; opened, each strategy by the least that it takes with
-    any stages; opened, each family by its own.
+    any stages; opened, each family by its own. What does not fit comes once more with its optimizers in the memory of
+    the hosts, which makes it slower: when the best of the others is known, little of it is worth a look.
     """
     took.wide = True
-    took.bounds = bounds = Bounds(question.batch, question.basis, question.size)
-    heap: list[_Left] = []
+    took.bounds = Bounds(question.batch, question.basis, question.size)
     number = itertools.count()
-    for whole in groups(question):
-        group = whole
-        if not _may_fit(bounds, group):  # with any of its plans in its devices' memory
-            group = offloaded_group(question, whole)
-        if _may_fit(bounds, group):
-            least = min((bounds.seconds(plan, cut=False) for plan in group.examples), default=0.0)
-            heapq.heappush(heap, (least, (next(number), 0), group))
-    while heap:
-        least, place, item = heapq.heappop(heap)
-        took.left, took.least = len(heap) + 1, least
-        enough = len(took.prices) >= RANKED_AT_LEAST
-        if took.best is not None and enough and least > took.best.step_seconds * (1 + words.TIE):
-            break
-        if took.late():
-            return  # what is left may be faster than what was found: ``least`` says by how much at most
-        if isinstance(item, Group):
-            for strategy in item.strategies():
-                _push(heap, strategy, (next(number), 0), _loosely(question, bounds, strategy))
-        elif isinstance(item, Strategy):
-            for later, choices in enumerate(item.families(question)):
-                fitting = took.worthwhile(choices)
-                if not fitting and not any(map(bounds.fits, choices)):
-                    fitting = took.worthwhile(took.offloaded(choices))
-                _push(heap, fitting, (place[0], later), map(bounds.seconds, fitting))
-        else:
-            took.priced(item)
+    heap: list[_Left] = []
+    for group in groups(question):
+        _push(heap, group, (next(number), 0), took)
+    proven = _emptied(heap, question, took, number)
+    put_off, took.put_off = took.put_off if question.offloadable else [], []
+    if not proven:  # what is left may be faster than what was found: ``least`` says by how much at most
+        took.least = min((took.least or 0.0, *(_least(item, took.bounds) for item in put_off)))
+        return
+    for item in put_off:
+        if _least(item, took.bounds) <= took.most_seconds:
+            for other in moved(question, item):
+                _push(heap, other, (next(number), 0), took)
+    if not _emptied(heap, question, took, number):
+        return
     took.least, took.bounds = None, None
     _asked_for(question, took)
 
 
-def _push(heap: list[_Left], item: Strategy | list[Plan], place: tuple[int, int], seconds: Iterable[float]) -> None:
-    """Add what may take as little as the least of these; nothing, where none of its plans may fit."""
-    least = min(seconds, default=None)
-    if least is not None:
-        heapq.heappush(heap, (least, place, item))
+def _emptied(heap: list[_Left], question: Question, took: _Taken, number: Iterator[int]) -> bool:
+    """Price what is left in a heap, as far as it may be as fast as the best; False where time is over before."""
+    while heap:
+        least, place, item = heapq.heappop(heap)
+        took.left, took.least = len(heap) + 1, least
+        if least > took.most_seconds:
+            heap.clear()
+        elif took.late():
+            return False
+        elif isinstance(item, Group):
+            for strategy in item.strategies():
+                _push(heap, strategy, (next(number), 0), took)
+        elif isinstance(item, Strategy):
+            for later, choices in enumerate(item.families(question)):
+                _push(heap, choices, (place[0], later), took)
+        else:
+            took.priced(item)
+    return True
 
 
-def _loosely(question: Question, bounds: Bounds, strategy: Strategy) -> list[float]:
-    """The least that each plan of a strategy may take that may fit, whatever its stages are."""
-    fitting = [plan for plan in strategy.open if bounds.fits(plan, cut=False)]
-    if not fitting:
-        fitting = [plan for plan in offloaded(question, strategy.open) if bounds.fits(plan, cut=False)]
-    return [bounds.seconds(plan, cut=False) for plan in fitting]
+def _push(heap: list[_Left], item: _Item, place: tuple[int, int], took: _Taken) -> None:
+    """Add what may be worth pricing, by the least that its plans take; what does not fit is put off."""
+    bounds = took.bounds
+    assert bounds is not None
+    if isinstance(item, list):
+        seconds = list(map(bounds.seconds, took.worthwhile(item)))
+    elif isinstance(item, Strategy):
+        fits = bounds.fits(item.open[0], cut=False)  # says nothing of what microbatches keep
+        seconds = [bounds.seconds(plan, cut=False) for plan in item.open] if fits else []
+        if not fits:
+            took.put_off.append(item)
+    elif item.leanest and not any(bounds.fits(plan, cut=False) for plan in item.leanest):
+        seconds = []
+        took.put_off.append(item)
+    else:
+        seconds = [_least(item, bounds)]
+    if seconds:
+        heapq.heappush(heap, (min(seconds), place, item))
+
+
+def _least(item: _Item, bounds: Bounds) -> float:
+    """What any of its plans takes at least, whatever their stages are, and wherever their optimizers step."""
+    plans = item if isinstance(item, list) else item.examples if isinstance(item, Group) else item.open
+    return min((bounds.seconds(plan, cut=False) for plan in plans), default=0.0)
 
 
 def _asked_for(question: Question, took: _Taken) -> None:

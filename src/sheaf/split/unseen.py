@@ -137,15 +137,15 @@ def _of_slices(function: Callable[..., Any], given: Sequence[Any]) -> tuple[Call
     without its gradient. The arguments of ``function`` stand last in ``given``.
     """
     laid = {
-        place - len(given): (one.axis, one.cut, one.origin, one.scale, one.shadow)
+        place - len(given): (one.axis, one.cut, one.origin, one.scale, one.held, one.shadow)
         for place, one in enumerate(given)
         if isinstance(one, Split)
     }
 
     def again(*args: Any, **kwargs: Any) -> Any:
         made = list(args)
-        for place, (axis, cut, origin, scale, shadow) in laid.items():
-            made[place] = Split(args[place], axis, cut, origin=origin, scale=scale)
+        for place, (axis, cut, origin, scale, held, shadow) in laid.items():
+            made[place] = Split(args[place], axis, cut, origin=origin, scale=scale, held=held)
             made[place].shadow = shadow
         return function(*made, **kwargs)
 

@@ -14,7 +14,7 @@ from sheaf.units import pretty_number, pretty_seconds
 
 _STRATEGIES = 7  # lines: the others are never near the best
 _FEW_TICKS = 8.0  # times from the lowest to the highest: below, an axis marked 1, 2, 5 may have one mark only
-_IN_WHOLE = 1000.0  # GB/s: three digits would be written with an exponent
+_IN_WHOLE = 100.0  # GB/s: from here three digits are whole, and may be written with an exponent
 
 Line = Sequence[float | None]
 

@@ -37,6 +37,7 @@ _MEASURED_AS = {
     "server": "communicate",
     "rows": "communicate",
     "all_to_all": "communicate",
+    "offload": "optimizer",
 }
 _INK, _FAINT, _MEASURED, _PREDICTED = "#22303c", "#9aa7b1", "#1f77b4", "#f0a35e"
 _SMOOTH_FROM = 100  # steps: fewer are shown as they are

@@ -67,6 +67,7 @@ class Borrower(Client):
         try:
             return ask()
         except Fenced:
+            self.rejoined += 1
             self._rejoin(0)
             return None
         finally:

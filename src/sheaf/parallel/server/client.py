@@ -114,9 +114,9 @@ class Client:
         counted = dropped = False
         while True:
             try:
-                seen = self.pull(clock + counted) if counted or dropped else self._exchange(clock, metas)
+                seen = self.pull(clock) if counted or dropped else self._exchange(clock, metas)
             except Fenced:
-                applied, clock = self._come_back(clock)
+                applied, clock = self._come_back(clock, self._sequence)
                 counted = counted or (applied and not dropped)
                 dropped = not counted and (dropped or self.part != part)
                 continue
@@ -167,15 +167,15 @@ class Client:
             link.start(self._head(Kind.GRADIENT))
         return [told for _, told in self._finish(into=True)]
 
-    def drain(self) -> None:
-        """Have every shard apply what it has gathered; when nobody will push any more."""
+    def drain(self, clock: int) -> None:
+        """Have every shard apply what it has gathered, when nobody will push any more; this worker is at ``clock``."""
         while True:
             for link in self._links:
                 link.start(self._head(Kind.DRAIN))
             try:
                 self._finish()
             except Fenced:
-                self._come_back(0)
+                self._come_back(clock, 0)
                 continue
             return
 
@@ -241,9 +241,9 @@ class Client:
         seen.delay = delay
         return seen
 
-    def _come_back(self, clock: int) -> tuple[bool, int]:
-        """Join again as the next incarnation; whether the last push of the one before was applied, and the clock to go
-        on with: its own, or the one before the slowest's.
+    def _come_back(self, clock: int, sequence: int) -> tuple[bool, int]:
+        """Join again, ``clock`` steps behind it; whether the push of that number before was applied, and how many steps
+        it has behind it now: its own, that one too, or all but the one that the slowest did last.
         """
         if self.terms.exact:
             raise WorkerFailed(
@@ -255,15 +255,18 @@ class Client:
                 f"replica {self.worker} was given up: one of its workers died, or was silent for more than "
                 f"{self.terms.lease_seconds:g} s; look for what stopped it"
             )
-        last, sequence = self.incarnation, self._sequence
-        answers = self._rejoin(clock, last)
+        self.rejoined += 1
+        answers = self._rejoin(clock, self.incarnation)
         applied = any(int(told["committed"]) >= sequence > 0 for told in answers)
-        return applied, max(clock, *(int(told["clock"]) for told in answers))
+        clock = max(clock, *(int(told["clock"]) for told in answers))
+        if applied:  # shards are to know that it has that step behind it: nobody else would tell them after the last
+            answers = self._rejoin(clock + 1)
+            clock = max(clock + 1, *(int(told["clock"]) for told in answers))
+        return applied, clock
 
     def _rejoin(self, clock: int, last: int = 0) -> list[dict[str, Any]]:
         """Join as the next incarnation that is not given up on the way; what each shard told."""
         self._sequence = 0
-        self.rejoined += 1
         while True:
             self._next_incarnation()
             with contextlib.suppress(Fenced):

@@ -83,7 +83,7 @@ class Everywhere:
             for client in lines:
                 client.read(clock)
             for client in lines:
-                client.drain()
+                client.drain(clock)
 
     def states(self, clock: int) -> dict[int, State]:
         """What ``state`` has of shards, of those workers that keep it, once every replica has come to ``clock``."""

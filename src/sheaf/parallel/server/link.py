@@ -38,8 +38,8 @@ class Link:
     """One caller's line to shard ``number``, whose seats are at ``addresses``; for one thread at a time.
 
     A request may arrive twice; every request is such that this makes no difference. Raises WorkerFailed when neither
-    seat gives a sign of life for three leases, PlanError when all refuse the caller (where one does, that may be
-    another run's, at the address of a seat that died), Fenced and Failed as the shard answers.
+    seat gives a sign of life for three leases, PlanError when all refuse a caller that none has let in yet (where one
+    does, that may be another run's, at the address of a seat that died), Fenced and Failed as the shard answers.
     """
 
     def __init__(
@@ -54,7 +54,8 @@ class Link:
         self._pause = _FIRST_PAUSE
         self._sent_bytes = 0
         self._coming = None
-        self._refusals: dict[int, Refused] = {}  # by seat, since one has let us in
+        self._refusals: dict[int, Refused] = {}  # by seat, until one has let us in
+        self._is_known = False  # one has let us in: whoever refuses since is no seat of this run
         self.reconnected = 0
 
     _wire: Wire | None
@@ -182,6 +183,7 @@ class Link:
             connection.close()
             raise
         self._refusals.clear()
+        self._is_known = True
         self._wire = Wire(connection, most_data_bytes=self._most, silence_seconds=self._silence)
         self._send(self._wire)
         self._quiet_since = time.monotonic()
@@ -213,8 +215,9 @@ class Link:
             self._wire = self._coming = None
 
     def _turned_away(self, refused: Refused) -> None:
-        """Turn to another seat. Raises PlanError when every seat has refused."""
-        self._refusals[self._seat] = refused
+        """Turn to another seat. Raises PlanError when every seat has refused, and none has ever let us in."""
+        if not self._is_known:
+            self._refusals[self._seat] = refused
         if len(self._refusals) == len(self.addresses):
             raise self._refused(self._seat) from None
         self._lost(ConnectionRefusedError(str(refused)))

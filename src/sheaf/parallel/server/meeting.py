@@ -54,6 +54,7 @@ class MeetingStep(ServedStep):
         self._every, self._scheduled = plan.meets_locally.every, 0
         self._round = self._nothing()
         self._seen_weight, self._seen_samples = 0.0, 0  # of all that this worker computed
+        self._concluded = f"sheaf/concluded/{self._run}"  # after how many steps, once somebody has
         self._last_loss = math.nan
 
     def __call__(self) -> StepReport:
@@ -69,10 +70,14 @@ class MeetingStep(ServedStep):
             waited += seen.waited_seconds
             if not seen.dropped:
                 break
-            again, self.index = again + 1, (seen.finished + 1) * self._every - 1
+            again, after = again + 1, (seen.finished + 1) * self._every
+            if self._within(after) < after:  # the others have concluded in the midst of that round
+                self._staleness[seen.staleness] += 1
+                break
+            self.index = after - 1
             for turn in range(self._every):
                 norm, samples = self._alone(turn)
-        self.index = self.index + 1 if seen is None else seen.finished * self._every
+        self.index = self._within(self.index + 1 if seen is None else seen.finished * self._every)
         self._beside.index = self.clock
         self._schedule()
         mine = self._exchange.mine
@@ -104,6 +109,8 @@ class MeetingStep(ServedStep):
         if self.plan.serves.exact:
             return  # the whole is the mean of the workers' weights
         turns = self.index % self._every
+        if turns:
+            self._store.set(self._concluded, str(self.index))  # before any clock tells of it
         while turns and self._meet(turns).dropped:
             for turn in range(turns):
                 self._alone(turn)
@@ -161,6 +168,14 @@ class MeetingStep(ServedStep):
             "scheduled": self._scheduled,
         }
         return tensors, values
+
+    def _within(self, steps: int) -> int:
+        """So many steps; where this worker jumps to them, to be where the others are, no more than these had done when
+        they concluded: their clocks count what came after the last meeting as a round.
+        """
+        if steps <= self.index + 1 or not self._store.check([self._concluded]):
+            return steps
+        return min(steps, int(self._store.get(self._concluded)))
 
     def _nothing(self) -> dict[str, float]:
         """What the round under way has so far: the sum and the weight of losses, and samples."""

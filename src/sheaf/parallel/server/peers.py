@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Sequence
 
-from sheaf.errors import WorkerFailed
+from sheaf.errors import PlanError, WorkerFailed
 from sheaf.parallel.server.frame import Head, Kind
 from sheaf.parallel.server.greeting import SHARD, Guest
 from sheaf.parallel.server.link import Address, Keys, Link
@@ -45,7 +45,7 @@ class Peers:
     def committed(self, me: int, worker: int, incarnation: int) -> int:
         """The last sequence of a worker's incarnation that any other shard counts; they hear no more of it then.
 
-        A shard that neither seat answers for counts nothing: the run has ended then.
+        A shard that neither seat answers for, but strangers perhaps, counts nothing: the run has ended then.
         """
         found = 0
         for place, other in self._shards:
@@ -54,7 +54,7 @@ class Peers:
                 try:
                     head = Head(Kind.SETTLE, worker=worker, incarnation=incarnation)
                     found = max(found, int(link.ask(head)[1]["committed"]))
-                except WorkerFailed:
+                except (WorkerFailed, PlanError):
                     continue
                 finally:
                     link.close()

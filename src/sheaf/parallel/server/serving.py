@@ -130,6 +130,12 @@ class ServingStep(AbstractSeatedStep):
     def request_stop(self) -> None:
         """Nothing: those who compute are asked too, and say when."""
 
+    def settle(self) -> None:
+        """Nothing: those who compute see to it."""
+
+    def conclude(self) -> None:
+        """Nothing: those who compute see to it."""
+
     def observe(self, observer: Observer | None) -> None:
         """Nothing: here are no gradients to look at."""
 

@@ -177,7 +177,7 @@ class ServedStep(AbstractSeatedStep):
     def _drain(self, clock: int) -> None:
         """Have the shards apply what they have gathered, once every worker has come to ``clock``."""
         self.client.read(clock)
-        self.client.drain()
+        self.client.drain(clock)
 
     def heed(self, lost: Callable[[], Collection[int]]) -> None:
         """Give up at once whom ``lost`` names, before a lease has run out."""
