@@ -3,7 +3,7 @@
 A worker at half speed is one whose control group gives it half a core (bench.quota), where its neighbour has a whole
 one. Stalls are real: another process stops the second worker for a second at random moments (bench.stalls), the same
 ones for every contender in a round, others in the next. A step takes about as long as a stall, so that there is
-something left to steal.
+something left to steal. What nobody could do better is in ``bench.stall_limits``.
 
 Each contender makes ``ROUNDS`` times 10 steps, 200, beside a worker at half speed: about 10 minutes, and 9 for stalls.
 Half of the rounds take half of that, and say as much with wider quartiles. The limit of 1.5 is that of computing: what

@@ -49,6 +49,20 @@ def test_unequal_workers_are_judged_by_the_best_plan_with_the_same_shares():
     assert weighted.found == "1.46 (`dp=2,zero=1,shares=2:1`), 1.39 (`dp=2,shares=2:1`)"
 
 
+def test_what_stolen_shares_could_gain_beside_stalls_is_played():
+    from bench.stall_limits import done, drawn, equal, limits, stolen
+
+    once = [(1.0, 2.0)]
+    assert (done(0.0, 0.5, once), done(0.0, 1.5, once), done(1.5, 0.0, once)) == (0.5, 2.5, 2.0)
+    assert equal(0.0, 4, 0.6, once) == done(0.0, 1.2, once)
+    # worker 0 draws the third microbatch at 0.6 and the fourth at 1.2, which worker 1 would have begun at 2.2
+    assert stolen(0.0, 4, 0.6, once) == pytest.approx(2.2)
+    assert stolen(0.0, 4, 0.6, []) == pytest.approx(equal(0.0, 4, 0.6, []))
+    assert all(end - start == pytest.approx(1.0) for start, end in drawn(3, 5))
+    whole, fine = limits(range(1, 21), 6, 20)
+    assert 1.0 < whole < fine
+
+
 def test_contenders_that_train_something_else_are_found():
     from bench.tensor import agreed
 
