@@ -8,13 +8,13 @@ from typing import Any, TypeVar
 from sheaf.cluster.cluster import Cluster
 from sheaf.cost.again import narrowed
 from sheaf.cost.communication import Fabric
-from sheaf.cost.compute import STATE_BYTES_PER_BYTE, Pace, Pacer, block_seconds
+from sheaf.cost.compute import Pace, Pacer, block_seconds
 from sheaf.cost.offload import Stepping
 from sheaf.cost.placement import Seat, Seats
 from sheaf.cost.portion import Portion, bounded, in_part, portion, scoped, together
 from sheaf.cost.seating import Seating
 from sheaf.cost.tensor import Crossing
-from sheaf.graph.facts import GLUE, LOSS, ModelFacts, Profile
+from sheaf.graph.facts import GLUE, LOSS, STATE_BYTES_PER_BYTE, ModelFacts, Profile
 from sheaf.plans import Plan
 from sheaf.plans.mesh import Mesh
 from sheaf.plans.offload import OPTIMIZER

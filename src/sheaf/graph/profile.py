@@ -45,7 +45,7 @@ def profile(
     """
     device = accelerator()
     wait = together or _alone
-    with _threads(threads), global_streams_kept():
+    with on_threads(threads), global_streams_kept():
         fits = whole_bytes(facts) < COMFORT * free_bytes(device) / concurrency
         measure = _WholeModel if fits else _Blocks
         model = measure(task, facts, device)
@@ -328,7 +328,8 @@ def _fetch_seconds(task: Task, samples: int, budget_seconds: float) -> float:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def on_threads(count: int) -> Iterator[None]:
+    """Compute on the processor with so many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -15,6 +15,7 @@ from torch import Tensor, nn, optim
 
 from sheaf.cluster.machine import available_cores
 from sheaf.errors import PlanError
+from sheaf.graph.profile import on_threads
 from sheaf.parallel.optimizers import sliced_optimizer
 from sheaf.parallel.portion import Portion
 from sheaf.plans.layout import Piece
@@ -53,7 +54,7 @@ class Offload:
         if self._device.type == "cpu":
             self.optimizer.step()
         else:
-            with in_one_pass(self.optimizer), threads(_own_cores()):
+            with in_one_pass(self.optimizer), on_threads(_own_cores()):
                 self.optimizer.step()
         with torch.no_grad():
             for tensor, copy in self._pairs.values():
@@ -93,17 +94,6 @@ def _own_cores() -> int:
     workers = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     here = min(workers, int(os.environ.get("LOCAL_WORLD_SIZE", workers)))
     return max(torch.get_num_threads(), available_cores() // here)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Compute on the host with so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager
