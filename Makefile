@@ -3,7 +3,7 @@
 bin := .venv/bin
 ready := .venv/.ready
 
-.PHONY: help setup check quick types format test pytest nightly demo bench bench-planner docs lock clean
+.PHONY: help setup check quick types format test pytest nightly gpu demo bench bench-planner docs lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -34,10 +34,13 @@ test: quick ## check, and every test (TESTS='tests/test_pool.py -x' for a part);
 	@$(MAKE) --no-print-directory -j 2 types pytest
 
 pytest: setup
-	$(bin)/python -m pytest -n 2 --dist worksteal $(TESTS)
+	CUDA_VISIBLE_DEVICES= $(bin)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 nightly: setup ## every test, thinned ones too, types and shapes checked at each call, 500 random models (SHEAF_EXAMPLES)
-	SHEAF_NIGHTLY=1 SHEAF_EXAMPLES=$${SHEAF_EXAMPLES:-500} $(bin)/python -m pytest --jaxtyping-packages=sheaf,typechecker.check
+	CUDA_VISIBLE_DEVICES= SHEAF_NIGHTLY=1 SHEAF_EXAMPLES=$${SHEAF_EXAMPLES:-500} $(bin)/python -m pytest --jaxtyping-packages=sheaf,typechecker.check
+
+gpu: setup ## every kind of plan on this machine's accelerators, beside plain PyTorch on one of them
+	$(bin)/python -m pytest -n 0 -rs tests/parallel/test_accelerator.py $(TESTS)
 
 demo: setup ## the whole road on this machine
 	$(bin)/python examples/demo.py

@@ -75,7 +75,10 @@ def beside(told: list[dict[str, Any]], rate: str, peer: str, steps: int) -> dict
 
 
 def predicted_bytes(given: Task, text: str, hosts: int, rate: str) -> float:
-    """What the busiest host's link carries in a step, by the cost model."""
+    """What the busiest host's link carries in a step, by the cost model: ``Price.wire_bytes``.
+
+    Where some hosts are late for meetings, it is the mean over the hosts.
+    """
     plan, samples = Plan.parse(text), given.microbatch or given.batch
     sizes, split = microbatch_sizes(given.batch, samples), refuse(given, plan)
     found = price(plan, trace(given, samples), cluster(hosts, rate), None, microbatches=sizes, split=split)

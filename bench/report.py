@@ -1,6 +1,7 @@
 """What the measurements say: rows for tables, goals met or not, and markdown for the README."""
 
 import json
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from bench.tables import RATIO, Goal, Table, ratio_cells, skipped
 from sheaf.units import pretty_bytes, pretty_seconds
 
 RESULTS = Path(__file__).parent / "results"
-NAMES = ("executors", "planner", "tensor", "pipeline", "parts", "unequal", "server", "slow", "translation", "verify")
+NAMES = (
+    "executors", "planner", "search", "tensor", "pipeline", "parts", "unequal", "server", "slow", "translation",
+    "verify",
+)  # fmt: skip
 
 # (Sheaf's plan, its peer): the least ratio of throughputs that is wanted
 GOALS = {("serial", "hand-written loop"): 0.99, ("dp=2", "DDP"): 0.98, ("dp=2,zero=3", "fully_shard"): 0.98}
@@ -18,11 +22,17 @@ AIM = {("dp=2,zero=3", "fully_shard"): 1.2}  # on gloo
 BEST_DTENSOR, AIM_DTENSOR = 1.0, 1.2
 BALANCE = 1.2  # of a pipeline with balanced stages over one with equally many layers in each
 UNEQUAL = {  # (where, shares): the best plan with those
-    ("one worker at half speed", "2:1"): 1.45,  # 1.5 is the most there can be
+    (
+        "one worker at half speed",
+        "weighted",
+    ): 1.45,  # where it takes twice as long for all, 1.5 is the most there can be
     ("one worker at half speed", "stolen"): 1.45,
     ("a worker stalls for a second", "stolen"): 1.3,
 }
-SHARES = {"2:1": "weighted", "stolen": "stolen"}
+SHARES = {"weighted": ("2:1", "balanced"), "stolen": ("stolen",)}  # written so, or found from measured speeds
+SEARCHED = {1024: 1.0, 100_000: 10.0}  # workers: seconds at most
+PLANNER_BYTES = 2 * 2**30
+PLAN_WIDTH = 60  # in a table
 FAILOVER_SECONDS = 1.0
 PARTS_COLUMN = "by parts"
 PARTS, TRAFFIC = 4.0, 8.0  # times the throughput, and times fewer bytes: "about tenfold"
@@ -132,12 +142,52 @@ def unequal_goals(results: Sequence[dict[str, Any]]) -> list[Goal]:
     """The goals of shares for unequal workers: of plans with the same shares the best counts, and all are told."""
     goals: list[Goal] = []
     for (what, shares), least in UNEQUAL.items():
-        alike = [one for one in results if one["what"] == what and one.get("sheaf", "").endswith(f"shares={shares}")]
+        ends = tuple(f"shares={written}" for written in SHARES[shares])
+        alike = [one for one in results if one["what"] == what and one.get("sheaf", "").endswith(ends)]
         alike.sort(key=lambda one: one["median"], reverse=True)
         if alike:
-            text = f"{what}, {SHARES[shares]} shares at least {least:g} times DDP"
+            text = f"{what}, {shares} shares at least {least:g} times DDP"
             found = ", ".join(f"{one['median']:.2f} (`{one['sheaf']}`)" for one in alike)
             goals.append(Goal(text, found, alike[0]["median"] >= least))
+    return goals
+
+
+def search_table(results: Sequence[dict[str, Any]]) -> Table:
+    """How long the search for each cluster takes, and the command around it."""
+    rows = [
+        (
+            f"{one['workers']:,}",
+            f"`{one['cluster']}`",
+            f"`{_short(one['plan'])}`",
+            str(one["looked_at"]),
+            pretty_seconds(one["search_seconds"]),
+            f"{pretty_seconds(one['low'])} to {pretty_seconds(one['high'])}",
+            pretty_seconds(one["command_seconds"]),
+            pretty_bytes(one["peak_bytes"]),
+        )
+        for one in results
+    ]
+    headings = ("devices", "cluster", "best plan", "priced", "search", "quartiles", "whole command", "peak memory")
+    return Table(headings, rows, words=3)
+
+
+def _short(plan: str) -> str:
+    """As many of a plan's keys as a table has room for; the results hold all of them."""
+    return textwrap.shorten(plan.replace(",", " "), PLAN_WIDTH, placeholder=" ...").replace(" ", ",")
+
+
+def search_goals(results: Sequence[dict[str, Any]]) -> list[Goal]:
+    """The goals of time, judged by the median, and of the planner's own memory."""
+    goals: list[Goal] = []
+    for one in results:
+        most = SEARCHED[one["workers"]]
+        text = f"a plan for 175 billion parameters on {one['workers']:,} devices is found in less than {most:g} s"
+        found = f"{pretty_seconds(one['search_seconds'])} in the median of {one['runs']}"
+        goals.append(Goal(text, found, one["search_seconds"] < most))
+    if results:
+        held = max(one["peak_bytes"] for one in results)
+        text = f"the planner holds less than {pretty_bytes(PLANNER_BYTES)}"
+        goals.append(Goal(text, f"at most {pretty_bytes(held)}", held < PLANNER_BYTES))
     return goals
 
 
@@ -248,6 +298,7 @@ def section(name: str, folder: Path = RESULTS, *, tables: bool = True) -> str:
 SHOWN: dict[str, tuple[Callable[[Any], Table], Callable[[Any], list[Goal]]]] = {
     "executors": (executor_table, executor_goals),
     "planner": (planner_report.planner_table, planner_report.planner_goals),
+    "search": (search_table, search_goals),
     "tensor": (executor_table, split_goals),
     "pipeline": (pipeline_table, pipeline_goals),
     "parts": (parts_table, parts_goals),

@@ -11,11 +11,17 @@ three would send each late one weights and optimizer state in every step.
 
 After every ``INTERVAL`` steps all hosts meet, the clock and the count of bytes stop, and the held-out loss is taken: of
 the workers' mean weights after local steps (they are averaged through files, not over the links), of each worker's own
-elsewhere. A mode ends at the target, or when it has trained ``BUDGET_SECONDS``. The hosts share this machine's cores,
-so that computing takes longer than on four machines, and sending counts for less.
+elsewhere. Who was late for the last meeting fetches what came of it before that, as it would before its next step. A
+mode ends at the target, or when it has trained ``BUDGET_SECONDS``. The hosts share this machine's cores, so that
+computing takes longer than on four machines, and sending counts for less.
+
+``sent_bytes`` of a row is the mean over the hosts, ``most_sent_bytes`` what the busiest of them sent. All send the same
+but where some are late for meetings: those trade nothing, and host 0, beside which the store is, sends to most of them
+what came of it. There the prediction is a mean too, elsewhere that of the worker that sends most.
 """
 
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -174,11 +180,13 @@ def trained(
     validate: Callable[[nn.Module], float],
     budget_seconds: float,
     every: int,
+    catch_up: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Train to the target, or as long as the budget lasts, but ``every`` steps at least; bytes are those of this host.
 
-    Weights that meet every so many steps are sent in whole rounds of them: bytes are counted up to the last one. They
-    are those of the link, headers and what gloo says about its messages included, and so are the predicted ones.
+    Weights that meet every so many steps are sent in whole rounds of them: bytes are counted up to the last one, after
+    ``catch_up``. They are those of the link, headers and what gloo says about its messages included, and so are the
+    predicted ones.
     """
     clock, steps, sent = 0.0, 0, 0
     curve: list[tuple[int, float, float]] = []
@@ -188,6 +196,7 @@ def trained(
         before, start = sent_bytes(), time.perf_counter()
         for _ in range(INTERVAL):
             step()
+        catch_up()
         dist.barrier()
         spent = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
         sent += sent_bytes() - before
@@ -209,18 +218,23 @@ def work(folder: Path, plans: tuple[str, ...], budget_seconds: float) -> None:
     for text in plans:
         plan = Plan.parse(text)
         step = build(given, plan)
-        local = plan.meets_locally.every
+        local = plan.meets_locally
         judge: Callable[[nn.Module], float] = validate
-        if local:
+        if local.every:
             mean = Mean(folder)
             judge = lambda module, mean=mean: validate(mean(module))  # noqa: E731
-        found[text] = trained(step, step.model, judge, budget_seconds, max(1, local))
+        more = {"catch_up": step.state} if local.rounds else {}  # as a checkpoint has it
+        found[text] = trained(step, step.model, judge, budget_seconds, max(1, local.every), **more)
         step.close()
     tell(folder, world.rank, found)
 
 
 def told(name: str, found: list[dict[str, Any]]) -> dict[str, Any]:
-    """A mode as a row: seconds and steps to the target (None: not reached), bytes sent, bytes predicted."""
+    """A mode as a row: seconds and steps to the target (None: not reached), bytes sent, bytes predicted.
+
+    ``found`` is what each host noted, by rank; seconds are those of host 0, whose clock all go by.
+    """
+    sent = [one["bytes_per_step"] for one in found]
     curve: list[list[float]] = found[0]["curve"]
     reached = next((one for one in curve if one[2] <= TARGET), None)
     steps, seconds, _ = curve[-1]
@@ -233,7 +247,8 @@ def told(name: str, found: list[dict[str, Any]]) -> dict[str, Any]:
         "trained_seconds": seconds,
         "best_loss": min(loss for _, _, loss in curve),
         "curve": curve,
-        "sent_bytes": max(one["bytes_per_step"] for one in found),
+        "sent_bytes": statistics.mean(sent),
+        "most_sent_bytes": max(sent),
         "predicted_bytes": None if name == PEER else predicted_bytes(task(), name, HOSTS, RATE),
     }
 

@@ -133,6 +133,44 @@ def test_modes_that_do_not_reach_the_loss_are_told():
     assert goals(rows[:2])[0].met
 
 
+def test_what_a_mode_sends_is_the_mean_over_hosts_beside_the_most():
+    from bench import slow
+
+    curve = [[4, 2.0, 3.0], [8, 4.0, 2.5]]
+    found = [{"curve": curve, "bytes_per_step": sent} for sent in (500.0, 100.0, 300.0, 300.0)]
+    row = slow.told(slow.PEER, found)
+    assert (row["sent_bytes"], row["most_sent_bytes"], row["predicted_bytes"]) == (300.0, 500.0, None)
+    assert (row["seconds"], row["steps"], row["best_loss"]) == (4.0, 8, 2.5)
+
+
+def test_bytes_are_counted_in_whole_rounds_after_who_was_late_has_caught_up(monkeypatch):
+    from bench import slow
+
+    monkeypatch.setattr(slow.dist, "barrier", lambda: None)
+    monkeypatch.setattr(slow.dist, "broadcast", lambda *_: None)
+    sent = 0
+
+    def sending(size):
+        nonlocal sent
+        sent += size
+
+    monkeypatch.setattr(slow, "sent_bytes", lambda: sent)
+    losses = iter([3.0] * 3 + [2.0] * 9)
+
+    def validate(_module):
+        sending(10**6)  # for the validation, which does not count
+        return next(losses)
+
+    def mode(every):
+        return slow.trained(lambda: sending(10), None, validate, 1e9, every, catch_up=lambda: sending(100))
+
+    assert mode(1)["bytes_per_step"] == 10 + 100 / slow.INTERVAL
+    losses = iter([3.0] * 5 + [2.0])
+    found = mode(4 * slow.INTERVAL)
+    assert [step for step, *_ in found["curve"]] == [slow.INTERVAL * number for number in range(1, 7)]
+    assert found["bytes_per_step"] == 10 + 100 / slow.INTERVAL, "up to the end of the first round"
+
+
 def test_tables_as_rows_are_judged_on_the_slowest_links():
     sent = {"sheaf_sent_bytes": 8e6, "peer_sent_bytes": 1e8, "losses_apart": 4e-8, "hosts": 4, "samples": 2}
     rows = [ratio("rows", "DDP", 2.0, rate="1gbit", **sent), ratio("rows", "DDP", 6.0, rate="100mbit", **sent)]
@@ -174,3 +212,28 @@ def test_networks_measured_again_stand_beside_those_that_were_kept():
     assert [(one["network"], one["task"]) for one in results] == [("loopback", "new"), ("1gbit", "old")]
     assert told["command"].endswith("planner` and loopback again by `python -m bench planner --network loopback")
     assert beside_kept(again, where, None) == (again, where)
+
+
+def searched(workers, seconds, peak_bytes):
+    asked = {"workers": workers, "cluster": "a100-dgx:128", "plan": "dp=5,tp=8,pp=25", "looked_at": 82, "runs": 5}
+    times = {"search_seconds": seconds, "low": 0.9 * seconds, "high": 1.1 * seconds, "command_seconds": 9.0}
+    return asked | times | {"peak_bytes": peak_bytes}
+
+
+def test_a_search_is_judged_by_its_seconds_and_by_the_planners_memory():
+    table, goals = report.SHOWN["search"]
+    rows = [searched(1024, 1.25, 5e8), searched(100_000, 4.0, 3e9)]
+    small, large, memory = goals(rows)
+    assert (small.met, large.met, memory.met) == (False, True, False)
+    assert table(rows).rows[0][:4] == ("1,024", "`a100-dgx:128`", "`dp=5,tp=8,pp=25`", "82")
+    assert all(goal.met for goal in goals([searched(1024, 0.9, 5e8)]))
+
+
+@pytest.mark.nightly
+def test_the_command_is_asked_as_a_user_asks_it():
+    from bench import search
+
+    found = search.planned("", "a100-dgx:8")
+    assert found["workers"] == 64
+    assert found["search_seconds"] < found["command_seconds"]
+    assert found["peak_bytes"] > 50 * 2**20

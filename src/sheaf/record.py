@@ -15,10 +15,11 @@ class StepReport:
     (transfers that nothing hid), wait (for workers that computed longer, and for other stages of a pipeline), optimizer
     and host; ``gradient_norm`` is the true global norm before clipping, when the task clips. ``server`` has staleness
     (this step's, the largest and the mean so far, in clocks), delay (updates between pull and push), how often a
-    gradient was dropped, steps missed while this worker was given up, shares that came back (of all workers
-    so far), bytes sent, time waited. ``meeting`` has how many workers were present and absent, the weight of what
-    met, seconds waited, and of this worker so far: meetings for which it was late, samples that it missed (dealt to it,
-    and not computed) and that were dropped.
+    gradient was dropped, steps missed while this worker was given up, shares that came back (of all workers so
+    far), bytes sent, time waited, and of a meeting of local steps the loss and weight of its round (round_loss,
+    round_weight); there the loss above is the worker's own. ``meeting`` has how many workers were present and
+    absent, the weight of what met, seconds waited, and of this worker so far: meetings for which it was late,
+    samples that it missed (dealt to it, and not computed) and that were dropped.
     """
 
     step: int

@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, at every moment, and only for the plan they were saved under."""
 
 import json
+import resource
 
 import pytest
 import torch
@@ -47,6 +48,20 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert tensors.keys() == step.tensors.keys()
     assert all(torch.equal(tensors[name], step.tensors[name]) for name in tensors)
     assert all(tensors[name].dtype == step.tensors[name].dtype for name in tensors)
+
+
+@pytest.mark.parametrize("most_bytes", [0, 100])
+def test_where_nothing_more_can_be_written_the_older_one_is_named(tmp_path, most_bytes):
+    older = checkpoint.save(Numbers(7), tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, hard))
+    try:
+        with pytest.raises(RunError, match=rf"the last whole checkpoint is {older}: make room"):
+            checkpoint.save(Numbers(8), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoint.latest(tmp_path) == checkpoint.Found(older)
+    assert checkpoint.save(Numbers(8), tmp_path) == files.step_path(tmp_path, 8)
 
 
 def test_only_the_newest_are_kept(tmp_path):

@@ -114,6 +114,13 @@ def _no_worker_starts(monkeypatch):
         ("def task(): return make(loss=lambda o, b: o)", [TRAIN, PLAN], ["a tensor of shape (2, 1)"]),
         ("def task(): return make(model=lambda: nn.Linear(5, 1))", [TRAIN, PLAN], ["cannot be multiplied", "(2x4"]),
         ("def task(): return make(precision='fp8')", EVERY, ["precision='fp8': did you mean"]),
+        (
+            "def task(): return make(optimiser=3)",
+            EVERY,
+            ["'optimiser' is not a field of a task; did you mean optimizer?"],
+        ),
+        ("def task(): return make(scheduler=lambda o: None)", EVERY, ["scheduler() returned None", "has no step()"]),
+        ("def task(): return make(data=[(x, 'a') for x, _ in rows()])", [TRAIN, PLAN], ["float32[2, 4], 2 texts"]),
         (GOOD, [("train", "--resume")], ["--out"]),
         (GOOD, [("train", "--plan", "nowhere.toml")], ["nowhere.toml cannot be read"]),
         (GOOD, [("plan", "--cluster", "h100-dgq")], ["did you mean h100-dgx?"]),
@@ -201,3 +208,30 @@ def test_wrong_types_are_all_told(tmp_path):
     assert "- model is Linear(in_features=4, out_features=1, bias=True); it must be callable" in done.stderr
     assert "- loss is 3; it must be callable" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+SPARSE = """
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.layer = nn.Embedding(9, 4, sparse=True), nn.Linear(4, 1)
+    def forward(self, given):
+        return self.layer(self.table(given[:, :1].long().abs())[:, 0])
+def task():
+    return make(model=Mixed, optimizer=lambda parameters: torch.optim.SparseAdam(CHOSEN))
+"""
+
+
+@pytest.mark.usefixtures("_no_worker_starts")
+@pytest.mark.parametrize("verb", EVERY)
+def test_dense_gradients_for_an_optimizer_of_rows_are_told_before_a_worker_starts(sheaf, verb):
+    code, out, err = sheaf(SPARSE.replace("CHOSEN", "list(parameters)"), verb)
+    assert code == 2
+    assert out == ""
+    assert "layer.weight (2 parameters in all) got a dense gradient, and SparseAdam steps only by those that" in err
+
+
+def test_an_optimizer_of_rows_for_the_table_alone_trains(sheaf, tmp_path):
+    trained = ("train", "--plan", "serial", "--no-predict", "--steps", "2", "--out", "run")
+    code, _, err = sheaf(SPARSE.replace("CHOSEN", "list(parameters)[:1]"), trained)
+    assert code == 0, err

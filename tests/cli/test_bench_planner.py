@@ -58,3 +58,26 @@ def test_constants_are_not_taken_from_a_file_that_says_nothing(runs, tmp_path, c
     (tmp_path / "half.jsonl").write_text('{"id": "half')
     assert run("--runs", runs, "--fit", tmp_path / "half.jsonl") == 2
     assert "none of the 1 rows of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+@pytest.mark.parametrize(
+    ("text", "rows", "told"),
+    [
+        ('{"id": "a"}\n{"id": "b"}\n', 2, "not one of the 2 runs of {} can be predicted, most often because "),
+        ("no json", 1, "not one of the 1 runs of {} can be predicted, most often because line 1 is no JSON"),
+        ("\n", 0, "{} holds no runs; wanted one JSON object a line"),
+    ],
+)
+def test_where_nothing_is_predicted_the_answer_comes_and_the_exit_code_says_so(
+    text, rows, told, as_json, tmp_path, capsys
+):
+    path = tmp_path / "runs.jsonl"
+    path.write_text(text)
+    assert run("--runs", path, *(["--json"] if as_json else [])) == 2
+    out, err = capsys.readouterr()
+    assert told.format(path) in err
+    if as_json:
+        assert [bool(one["refused"]) for one in json.loads(out)["rows"]] == [True] * rows
+    else:
+        assert out.startswith(f"0 of {rows} runs predicted")

@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import replace
+from types import SimpleNamespace
 
 from rich.console import Console
 
@@ -121,3 +122,14 @@ def test_a_remedy_longer_than_a_line_is_whole():
     remedy = "dp=46,tp=2,pp=11:zero-bubble,zero=2," + ",".join(f"blocks.{tens}[0-9]=recompute" for tens in range(1, 9))
     text = shown(ranking([], [Refusal("dp=2", "needs room", f"use {remedy} (3 % slower)")]))
     assert remedy in "".join(line.strip() for line in text.splitlines())
+
+
+def test_speeds_that_only_a_busy_machine_has_are_called_so():
+    profiles = {1: SimpleNamespace(cores_taken=1.9)}
+    busy = replace(
+        ranking([entry("dp=2", 0.01, reason="r"), entry("serial", 0.62)]), asked=SimpleNamespace(profiles=profiles)
+    )
+    assert "speeds above the number of workers come of that too" in shown(busy)
+    likely = replace(busy, ranked=(entry("dp=2", 0.4, reason="r"), entry("serial", 0.62)))
+    assert "other programs kept 1.9" in shown(likely)
+    assert "speeds above" not in shown(likely)

@@ -56,6 +56,12 @@ def test_by_their_own_pace_workers_wait_less():
     assert speed.seconds["wait"] < 0.2 * each.seconds["wait"]
 
 
+def per_meeting(text, **known):
+    """Bytes that all four workers together send for a meeting."""
+    found = price(Plan.parse(f"dp=4,{text}"), made.facts(8), made.cluster(4), microbatches=SIZES, **known)
+    return 4 * found.traffic_bytes * Local.parse(text.removeprefix("local=")).every
+
+
 def test_who_is_late_for_a_meeting_is_sent_what_came_of_it():
     whole = made.facts(8).trainable_bytes
     for text, there, told in (
@@ -68,9 +74,27 @@ def test_who_is_late_for_a_meeting_is_sent_what_came_of_it():
         ("local=8:diloco:quorum=3", 3, 2),  # and the momentum
         ("local=1:backup:quorum=3", 3, 3),  # weights, and Adam's state
     ):
-        each = (2 * (there - 1) / there + told) * whole
-        found = priced(f"dp=4,{text}").traffic_bytes * Local.parse(text.removeprefix("local=")).every
-        assert found == pytest.approx(each, rel=1e-6), text
+        every_one = (there * 2 * (there - 1) / there + told) * whole
+        assert per_meeting(text, profile=None) == pytest.approx(every_one, rel=1e-6), text
+
+
+def test_who_is_late_for_gradients_is_sent_the_state_that_the_optimizer_has_and_what_is_not_trained():
+    facts = made.facts(8)
+    whole, text = facts.trainable_bytes, "local=1:backup:quorum=2"
+    for state in (0.0, 1.0, 2.0):
+        profile = replace(made.profile(facts), optimizer_state_bytes_per_byte=state)
+        assert per_meeting(text, profile=profile) == pytest.approx((2 + 2 * (1 + state)) * whole, rel=1e-6)
+    first, *rest = facts.parameters
+    frozen = replace(facts, parameters=(replace(first, requires_grad=False), *rest))
+    ((_, traded), *_), *_, outcomes = meetings(frozen, Plan.parse(f"dp=4,{text}"), 4, 1.0)
+    assert traded == (whole - first.size_bytes) / 2
+    assert outcomes == (("outcome", whole + whole - first.size_bytes),) * 2
+
+
+def test_seconds_are_of_those_who_are_there():
+    quorum, three = priced("dp=4,local=8:quorum=3"), priced("dp=3,local=8:quorum=3")
+    assert 0 < quorum.seconds["all_reduce"] == pytest.approx(three.seconds["all_reduce"])
+    assert quorum.step_seconds < priced("dp=4,local=8:quorum=4").step_seconds
 
 
 @pytest.mark.parametrize("fragments", [1, 2, 4])

@@ -55,9 +55,11 @@ QUIET_BYTES = 1000  # less than that in 20 ms, and only heartbeats are under way
 
 
 def task(text):
-    """Small, but with activations that are large beside what stages tell each other of them."""
-    context = 128 if "pp=" in text else 32
-    return text_gpt(batch=16, microbatch=2, context=context, width=64, layers=4, heads=4, dropout=0.0, tied=False)
+    """Small, but with activations that are large beside what stages tell each other of them, and weights that are
+    beside what a worker asks while it waits for a meeting.
+    """
+    context, width = 128 if "pp=" in text else 32, 128 if "quorum" in text else 64
+    return text_gpt(batch=16, microbatch=2, context=context, width=width, layers=4, heads=4, dropout=0.0, tied=False)
 
 
 def kernel_bytes():
@@ -127,6 +129,70 @@ def test_what_is_sent_is_what_is_told_and_was_predicted(ranks, text):
     cluster = replace(made.cluster(plan.workers), backend="gloo")
     promised = price(plan, facts, cluster, None, microbatches=sizes, split=split)
     assert promised.traffic_bytes == pytest.approx(busiest, rel=NEAR)
+
+
+def own_store(step):
+    """What meetings are agreed through, beside worker 0 as in a run: the pool has its own in another process."""
+    told = [None]
+    if step.rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        told[0] = store.port
+    dist.broadcast_object_list(told)
+    step._board._store = store if step.rank == 0 else dist.TCPStore("127.0.0.1", told[0], is_master=False)
+
+
+def sent_with_some_late(text, late):
+    """Bytes on this worker over as many meetings as ``late`` says who is late for which: by the kernel, and as told."""
+    from sheaf.cluster.traffic import traffic  # the rank's own
+
+    step = build(task(text), Plan.parse(text))
+    own_store(step)
+    opened, meet, came = step._open, step._meet, []
+
+    def begun_by_all(meeting):
+        opened(meeting)
+        dist.barrier()  # nobody misses what comes next
+
+    def come(meeting, *given):
+        while step.rank in late[meeting] and step._board.closed(meeting) is None:
+            time.sleep(0.05)
+        closed, norm = meet(meeting, *given)
+        came.append(tuple(worker for worker in range(step.workers) if worker not in closed.told))
+        return closed, norm
+
+    step._open, step._meet = begun_by_all, come
+    before, told_before = settled(), traffic.sent_bytes
+    for _ in range(step.plan.meets_locally.every * len(late)):
+        step()
+    step.state()  # whoever was late for the last meeting asks for its outcome, as the next step would
+    after, told = settled(), traffic.sent_bytes - told_before
+    step.close()
+    assert came == list(late)
+    return sum(size - before.get(ends, 0) for ends, size in after.items()), told
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's count is Linux's")
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize(
+    ("text", "late"),
+    [
+        ("local=2:quorum=3", [(3,), (3,), (3,)]),
+        ("local=2:quorum=3", [(0,), (1,), (0,)]),
+        ("local=2:diloco:quorum=2", [(2, 3), (0, 1), (0, 3)]),
+        ("local=2:quorum=1:late=drop", [(1, 2, 3), (0, 1, 2)]),
+        ("local=1:backup:quorum=3", [(1,), (0,), (3,)]),
+        ("local=1:backup:quorum=2", [(0, 1), (0, 2), (2, 3)]),
+    ],
+)
+def test_all_together_send_what_was_predicted_whoever_is_late(ranks, text, late):
+    plan, given = Plan.parse(f"dp=4,{text}"), task(text)
+    found = ranks(sent_with_some_late, 4, str(plan), late)
+    steps = plan.meets_locally.every * len(late)
+    kernel, told = (sum(one) / 4 / steps for one in zip(*found, strict=True))
+    sizes, facts = microbatch_sizes(given.batch, given.microbatch), trace(given, given.microbatch)
+    cluster = replace(made.cluster(4), backend="gloo")
+    promised = price(plan, facts, cluster, None, microbatches=sizes).traffic_bytes
+    assert (told, kernel) == (pytest.approx(promised, rel=NEAR), pytest.approx(promised, rel=NEAR))
 
 
 def test_a_line_to_oneself_does_not_count():

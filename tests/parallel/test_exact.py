@@ -52,7 +52,7 @@ def reference(name: str):
     return plain(make(), STEPS)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(7)  # has no factor in common with the number of plans: every task meets others
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", list(TASKS))
 def test_a_plan_computes_the_serial_answer(ranks, name, plan):

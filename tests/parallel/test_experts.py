@@ -16,6 +16,7 @@ from plain import Cube, assert_same, plain, planned
 from small import SMALL
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sheaf import Task, verify
 from sheaf.errors import PlanError
@@ -215,6 +216,19 @@ def test_whatever_is_done_to_tokens_at_their_experts(ranks, name, workers):
 def test_it_is_the_same_computed_again(ranks, name):
     found = ranks(planned, 2, task(name), "dp=2,recompute=full,experts=ep", STEPS)[0]
     assert_same(found, reference(name), 1e-11)
+
+
+def _within_each_other(own: Region, given: Tensor) -> Tensor:
+    def outer(tokens: Tensor) -> Tensor:
+        return checkpoint(own.dropout, tokens @ own.up, use_reentrant=False) @ own.down
+
+    return checkpoint(outer, given, use_reentrant=False)
+
+
+@pytest.mark.parametrize("plan", ["dp=2,experts=ep", "dp=2,recompute=full,experts=ep"])
+def test_a_models_own_checkpoint_of_tokens_at_their_experts_inside_of_another(ranks, plan):
+    given = stacked(_within_each_other)
+    assert_same(ranks(planned, 2, given, plan, STEPS)[0], plain(given, STEPS), 1e-11)
 
 
 # What cannot be followed, and what a step keeps ----------------------------------------------------------------------

@@ -102,12 +102,12 @@ def reference(name: str) -> Any:
 @pytest.mark.parametrize(
     ("name", "plan"),
     [
-        ("mixtral", "dp=2,*.experts=ep"),
-        ("mixtral", "dp=3,*.experts=ep"),
+        pytest.param("mixtral", "dp=2,*.experts=ep", marks=pytest.mark.nightly),
+        pytest.param("mixtral", "dp=3,*.experts=ep", marks=pytest.mark.nightly),
         ("mixtral", "tp=2"),
         ("mixtral", "dp=2,recompute=full,*.experts=ep"),
         ("qwen", "dp=3,shares=2:0:1,*.experts=ep"),
-        ("grouped", "dp=2,experts=ep"),
+        pytest.param("grouped", "dp=2,experts=ep", marks=pytest.mark.nightly),
         ("grouped", "dp=6,experts=ep"),
     ],
 )

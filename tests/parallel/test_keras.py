@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from functools import cache, partial
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from sheaf.plans import Plan
 from sheaf.task import Blueprint
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
-pytest.importorskip("keras")
+# Each process that collects tests would import it, for a second and a half.
+pytestmark = pytest.mark.skipif(find_spec("keras") is None, reason="keras is not there")
 
 STEPS = 2
 

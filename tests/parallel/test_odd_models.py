@@ -160,6 +160,7 @@ def test_low_precision_departs_no_more_than_rounding(ranks, precision, plan):
     assert_same(found, plain(task, 3), 3e-2)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("plan", ALL)
 def test_a_step_goes_on_from_its_saved_state_with_the_same_numbers(ranks, plan):
     def interrupted() -> tuple[list[float], list[float]]:

@@ -14,16 +14,16 @@ from pool import RankRaised
 from sheaf.errors import PlanError
 from sheaf.plans import Plan
 
-EXAMPLES = int(os.environ.get("SHEAF_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("SHEAF_EXAMPLES", "15"))
 STEPS = 2
 TOLERANCE = 1e-9  # of float64: a few layers of norms over two samples make much of a rounding
 REFUSED = ("runs again after blocks of stage", "stages need a block each")  # what a random pipeline may run into
 
 
-@pytest.mark.timeout(0 if EXAMPLES > 25 else 600)
+@pytest.mark.timeout(0 if EXAMPLES > 15 else 600)
 @settings(
     max_examples=EXAMPLES,
-    derandomize=EXAMPLES <= 25,
+    derandomize=EXAMPLES <= 15,
     deadline=None,
     database=None,
     print_blob=False,

@@ -43,16 +43,16 @@ def reference() -> Any:
     "plan",
     [
         "[13]=recompute",
-        "dp=2,zero=1,{1-2}=recompute",
+        pytest.param("dp=2,zero=1,{1-2}=recompute", marks=pytest.mark.nightly),
         "dp=3,zero=3,bucket_bytes=1024,2=recompute,4=recompute",
         "tp=2,[2-4]=recompute",
         "dp=2,server=1,[13]=recompute",
         "dp=2,2=tp,[2-3]=recompute",
-        "dp=2,tp=2,zero=2,1=recompute",
-        "pp=2,stages=3:3,1=recompute,4=recompute",
+        pytest.param("dp=2,tp=2,zero=2,1=recompute", marks=pytest.mark.nightly),
+        pytest.param("pp=2,stages=3:3,1=recompute,4=recompute", marks=pytest.mark.nightly),
         "dp=2,pp=2:zero-bubble,[1-3]=recompute",
         "pp=2:interleaved,virtual=2,{2:4}=recompute",
-        "pp=2:interleaved,virtual=2,recompute=full",
+        pytest.param("pp=2:interleaved,virtual=2,recompute=full", marks=pytest.mark.nightly),
     ],
 )
 def test_some_blocks_computed_again_change_nothing(ranks, plan):

@@ -111,7 +111,7 @@ TASKS = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("plan", ["serial", "dp=2", "dp=2,zero=1", "dp=2,zero=3,bucket_bytes=1024"])
 @pytest.mark.parametrize("name", TASKS)
 def test_a_step_goes_on_from_disk(ranks, tmp_path, plan, name):

@@ -143,6 +143,7 @@ def compare(ranks: Any, name: str, plan: str) -> None:
         ("bag/adam", "dp=3,*=sparse"),
         ("bag/adamw", "dp=4,words=sparse,shares=stolen"),
         ("ragged_gpt", "dp=2,tokens=sparse"),
+        ("bag/adam", "dp=3,words=sparse,head=tp"),
         ("lstm_seq2seq", "dp=3,*_words=sparse,head=tp"),
     ],
 )

@@ -1,5 +1,7 @@
 """Local steps that meet on shards: against workers played in plain PyTorch, and against meetings by all-reduce."""
 
+import contextlib
+import io
 from dataclasses import replace
 from functools import partial
 
@@ -50,7 +52,7 @@ def run(task, text, steps=7, resume_after=None):
     ],
 )
 def test_in_lock_step_shards_step_by_the_mean_departure(ranks, plan, make):
-    task, plan = make(), Plan.parse(plan)
+    task, plan, rounds = make(), Plan.parse(plan), []
     found = ranks(run, plan.workers, task, str(plan))[: plan.dp]
     played, way = Played(task, plan.weights), plan.meets_locally
     anchor = nn.Parameter(played.weights(0))
@@ -67,6 +69,11 @@ def test_in_lock_step_shards_step_by_the_mean_departure(ranks, plan, make):
         weight = sum(report.weight for report in told)
         own = sum(report.loss * report.weight for report in told if report.weight)
         assert own / weight == pytest.approx(loss, rel=1e-11)
+        rounds.append((loss * weight, weight))
+        if step % 3 == 2:
+            total, weights = (sum(column[-3:]) for column in zip(*rounds, strict=True))
+            assert {report.server["round_weight"] for report in told} == {weights}
+            assert [report.server["round_loss"] for report in told] == pytest.approx([total / weights] * plan.dp)
         for worker, (_, weights, _) in enumerate(found):
             torch.testing.assert_close(weights[step], played.weights(worker), rtol=1e-11, atol=1e-12)
     whole = nn.utils.parameters_to_vector(found[0][2][name] for name, _ in played.models[0].named_parameters())
@@ -292,20 +299,25 @@ def test_what_shards_cannot_know_is_refused_and_workers_may_have_any_optimizer()
         refuse(replace(adam_mlp(), scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau), plan)
 
 
-def asked_to_stop(task, text):
-    """As which steps this worker's reports come, and whether the last says to stop; worker 1 asks at once."""
-    step = build(task, Plan.parse(text))
-    if step.rank == 1:
+def asked_to_stop(task, text, asks):
+    """As which steps this worker's reports come, whether the last says to stop, and what was said; one asks at once."""
+    step, said = build(task, Plan.parse(text)), io.StringIO()
+    if step.rank == asks:
         step.request_stop()
-    reports = [step()]
-    while not reports[-1].stop and step.index < 50:
-        reports.append(step())
+    with contextlib.redirect_stderr(said):
+        reports = [step()]
+        while not reports[-1].stop and step.index < 50:
+            reports.append(step())
     step.close()
-    return [report.step for report in reports], reports[-1].stop
+    return [report.step for report in reports], reports[-1].stop, said.getvalue()
 
 
-def test_who_asks_to_stop_is_heard_at_the_next_meeting(ranks):
-    assert ranks(asked_to_stop, 3, adam_mlp(), "dp=2,server=1:apart,local=3") == [([0, 1, 2], True)] * 3
+@pytest.mark.parametrize("asks", [0, 1])
+def test_who_asks_to_stop_is_heard_at_the_next_meeting(ranks, asks):
+    found = ranks(asked_to_stop, 3, adam_mlp(), "dp=2,server=1:apart,local=3", asks)
+    assert [one[:2] for one in found] == [([0, 1, 2], True)] * 3
+    when = "sheaf: asked to stop: the workers agree on it when they meet, 2 of 3 steps from here\n"
+    assert [one[2] for one in found] == ["" if asks else when, "", ""]
 
 
 def late_resumed(task, text):
@@ -329,3 +341,45 @@ def test_out_of_lock_step_a_run_goes_on_from_its_last_meetings_and_uses_each_sam
     (steps, whole), (others, _) = ranks(late_resumed, 2, counting(), "dp=2,server=2:async,local=2")
     assert steps == others == [4, 5, 6, 7]
     assert uses(whole) == once(8)
+
+
+def settings_of(task, text, resume_after):
+    """By step, the settings with which this worker made it, last of all; after some steps it goes on from what worker
+    0 alone wrote.
+    """
+    step, found = build(task, Plan.parse(text)), {}
+    while step.index < 11:
+        (group,) = step.optimizer.param_groups
+        found[step.index] = {name: value for name, value in group.items() if name != "params"}
+        step()
+        if step.index == resume_after:
+            dist.barrier()
+            kept = [step.states() if step.rank == 0 else None]
+            dist.broadcast_object_list(kept)
+            step.close()
+            step = build(task, Plan.parse(text))
+            step.load(*kept[0][step.rank])
+            assert step.index == resume_after - resume_after % 4
+            resume_after = None
+    step.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=11),  # goes round with Adam's betas, too
+        partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.7),  # from the last rate to the next
+    ],
+)
+def test_out_of_lock_step_a_resumed_run_goes_on_by_the_schedule_of_one_that_was_not_stopped(ranks, scheduler):
+    task, text = replace(adam_mlp(), scheduler=scheduler), "dp=2,server=2:async,local=4"
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = task.optimizer([parameter])
+    plain, schedule = {}, scheduler(optimizer)
+    for step in range(11):
+        plain[step] = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+        optimizer.step()
+        schedule.step()
+    for resume_after in (7, 8):
+        assert ranks(settings_of, 2, task, text, resume_after) == [plain, plain]

@@ -1,4 +1,4 @@
-"""A worker whose replica is lost and that has not noticed: for how long it is let wait, and that it ends then."""
+"""A worker whose replica is lost and that has not noticed: that it is let be, and when it ends."""
 
 import threading
 import time
@@ -24,7 +24,7 @@ def woken(store, rank, lease_seconds=10.0):
 
 
 class Ended(Exception):
-    """In place of the end of a process."""
+    """In place of the end of a process; with its exit code."""
 
 
 @pytest.fixture
@@ -32,8 +32,7 @@ def clock(monkeypatch):
     """A clock that a test sets, and processes that only say that they end."""
 
     def end(code):
-        assert code == 1
-        raise Ended
+        raise Ended(code)
 
     now = [100.0]
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=lambda _: None))
@@ -41,37 +40,44 @@ def clock(monkeypatch):
     return now
 
 
-@pytest.mark.parametrize(("steps", "patience_seconds"), [((), 10.0), ((1.0, 2.0), 10.0), ((2.0, 40.0, 3.0), 120.0)])
-def test_who_has_not_noticed_is_let_wait_a_lease_or_three_steps_and_ends(clock, capfd, steps, patience_seconds):
-    waiting = woken(dist.HashStore(), 3)
-    for seconds in steps:
-        waiting.stepped(seconds)
+def test_who_has_not_noticed_serves_however_long_it_takes_and_ends_when_the_others_are_done(clock, capfd):
+    store = dist.HashStore()
+    waiting, others = woken(store, 3), [woken(store, rank) for rank in (0, 2, 4)]
     waiting.look({0})  # of the other replica
-    clock[0] += 1000.0
-    waiting.look({0, 1})  # from here on it is known
-    clock[0] += patience_seconds - 0.01
-    waiting.look({0, 1})
-    clock[0] += 0.02
-    with pytest.raises(Ended):
-        waiting.look({0, 1})
-    said = "sheaf: worker 3 is of a replica that is lost, with workers 1, 5; it ends, as it waits for them\n"
+    for other in others:
+        clock[0] += 1000.0
+        waiting.look({1})  # one of its workers may need a shard yet
+        other.done()
+    with pytest.raises(Ended, match="0"):
+        waiting.look({1})
+    said = "sheaf: worker 3 is of a replica that is lost, with workers 1, 5; it ends, as the others are done\n"
     assert capfd.readouterr().err == said
 
 
-def test_who_found_out_tells_the_others_of_its_replica_and_serves_on(clock, capfd):
+def test_when_no_replica_is_left_who_has_not_noticed_lets_the_others_say_so_first(clock, capfd):
+    waiting = woken(dist.HashStore(), 3)
+    waiting.look({0, 1})
+    clock[0] += 9.99
+    waiting.look({0, 1})
+    clock[0] += 0.02
+    with pytest.raises(Ended, match="1"):
+        waiting.look({0, 1})
+    assert "with workers 1, 5; it ends, as no other replica is left" in capfd.readouterr().err
+
+
+def test_who_found_out_tells_the_others_of_its_replica_and_serves_until_all_others_are_done(clock, capfd, monkeypatch):
     store = dist.HashStore()
-    serving, waiting, other = woken(store, 1), woken(store, 3), woken(store, 2)
-    other.done()
-    other.look({0})
-    hung_up = []
+    serving, waiting, others = woken(store, 1), woken(store, 3), [woken(store, rank) for rank in (0, 2, 4)]
+    others[0].done()
+    others[0].look({0})
+    left, hung_up = others[1:], []
+    monkeypatch.setattr(module.time, "sleep", lambda _: left.pop().done())
     assert serving.stays(GivenUp("silent"), serving.given_up, lambda: hung_up.append(True))
-    assert hung_up == [True]
+    assert (left, hung_up) == ([], [True])
     assert waiting.given_up() == {1}
-    waiting.look(())
-    clock[0] += 11.0
-    for one in (serving, other):
+    for one in (serving, *others):
         one.look(())  # whoever computes no more does not wait
-    with pytest.raises(Ended):
+    with pytest.raises(Ended, match="0"):
         waiting.look(())
     assert "worker 1 is of a replica that is lost, with workers 3, 5; it computes no more" in capfd.readouterr().err
 
@@ -96,7 +102,10 @@ def waits_for_ever():
     """As a worker in a collective whose other one serves; what looks at who is lost is a thread of its own."""
     if dist.get_rank() == 0:
         threading.Event().wait()
-    waiting = woken(dist.HashStore(), 3, lease_seconds=0.1)
+    store = dist.HashStore()
+    waiting = woken(store, 3)
+    for rank in (0, 2, 4):
+        woken(store, rank).done()
 
     def look():
         while True:
@@ -107,6 +116,7 @@ def waits_for_ever():
     dist.barrier()
 
 
-def test_a_worker_that_waits_in_a_collective_for_one_that_serves_ends(ranks):
-    with pytest.raises(RankDied, match="rank 1"):
+def test_a_worker_that_waits_in_a_collective_for_one_that_serves_ends_with_the_run(ranks):
+    with pytest.raises(RankDied, match="rank 1") as died:
         ranks(waits_for_ever, 2)
+    assert died.value.status == 0

@@ -219,6 +219,7 @@ POOLS = [
 ]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("workers", [2, 3])
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("number", range(len(POOLS)))

@@ -157,6 +157,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("workers", [2, 3])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dim", [0, 1, 3])

@@ -38,6 +38,7 @@ def layer(
     return run, (*inputs, *givens)
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 @pytest.mark.parametrize("both_ways", [False, True])
 @pytest.mark.parametrize("layers", [1, 2])

@@ -5,10 +5,12 @@ import json
 import os
 import signal
 import time
+import types
+from unittest.mock import ANY
 
 import pytest
 import torch
-from counting import counted, counting, samples_of, second, twice
+from counting import Numbered, counted, counting, samples_of, second, twice
 from safetensors.torch import load_file
 from torch import nn
 
@@ -16,7 +18,7 @@ from sheaf import Loss, Task
 from sheaf.api.train import train as train_and_predict
 from sheaf.checkpoint import latest
 from sheaf.errors import WorkerFailed
-from sheaf.parallel.server import points
+from sheaf.parallel.server import points, wake
 from sheaf.record import read_record
 
 train = functools.partial(train_and_predict, predict=False, quiet=True, threads=1)
@@ -198,6 +200,68 @@ def test_a_replica_of_several_workers_is_lost_with_one_and_every_sample_is_used_
         if steps == 12:
             again = train(counting(Armed({}), **two), plan, steps=16, out=out, resume=True)
             assert again.reports[-1].step == 15
+
+
+class Long(Indices):
+    """As Indices. Worker 0 makes ``marker`` when it has fetched 40; a step of worker ``long`` lasts until then."""
+
+    def __init__(self, deaths, marker, long=None):
+        super().__init__(deaths, marker)
+        self.long = long
+
+    def __getitem__(self, index):
+        rank = os.environ.get("RANK")
+        if rank == "0" and self.fetched == 40:
+            self.marker.touch()
+        while rank == str(self.long) and not self.marker.exists():
+            time.sleep(0.01)
+        if rank is not None:
+            self.fetched += 1
+            if self.deaths.get(int(rank)) == self.fetched:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return index, index
+
+
+def hasty(blocks):
+    """A model of so many blocks, on workers that find ten minutes of waiting in a few seconds."""
+    begun = time.monotonic()
+    clock = types.SimpleNamespace(monotonic=lambda: begun + 100 * (time.monotonic() - begun), sleep=time.sleep)
+    wake.time, wake._DOUBT_SECONDS = clock, 100 * wake._DOUBT_SECONDS
+    return nn.Sequential(*(Numbered() for _ in range(blocks)))
+
+
+@pytest.mark.parametrize(
+    ("plan", "deaths", "long"),
+    [
+        ("dp=2,pp=2,server=1:async", {3: 1}, 1),  # while it computes its first step
+        ("dp=2,pp=3,server=1:async", {5: 10}, None),  # worker 3 serves, and worker 1 waits for it
+    ],
+)
+def test_who_has_not_noticed_that_its_replica_is_lost_is_never_ended_before_the_run(
+    tmp_path, capfd, monkeypatch, plan, deaths, long
+):
+    for name in ("time", "_DOUBT_SECONDS"):  # workers may be forked from this very process
+        monkeypatch.setattr(wake, name, getattr(wake, name))
+    out, blocks = tmp_path / "run", int(plan[8])
+    model = {"model": functools.partial(hasty, blocks), "loss": second}
+    run = train(counting(Long(deaths, tmp_path / "marker", long), **model), plan, steps=16, out=out)
+    told = capfd.readouterr().err
+    (dead,) = deaths
+    assert f"worker {dead} was killed by SIGKILL" in told
+    assert "exit code 1" not in told
+    assert ("worker 3 is of a replica that is lost, with workers 1, 5; it computes no more" in told) is (blocks == 3)
+    assert run.reports[-1].step == 15
+    events = list(read_record(out / "record.jsonl"))
+    assert [event["message"] for event in events if event["kind"] == "warning"] == [ANY]
+    assert events[-1]["kind"] == "end"
+    tables = load_file(out / "model.safetensors").items()
+    shards = json.loads((latest(out).path / "worker_0.json").read_text())["values"]["shards"]
+    dealing = shards["0"]["dealing"]
+    parts = [(step, place) for place, until in enumerate(dealing["next"]) for step in range(until)]
+    assert (len(parts) - len(dealing["back"]), dealing["returned"]) == (16 + (0 if long else 2), 1)
+    wanted = samples_of(part for part in parts if 2 * part[0] + part[1] not in dealing["back"])
+    assert len(tables) == blocks
+    assert all(counted(table, name, **model) == wanted for name, table in tables)
 
 
 def falling(dies, step):

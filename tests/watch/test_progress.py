@@ -32,7 +32,7 @@ def test_a_plain_line_tells_everything():
     with Progress(10, file=file) as progress:
         progress(report(0))
     assert file.getvalue() == (
-        "step  1/10  loss 4.0000  160 samples/s  200 ms/step  "
+        "step  1/10  loss 4  160 samples/s  200 ms/step  "
         "computing 50%, communicating 20%, waiting 10%, other 20%  312 MiB  1.80 s left\n"
     )
 

@@ -10,7 +10,7 @@ from sheaf.checkpoint import from_first
 from sheaf.cost.price import Price
 from sheaf.errors import PlanError, first_line
 from sheaf.graph import ModelFacts
-from sheaf.graph.facts import trained
+from sheaf.graph.refusals import refuse_untrainable
 from sheaf.launch import FromFile, World
 from sheaf.plans import Plan
 from sheaf.plans.server import counted
@@ -95,7 +95,7 @@ def checked(task: Task, plan: Plan) -> Checked:
     """What a run of the plan must know before any worker starts.
 
     Tracing runs the model and the loss once, without memory. Raises PlanError listing every rule the plan breaks, or
-    with the first reason why the model cannot be split or cut so, and TaskError where nothing of it is trained.
+    with the first reason why the model cannot be split or cut so, and TaskError where it cannot be trained at all.
     """
     from sheaf.api.plan import check
     from sheaf.graph import trace
@@ -103,7 +103,7 @@ def checked(task: Task, plan: Plan) -> Checked:
 
     samples = task.microbatch or plan.microbatch or default_microbatch(plan, task.batch)
     facts = trace(task, samples, begins=plan.begins)
-    trained(facts)
+    refuse_untrainable(task, facts)
     chosen = cut(check(task, plan, facts, workers=plan.workers), facts)
     return Checked(chosen, facts, refuse(task, chosen), recut=chosen.stages != plan.stages)
 

@@ -22,7 +22,7 @@ from sheaf.cost.price import Price
 from sheaf.errors import PlanError, SheafError, TaskError, first_line
 from sheaf.graph import ModelFacts, Profile, trace
 from sheaf.graph.drawn import Drawn
-from sheaf.graph.facts import trained
+from sheaf.graph.refusals import refuse_untrainable
 from sheaf.launch import FromFile
 from sheaf.plans import Plan
 from sheaf.plans.split import SplitFacts
@@ -242,8 +242,8 @@ def _slices_apart(task: Task, facts: ModelFacts) -> bool:
 
 
 def trainable(task: Task, facts: ModelFacts) -> None:
-    """Raise TaskError where nothing of the model is trained, or its optimizer cannot be built."""
-    trained(facts)
+    """Raise TaskError where the model cannot be trained at all, or its optimizer cannot be built."""
+    refuse_untrainable(task, facts)
     over_stand_ins(task.optimizer, [(len(one.shape), one.requires_grad) for one in facts.parameters])
 
 

@@ -2,10 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -49,7 +51,8 @@ def save(step: Saveable, directory: Path, *, keep: int = 2, task_digest: str = "
     """Save every worker's state into ``directory/checkpoints/step_NNNNNN``; all workers call this at the same step.
 
     A crash at any moment leaves the older checkpoints as they were, and ``keep`` of them are kept, this one included.
-    One that is there already, whole and of the same plan, is left as it is.
+    One that is there already, whole and of the same plan, is left as it is. Raises RunError where it cannot be written,
+    as on a full disk.
     """
     final = files.step_path(directory, step.index)
     unfinished = final.with_name(final.name + ".tmp")
@@ -63,13 +66,15 @@ def save(step: Saveable, directory: Path, *, keep: int = 2, task_digest: str = "
         unfinished.mkdir(parents=True)
         return True
 
-    if not from_first(begin):
-        return final
-    _write_own(step, unfinished)
+    with _told(directory):
+        if not from_first(begin):
+            return final
+        _write_own(step, unfinished)
     barrier()
     if is_first():
-        _finish(step, unfinished, final, task_digest)
-        files.prune(directory, keep)
+        with _told(directory):
+            _finish(step, unfinished, final, task_digest)
+            files.prune(directory, keep)
     barrier()
     return final
 
@@ -87,14 +92,29 @@ def save_alone(
     if final.exists() and files.damage(final) is None and _same_plan(final, step):
         return final
     unfinished = final.with_name(final.name + ".tmp")
-    for old in (final, unfinished):
-        shutil.rmtree(old, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    for rank, (tensors, values) in enumerate(states):
-        _write(unfinished, rank, tensors, values)
-    _finish(step, unfinished, final, task_digest)
-    files.prune(directory, keep)
+    with _told(directory):
+        for old in (final, unfinished):
+            shutil.rmtree(old, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        for rank, (tensors, values) in enumerate(states):
+            _write(unfinished, rank, tensors, values)
+        _finish(step, unfinished, final, task_digest)
+        files.prune(directory, keep)
     return final
+
+
+@contextmanager
+def _told(directory: Path) -> Iterator[None]:
+    """Where something cannot be written: what remains, and what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        latest = files.latest(directory).path
+        remains = f"the last whole checkpoint is {latest}" if latest else "there is no checkpoint yet"
+        raise RunError(
+            f"no checkpoint can be written into {directory}: {error}; {remains}: make room (or give the directory back "
+            "its rights), and go on with --resume"
+        ) from error
 
 
 def load(step: Saveable, path: Path) -> None:

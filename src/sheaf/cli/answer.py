@@ -9,11 +9,11 @@ from contextlib import ExitStack, redirect_stdout
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 
 from sheaf.errors import SheafError
 
-_WIDTH_PIPED = 100  # columns where nobody says how many there are
+_WIDEST = 1_000_000  # columns: more than any table takes, which is then as wide as what it holds
 
 
 def rank() -> int:
@@ -28,10 +28,15 @@ def leads() -> bool:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console as wide as the terminal, or ``COLUMNS``; 100 columns when piped. It prints on worker 0 only."""
+    """A console as wide as the terminal; in a pipe or a file as wide as what is printed, for grep and ``less -S``.
+
+    It prints on worker 0 only.
+    """
     made = Console(stderr=stderr, highlight=False, soft_wrap=False, quiet=not leads())
-    if not made.is_terminal and "COLUMNS" not in os.environ:
-        made.width = _WIDTH_PIPED
+    # Not what rich asks: FORCE_COLOR wants colours in a pipe, and COLUMNS, which programs hand to those that they
+    # start, says nothing of one.
+    if not made.file.isatty():
+        made.size = ConsoleDimensions(_WIDEST, made.height)
     return made
 
 

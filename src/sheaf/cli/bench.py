@@ -6,9 +6,10 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from sheaf.cli.answer import Answer
-from sheaf.cli.options import json_option
+from sheaf.cli.answer import Answer, leads
+from sheaf.cli.options import BAD_INPUT, json_option
 
 
 @click.group(short_help="Score predictions against measured runs.")
@@ -26,16 +27,32 @@ def bench() -> None:
     help="Runs to take the constants from (default: those that ship).",
 )  # fmt: skip
 @json_option
-def planner(runs: Path, fit: Path | None, as_json: bool) -> None:
+@click.pass_context
+def planner(context: click.Context, runs: Path, fit: Path | None, as_json: bool) -> None:
     """Predict each run of FILE.jsonl from its shape and its machine, and compare where it was measured.
 
-    A run that cannot be predicted is refused with the reasons; the others go on.
+    A run that cannot be predicted is refused with the reasons; the others go on. Exit code 2 where not one could be.
     """
     with Answer(as_json=as_json) as answer:
         from sheaf.api.published import predict_runs
 
         found = predict_runs(runs, fit=fit)
         answer.give(found, lambda console: _show(found["summary"], console))
+    if not found["summary"]["predicted"]:
+        if leads():
+            click.echo(f"sheaf: {_none_predicted(runs, found['summary'])}", err=True)
+        context.exit(BAD_INPUT)
+
+
+def _none_predicted(runs: Path, summary: dict[str, Any]) -> str:
+    """Why there is no prediction at all, and what is wanted."""
+    if not summary["rows"]:
+        return f"{runs} holds no runs; wanted one JSON object a line"
+    most = next(iter(summary["reasons"]))
+    return (
+        f"not one of the {summary['rows']} runs of {runs} can be predicted, most often because {most}; wanted rows "
+        "with model, batch, parallel and hardware, as in docs/planning.md"
+    )
 
 
 def _show(summary: dict[str, Any], console: Console) -> None:
@@ -49,8 +66,9 @@ def _show(summary: dict[str, Any], console: Console) -> None:
     for source, found in [*seconds["sources"].items(), ("all", seconds["all"])]:
         if found["count"]:
             shares = (f"{found['mean']:.1%}", f"{found['median']:.1%}", f"{found['p90']:.1%}", f"{found['bias']:+.1%}")
-            table.add_row(source or "unnamed", str(found["count"]), *shares)
-    console.print(table)
+            table.add_row(Text(source or "unnamed"), str(found["count"]), *shares)
+    if table.rows:
+        console.print(table)
     groups, memory = seconds["groups"], summary["memory"]
     if groups["count"]:
         console.print(

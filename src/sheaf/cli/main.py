@@ -45,6 +45,8 @@ def sheaf() -> None:
     """Split any PyTorch model's training over any machines, and prove that the answer did not change.
 
     FILE.py holds a sheaf.Task, or a function that returns one, called `task`; FILE.py:NAME takes another.
+
+    Exit codes: 0 done, 1 a run failed or `verify` found another answer, 2 bad input, 130 interrupted.
     """
 
 

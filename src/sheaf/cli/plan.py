@@ -34,7 +34,8 @@ _NUMBERS, _REASON = 30, 20  # columns that a plan's numbers take, and that what 
 @click.command(short_help="Rank the plans for a task, with reasons.")
 @file_argument
 @workers_option
-@click.option("--cluster", "source", metavar="C.toml|NAME", help="Plan for this cluster instead of this machine.")
+@click.option("--cluster", "source", metavar="C.toml|NAME",
+              help="Plan for this cluster instead of this machine; `sheaf known` lists those that ship.")  # fmt: skip
 @click.option("--allow-relaxed", is_flag=True, help="Also propose plans that do not compute the serial answer.")
 @click.option("--what-if", "changes", metavar="CHANGES",
               help="Rank again with other figures, such as inter_node=10Gbit,workers=64,memory=x2.")  # fmt: skip
@@ -159,7 +160,7 @@ def _say_what_if(before: "Ranking", after: "Ranking", changes: str, console: Con
     for place, entry in enumerate(after.ranked[:rows]):
         was = places.get(str(entry.plan))
         table.add_row(
-            str(entry.plan),
+            Text(str(entry.plan)),
             pretty_seconds(entry.price.step_seconds),
             pretty_seconds(was[1].price.step_seconds) if was else "",
             str(was[0]) if was else "not there",
@@ -170,10 +171,10 @@ def _say_what_if(before: "Ranking", after: "Ranking", changes: str, console: Con
     new = after.ranked[0]
     if old is None or str(old.plan) != str(new.plan):
         than = f" in place of {old.plan}" if old is not None else ""
-        console.print(f"{new.plan} leads{than}: {new.reason}", soft_wrap=True)
+        console.print(f"{new.plan} leads{than}: {new.reason}", markup=False, soft_wrap=True)
     else:
         times = new.price.step_seconds / old.price.step_seconds
-        console.print(f"{new.plan} leads as before, and takes {times:.2f} times as long", soft_wrap=True)
+        console.print(f"{new.plan} leads as before, and takes {times:.2f} times as long", markup=False, soft_wrap=True)
 
 
 def _check_options(
@@ -215,7 +216,7 @@ def _say_to_loss(learnt: "TimeToLoss", console: Console, rows: int | None) -> No
     table.add_column("as in the trial", overflow="fold")
     for place, one in enumerate(learnt.plans[:rows]):
         reached = ("not reached", "") if one.seconds is None else (pretty_seconds(one.seconds), str(one.steps))
-        table.add_row(one.plan, *reached, one.tried, style="bold green" if place == 0 else None)
+        table.add_row(Text(one.plan), *reached, Text(one.tried), style="bold green" if place == 0 else None)
     console.print(table)
     if learnt.untried:
         some = ", ".join(learnt.untried[:3]) + (" ..." if len(learnt.untried) > 3 else "")
@@ -273,11 +274,22 @@ def _none_fits(ranking: "Ranking") -> str:
 
 
 def _say_busy(ranking: "Ranking", console: Console) -> None:
-    """That other programs ran while times were measured, where they did."""
+    """That other programs ran while times were measured, where they did, and what else shows it."""
     from sheaf.api.profiles import busy_words
 
-    if busy := busy_words(ranking.cores_taken):
-        console.print(busy, style="yellow", soft_wrap=True)
+    busy = busy_words(ranking.cores_taken)
+    if not busy:
+        return
+    serial = _serial_seconds(ranking)
+    if serial is not None and any(serial / one.price.step_seconds > one.plan.workers for one in ranking.ranked):
+        busy += "; speeds above the number of workers come of that too, as one worker's threads wait for each other"
+    console.print(busy, style="yellow", soft_wrap=True)
+
+
+def _serial_seconds(ranking: "Ranking") -> float | None:
+    """What a step takes one worker, of which ``speed`` is a multiple; None where that is not ranked."""
+    alone = (one for one in ranking.ranked if one.plan.serial and one.plan.offload == "none")
+    return next((entry.price.step_seconds for entry in alone), None)
 
 
 def _say_why(ranking: "Ranking", console: Console) -> None:
@@ -333,8 +345,7 @@ def _workers(text: str) -> int:
 
 def _table(ranking: "Ranking", rows: int | None, width: int) -> Table:
     """The plans as rows; beside long ones there is no room for what they lose on, which then stands below."""
-    alone = (one for one in ranking.ranked if one.plan.serial and one.plan.offload == "none")
-    serial = next((entry.price.step_seconds for entry in alone), None)
+    serial = _serial_seconds(ranking)
     shown = ranking.ranked[:rows]
     below = max(len(str(entry.plan)) for entry in shown) > width - _NUMBERS - _REASON
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
@@ -348,6 +359,6 @@ def _table(ranking: "Ranking", rows: int | None, width: int) -> Table:
         style = "bold green" if place == 0 else None
         reason = Text(f"\n  {entry.loses_on}" if below and entry.loses_on else "", "dim")
         numbers = (pretty_seconds(entry.price.step_seconds), speed, pretty_bytes(entry.price.peak_bytes))
-        last = () if below else (entry.loses_on,)
+        last = () if below else (Text(entry.loses_on),)
         table.add_row(Text.assemble(str(entry.plan), reason), *numbers, *last, style=style)
     return table

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sheaf.cli.answer import Answer, leads
 from sheaf.cli.options import AUTO, FAILED, INTERRUPTED, file_argument, json_option, read_plan, workers_option
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--plan", "plan_text", default=AUTO, show_default=True, metavar="auto|TEXT|P.toml",
               help="The plan; auto takes the one that `sheaf plan` puts first.")  # fmt: skip
 @workers_option
-@click.option("--steps", type=click.IntRange(min=1), default=100, show_default=True, help="Steps in all.")
+@click.option("--steps", type=click.IntRange(min=1), default=100, show_default=True, metavar="N", help="Steps in all.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where the run goes (default: runs/NAME).")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --out.")
 @click.option(
@@ -98,7 +99,8 @@ def _values(run: "Run") -> dict[str, object]:
 
 def _show(run: "Run", console: Console) -> None:
     if run.losses:
-        console.print(f"loss {run.losses[0]:.4f} → {run.losses[-1]:.4f} in {len(run.losses)} steps under {run.plan}")
+        said = f"loss {run.losses[0]:.5g} → {run.losses[-1]:.5g} in {len(run.losses)} steps under {run.plan}"
+        console.print(said, markup=False)
     if run.seconds_per_step:
         said = run.predicted_seconds_per_step
         predicted = f", predicted {pretty_seconds(said)}" if said else ""
@@ -157,8 +159,8 @@ def _show_rows(done: "Comparison", console: Console) -> None:
     for row in done.rows:
         reached = row["seconds_to_loss"]
         table.add_row(
-            f"{row['mode']}{'' if row['exact'] else ' (relaxed)'}",
-            f"{row['loss']:.4f}",
+            Text(f"{row['mode']}{'' if row['exact'] else ' (relaxed)'}"),
+            f"{row['loss']:.5g}",
             pretty_seconds(float(str(row["seconds_per_step"]))),
             "not reached" if reached is None else pretty_seconds(float(str(reached))),
         )

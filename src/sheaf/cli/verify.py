@@ -9,7 +9,8 @@ from sheaf.cli.options import FAILED, file_argument, json_option, read_plan
 @click.command(short_help="Prove that a plan computes what one process does.")
 @file_argument
 @click.option("--plan", "plan_text", required=True, metavar="TEXT|P.toml", help="The plan to try, such as dp=2,zero=1.")
-@click.option("--steps", type=click.IntRange(min=1), default=3, show_default=True, help="Steps to compare.")
+@click.option("--steps", type=click.IntRange(min=1), default=3, show_default=True, metavar="N",
+              help="Steps to compare.")  # fmt: skip
 @click.option("--no-predict", is_flag=True, help="Do not measure what blocks take to balance stages by that.")
 @json_option
 @click.pass_context

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sheaf.cluster import machine, rates
+from sheaf.cluster import machine, primitives, rates
 from sheaf.cluster.collectives import barrier, overlap_share, timed_collectives, within
 from sheaf.task import PRECISIONS
 
@@ -36,7 +36,7 @@ def measure_rank(
     result: dict[str, Any] = {
         "rank": rank,
         "host": machine.host_name(),
-        "backend": dist.get_backend() if dist.is_initialized() else "gloo",
+        "backend": primitives.backends().get(device.type) or dist.get_default_backend_for_device(device),
         "cores": machine.available_cores(),
         "threads": torch.get_num_threads(),
         "host_memory_bytes": free_bytes,
@@ -174,11 +174,10 @@ def from_everyone(value: Any) -> list[Any]:
 
 
 def _device() -> torch.device:
-    if dist.is_initialized() and dist.get_backend() != "gloo" and torch.accelerator.is_available():
-        accelerator = torch.accelerator.current_accelerator()
-        assert accelerator is not None  # is_available said so
-        return torch.device(accelerator.type, torch.accelerator.current_device_index())
-    return torch.device("cpu")
+    accelerator = primitives.carried_accelerator()
+    if accelerator is None:
+        return torch.device("cpu")
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
 
 
 def _device_facts(device: torch.device, free_bytes: int) -> dict[str, Any]:

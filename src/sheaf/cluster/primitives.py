@@ -147,6 +147,24 @@ def _add(parts: Sequence[Tensor], out: Tensor) -> None:
         out.add_(part)
 
 
+def backends() -> dict[str, str]:
+    """By type of device, the backend that carries its tensors in the default process group; {} where one is alone."""
+    if not dist.is_available() or dist.group.WORLD is None or dist.get_world_size() == 1:
+        return {}
+    return dict(pair.split(":") for pair in dist.get_backend_config().split(","))
+
+
+def carried_accelerator() -> torch.device | None:
+    """The accelerator, without an index; None where there is none, or the default process group has gloo alone.
+
+    So it is where workers are more than a machine's accelerators: they compute on CPUs.
+    """
+    found = torch.accelerator.current_accelerator(check_available=True)
+    known = backends()
+    shared = bool(known) and found is not None and known.get(found.type, "gloo") == "gloo"
+    return None if shared else found
+
+
 def _pairwise(tensor: Tensor, group: dist.ProcessGroup | None) -> bool:
     return tensor.device.type == "cpu" and "gloo" in dist.get_backend(group)
 

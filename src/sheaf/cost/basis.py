@@ -23,8 +23,8 @@ from sheaf.plans.stages import passed_on, placed
 
 T = TypeVar("T")
 _MODELS = {
-    "whole", "middle", "stages", "default", "default costs", "placed", "kinds", "together", "replicated", "parts",
-    "crossing in",
+    "whole", "middle", "stages", "names", "default", "default costs", "placed", "kinds", "together", "replicated",
+    "parts", "crossing in",
 }  # fmt: skip
 
 
@@ -88,8 +88,13 @@ class Basis:
 
         Those that split sequences are in the place of ``tp``; their gradients meet among all of ``dp`` and ``cp``.
         """
-        mesh = Mesh.of(plan)
-        return self.seating.fabric(mesh, "stage" if kind == "dp" and plan.cp > 1 else kind, self.factor)
+        key = ("fabric", kind, plan.pp, plan.dp, plan.tp, plan.cp)
+        found = self._known.get(key)
+        if found is None:
+            mesh = Mesh.of(plan)
+            found = self.seating.fabric(mesh, "stage" if kind == "dp" and plan.cp > 1 else kind, self.factor)
+            self._known[key] = found
+        return found
 
     def between(self, ranks: Sequence[int]) -> Fabric:
         """The links among these ranks."""
@@ -103,13 +108,12 @@ class Basis:
     @property
     def whole(self) -> Portion:
         """The model in one piece, as one of the workers that split its layers has it."""
-
-        def made() -> Portion:
-            if self.split is None:
-                return Portion(self.facts, self.profile)
-            return self.stage(tuple(block.name for block in placed(self.facts)), 0, 1)
-
-        return self.once("whole", made)
+        found = self._known.get("whole")
+        if found is None:
+            everything = tuple(block.name for block in placed(self.facts))
+            found = Portion(self.facts, self.profile) if self.split is None else self.stage(everything, 0, 1)
+            self._known["whole"] = found
+        return found
 
     def stage(self, names: tuple[str, ...], number: int, stages: int, turn: int = 0) -> Portion:
         """Stage ``number`` of a pipeline, made of the blocks of these names.

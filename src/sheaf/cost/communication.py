@@ -16,7 +16,7 @@ from sheaf.plans.local import OUTER, Local
 
 ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, BROADCAST = "all_reduce", "reduce_scatter", "all_gather", "broadcast"
 ALL_TO_ALL, TRADE = "all_to_all", "trade"
-OUTCOME = "outcome"  # of a meeting, for those who were late
+OUTCOME = "outcome"  # of a meeting, on its way to one who was late
 COUNTER_SECONDS = 200e-6  # two round trips to the counter for a microbatch that is stolen: how many are left, and one
 
 
@@ -149,8 +149,14 @@ def buckets(facts: ModelFacts, bucket_bytes: int) -> tuple[int, ...]:
     return tuple(sum(one.num_elements * itemsizes[one.dtype] for one in bucket) for bucket in grouped)
 
 
-def meetings(facts: ModelFacts, plan: Plan, workers: int) -> list[tuple[tuple[str, int], ...]]:
-    """For each bucket of gradients, or fragment of weights that met after local steps: the collectives, with bytes."""
+def meetings(
+    facts: ModelFacts, plan: Plan, workers: int, state: float = STATE_BYTES_PER_BYTE
+) -> list[tuple[tuple[str, int], ...]]:
+    """For each bucket of gradients, or fragment of weights that met after local steps: the collectives, with bytes.
+
+    Where some may miss a meeting, the trades of each who is there, and last what those get who were late. ``state`` is
+    what the optimizer keeps, bytes for a byte of parameters.
+    """
     known = {one.name: one for one in facts.parameters}
     local = plan.meets_locally
     if local.every:
@@ -162,7 +168,10 @@ def meetings(facts: ModelFacts, plan: Plan, workers: int) -> list[tuple[tuple[st
         to = 2 if local.kind == "ring" and workers > 2 else 1
         return [tuple([(TRADE, sum(known[name].size_bytes for name in names))] * to) for names in groups]
     if local.rounds:
-        return [_among_those_there(local, sum(known[name].size_bytes for name in names), workers) for names in groups]
+        count = there(local, workers)
+        sizes = [sum(known[name].size_bytes for name in names) for names in groups]
+        trades = [((TRADE, -(-size // count)),) * (2 * (count - 1)) for size in sizes]
+        return [*trades, ((OUTCOME, _outcome_bytes(facts, local, state)),) * (workers - count)]
     found = [
         plan.compression.messages([known[name].shape for name in names], known[names[0]].itemsize_bytes, workers)
         for names in groups
@@ -176,16 +185,33 @@ def meetings(facts: ModelFacts, plan: Plan, workers: int) -> list[tuple[tuple[st
     return found
 
 
-def _among_those_there(local: Local, size_bytes: int, workers: int) -> tuple[tuple[str, int], ...]:
-    """A meeting that some may miss: each who is there adds up a part and tells the others; late ones get the outcome.
+def there(local: Local, workers: int) -> int:
+    """How many of so many workers are at a meeting: without a grace no more than its quorum, as no two come at the same
+    moment; with one, all of them.
 
-    Without a grace no more are there than the quorum, as no two come at the same moment; with one, all are. The outcome
-    is what the weights were after the meeting, and the momentum; or, where gradients meet, weights and optimizer state.
+    >>> [there(Local.parse(text), 4) for text in ("8", "8:quorum=3", "8:quorum=3:grace=2", "8:steps=speed")]
+    [4, 3, 4, 4]
     """
-    there = local.quorum if local.quorum and not local.grace else workers
-    told = 1 + STATE_BYTES_PER_BYTE if local.kind == "backup" else 1 + (local.kind in OUTER)
-    trades = [(TRADE, -(-size_bytes // there))] * (2 * (there - 1))
-    return (*trades, *[(OUTCOME, round(told * size_bytes))] * (workers - there))
+    return local.quorum if local.quorum and not local.grace else workers
+
+
+def sending(operation: str, local: Local, workers: int) -> float:
+    """The share of the workers that send what a meeting takes, as a mean: those who are there, and of an outcome one.
+
+    Who is late is chance; what all send together is not. What came of a meeting goes through the run's store, which is
+    beside worker 0: on a link once for each who was late, as its fetch, or where worker 0 was, to the store. Who is so
+    late that the next meeting is over, too, does not fetch it; that is not known before, and not in this.
+    """
+    return (1 if operation == OUTCOME else there(local, workers)) / workers
+
+
+def _outcome_bytes(facts: ModelFacts, local: Local, state: float) -> int:
+    """What came of a meeting: the weights and the momentum; or, where gradients meet, all weights and the optimizer's
+    state.
+    """
+    if local.kind == "backup":
+        return facts.parameter_bytes + round(state * facts.trainable_bytes)
+    return facts.trainable_bytes * (1 + (local.kind in OUTER))
 
 
 def _grouped(facts: ModelFacts, bucket_bytes: int) -> tuple[tuple[Held, ...], ...]:

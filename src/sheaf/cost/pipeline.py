@@ -130,7 +130,7 @@ def _stages(plan: Plan, basis: Basis) -> tuple[tuple[tuple[str, ...], ...], tupl
 def stage_names(plan: Plan, basis: Basis) -> tuple[tuple[str, ...], ...]:
     """The names of each stage's blocks, as ``stages_of`` gives them."""
     if plan.stages:
-        return stages_of(plan, basis.facts)
+        return basis.once(("names", plan.stages, plan.num_stages), lambda: stages_of(plan, basis.facts))
     blocks = basis.once("placed", lambda: tuple(block.name for block in placed(basis.facts)))
     starts = [0, *accumulate(_default_cut(basis, plan.num_stages))]
     return tuple(blocks[start:stop] for start, stop in pairwise(starts))

@@ -5,7 +5,17 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from sheaf.cost.communication import Units, buckets, units
-from sheaf.graph.facts import GLUE, LOSS, BlockFact, BlockTime, ModelFacts, ParameterFact, Profile, within
+from sheaf.graph.facts import (
+    GLUE,
+    LOSS,
+    STATE_BYTES_PER_BYTE,
+    BlockFact,
+    BlockTime,
+    ModelFacts,
+    ParameterFact,
+    Profile,
+    within,
+)
 from sheaf.plans import Plan
 from sheaf.plans.split import Move, SplitFacts
 from sheaf.plans.stages import passed_on
@@ -67,6 +77,11 @@ class Portion:
         if bucket_bytes not in self._units:
             self._units[bucket_bytes] = units(self.facts, bucket_bytes)
         return self._units[bucket_bytes]
+
+    @property
+    def state(self) -> float:
+        """Bytes of the optimizer's state for a byte of parameters."""
+        return self.profile.optimizer_state_bytes_per_byte if self.profile else STATE_BYTES_PER_BYTE
 
     @property
     def repeated(self) -> frozenset[str]:

@@ -40,7 +40,8 @@ class Price:
     ``bubble`` what the busiest worker of a pipeline idles for the others. ``wait`` is the time the fastest replica
     idles for the slowest. ``stages`` counts the blocks of a pipeline's stages, ``begins`` names the first of each;
     ``timeline`` is its slowest replica's. ``traffic_bytes`` are handed to the network, in so many ``messages`` of gloo,
-    with what that says about each; ``wire_bytes`` is what the links carry.
+    with what that says about each, by the worker that sends most; where some come late for a meeting, that is chance,
+    and these are means over the workers. ``wire_bytes`` is what the links carry.
     """
 
     plan: Plan

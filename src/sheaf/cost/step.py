@@ -18,6 +18,7 @@ from sheaf.cost.communication import (
     Fabric,
     exposed,
     meetings,
+    sending,
 )
 from sheaf.cost.compute import Pace
 from sheaf.cost.paced import until_met
@@ -294,10 +295,11 @@ def served(times: StepTimes, plan: Plan, portion: Portion, fabric: Fabric) -> No
 def met(times: StepTimes, plan: Plan, portion: Portion, fabric: Fabric, window_seconds: float, overlap: float) -> None:
     """Gradients that meet compressed, or weights that meet every few steps: a step's share of it.
 
-    Compressed gradients travel twice, and the second time there is nothing to hide behind.
+    Compressed gradients travel twice, and the second time there is nothing to hide behind. Where some are late for a
+    meeting, seconds are of those who are there, and bytes the mean over all.
     """
     local = plan.meets_locally
-    travels = meetings(portion.facts, plan, fabric.workers)
+    travels = meetings(portion.facts, plan, fabric.workers, portion.state)
     if not local.every:
         _beside(times, fabric, [messages[0] for messages in travels], window_seconds, overlap)
         for operation, size in (message for messages in travels for message in messages[1:]):
@@ -309,7 +311,7 @@ def met(times: StepTimes, plan: Plan, portion: Portion, fabric: Fabric, window_s
         term = operation if operation in times.seconds else ALL_REDUCE
         times.seconds[term] += (seconds - hidden) / local.every
         times.hidden_seconds += hidden / local.every
-        times.sends(fabric, operation, size, 1 / local.every)
+        times.sends(fabric, operation, size, sending(operation, local, fabric.workers) / local.every)
 
 
 def _in_rounds(

@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-from sheaf.errors import TaskError
-
 LOSS = "<loss>"  # the name of the block that stands for the loss function
 STATE_BYTES_PER_BYTE = 2.0  # of an optimizer that nobody looked at: Adam's two moments
 GLUE = "<glue>"  # the name of the block that stands for work done in no block: the root's own operations
@@ -241,10 +239,3 @@ class Profile:
             overheads={str(plan): float(seconds) for plan, seconds in told["overheads"].items()},
             cores_taken=float(told.get("cores_taken", 0.0)),
         )
-
-
-def trained(facts: ModelFacts) -> None:
-    """Raise TaskError where nothing of the model is trained."""
-    if not any(one.requires_grad for one in facts.parameters):
-        has = "no parameter of the model requires a gradient" if facts.parameters else "the model has no parameters"
-        raise TaskError(f"{has}, so there is nothing to train: give it one that requires_grad")

@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sheaf.errors import TaskError
@@ -71,9 +72,10 @@ def profile(
 
 
 def accelerator() -> torch.device:
-    """The device this process computes on: its accelerator, else the CPU."""
+    """The device this process computes on: its accelerator; the CPU without one, and among workers on gloo alone."""
     found = torch.accelerator.current_accelerator(check_available=True)
-    return found if found is not None else torch.device("cpu")
+    shared = dist.is_available() and dist.group.WORLD is not None and dist.get_world_size() > 1
+    return torch.device("cpu") if found is None or (shared and dist.get_backend() == "gloo") else found
 
 
 def whole_bytes(facts: ModelFacts) -> int:

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.utils._pytree import tree_leaves
 
 from sheaf.errors import SheafError, TaskError
 from sheaf.graph import ops
@@ -326,6 +327,8 @@ def _module(model: nn.Module, name: str) -> str:
 
 def _shapes(batch: Any) -> str:
     shapes = [f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for tensor in ops.tensors(batch)]
+    texts = sum(isinstance(leaf, str | bytes) for leaf in tree_leaves(batch))
+    shapes += [f"{texts} texts"] if texts and shapes else []
     return ", ".join(shapes) if shapes else f"a {type(batch).__name__} without tensors"
 
 

@@ -1,16 +1,15 @@
 """A plan becomes a step: called on every worker, with a process group or alone."""
 
-import os
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from sheaf.errors import PlanError
 from sheaf.graph import cut
+from sheaf.parallel.devices import default_device, refuse_uncarried
 from sheaf.parallel.exchange import Exchange
 from sheaf.parallel.experts import ExpertsRunner, calling, come_home, expert_facts, lists, shared
 from sheaf.parallel.gathered import Gathered
@@ -66,7 +65,9 @@ def build(task: Task, plan: Plan, *, device: torch.device | None = None) -> Step
 
     Raises PlanError with the reason why the plan cannot run here.
     """
-    spread = Spread(plan, device or default_device())
+    device = device or default_device()
+    refuse_uncarried(device)
+    spread = Spread(plan, device)
     try:
         return _build(task, plan, spread)
     except BaseException:
@@ -105,7 +106,7 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
     if plan.meets_locally.rounds:
         return pace(task, plan, spread, portion)
     lent = blocks if stages or found else lists(blueprint.model, splits)
-    untouched = originals(lent, blueprint.dtype_of, blueprint.mode)
+    untouched = originals(lent, blueprint.dtype_of, blueprint.mode, world.device)
     holding = _apart(task, plan, spread, portion, factor, exchange, expectation, stages.tied if stages else ())
     if holding is None:
         held = found.apart if found else tuple(splits.slices) if splits and plan.expert_parts else ()
@@ -339,21 +340,6 @@ def _refuse_slices(task: Task, plan: Plan, blueprint: Blueprint, splits: SplitFa
         f"{what} gives each worker slices of parameters, and this optimizer's update of a slice depends "
         f"on the rest of the parameter: use dp={plan.workers} without {key}, or an elementwise optimizer such as AdamW"
     )
-
-
-def default_device() -> torch.device:
-    """This worker's device: the current accelerator, or that of torchrun's local rank when none was set; else the CPU.
-
-    The accelerator becomes the current one.
-    """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
-        return torch.device("cpu")
-    index, local = torch.accelerator.current_device_index(), os.environ.get("LOCAL_RANK", "")
-    if index == 0 and local.isdecimal() and dist.is_initialized() and int(local) < torch.accelerator.device_count():
-        index = int(local)
-        torch.accelerator.set_device_index(index)
-    return torch.device(accelerator.type, index)
 
 
 def _apart(

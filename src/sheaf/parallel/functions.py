@@ -1,6 +1,7 @@
 """Kinds of torch functions, as far as a pipeline must tell them apart."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,19 +40,30 @@ FACTORIES = frozenset(
 _COUNTS = frozenset(["nonzero", "argwhere", "unique", "_unique2", "unique_consecutive", "unique_dim", "bincount"])
 
 
-def may_differ(func: Any, args: Sequence[Any], *, picks: bool) -> bool:
+def may_differ(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *, picks: bool) -> bool:
     """Whether Python sees a value of a batch, or how many places have one, or whether something is drawn: so that the
     forward may take another path, or pass other shapes, for the next batch of the same shapes. ``picks``: so it may
     where elements are picked by a mask.
     """
     name = getattr(func, "__name__", "")
-    counts = name in _COUNTS or (name == "where" and len(args) == 1) or (picks and is_pick(func, args))
+    counts = _counts(name, (*args, *kwargs.values())) or (picks and is_pick(func, args, kwargs))
     return counts or func in READS or name in FACTORIES
 
 
-def is_pick(func: Any, args: Sequence[Any]) -> bool:
-    """Whether a function picks elements by the values of its second argument."""
-    return func in PICKS and len(args) > 1 and has_mask(args[1])
+def _counts(name: str, given: Sequence[Any]) -> bool:
+    """Whether the values of what a function is given decide how large its result is."""
+    if name == "where":
+        return len(given) == 1
+    if name == "one_hot":  # as many as the highest, unless it is said how many
+        return not any(isinstance(one, int) and one >= 0 for one in given)
+    if name in ("repeat_interleave", "tensor_split"):
+        return len(given) == 1 or sum(isinstance(one, Tensor) for one in given) > 1
+    return name in _COUNTS or name == "_pack_padded_sequence"
+
+
+def is_pick(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] = MappingProxyType({})) -> bool:
+    """Whether a function picks elements by the values of its second argument, or of a ``mask``."""
+    return func in PICKS and has_mask(args[1] if len(args) > 1 else kwargs.get("mask"))
 
 
 def has_mask(index: Any) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sheaf.errors import PlanError, TaskError
+from sheaf.graph.refusals import refuse_dense
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.values import decoded, encoded
 from sheaf.plans.layout import Piece
@@ -31,19 +32,8 @@ def whole_optimizer(portion: Portion, parameters: Mapping[str, Tensor]) -> torch
     optimizer = portion.task.optimizer(list(parameters.values()))  # pyright: ignore[reportArgumentType]
     if isinstance(optimizer, torch.optim.SparseAdam):
         names = {id(value): name for name, value in parameters.items()}
-        optimizer.register_step_pre_hook(lambda made, *_: _refuse_dense(made, names))
+        optimizer.register_step_pre_hook(lambda made, *_: refuse_dense(made, names))
     return optimizer
-
-
-def _refuse_dense(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> None:
-    held = [value for group in optimizer.param_groups for value in group["params"] if value.grad is not None]
-    dense = [names.get(id(value), "a parameter") for value in held if value.grad.layout is torch.strided]
-    if dense:
-        raise TaskError(
-            f"{dense[0]} ({len(dense)} parameters in all) got a dense gradient, and {type(optimizer).__name__} steps "
-            "only by those that torch keeps as rows, of layers built with sparse=True: use SGD or Adagrad, which take "
-            "both, or AdamW and no sparse=True"
-        )
 
 
 def sliced_optimizer(portion: Portion, slices: Mapping[str, tuple[Tensor, Piece | None]]) -> torch.optim.Optimizer:

@@ -160,7 +160,7 @@ class Passing(TorchFunctionMode):
             return func(*args, **kwargs)
         entries = self._ledger.entries((args, kwargs))
         if not entries:
-            if may_differ(func, args, picks=not self.in_loss):
+            if may_differ(func, args, kwargs, picks=not self.in_loss):
                 self._course.steady = self.by_rows = False  # the next microbatch may take another path
             return func(*args, **kwargs)
         if func in ABOUT:
@@ -230,7 +230,7 @@ class Passing(TorchFunctionMode):
 
     def _picked(self, func: Any, args: Any, kwargs: Any) -> Outline:
         """What picks the elements is known here, so that the shape is too."""
-        blank = torch.zeros((), dtype=args[0].dtype).expand(tuple(args[0].shape))
+        blank = torch.zeros((), dtype=args[0].dtype, device=args[0].device).expand(tuple(args[0].shape))
         shape = list(func(blank, *args[1:], **kwargs).shape)
         fake = self._ledger.all_fake(args[0])
         name = str(args[0].dtype).removeprefix("torch.")

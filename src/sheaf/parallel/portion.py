@@ -130,18 +130,19 @@ class Portion:
     def install(self, device: torch.device, parameter: Callable[[str], Tensor]) -> nn.Module:
         """The model with ``parameter(canonical name)`` for each parameter that is held."""
         model = self.blueprint.install(device, lambda name: parameter(name) if self.holds(name) else None)
-        self._widen(model)
+        self._place(model, device)
         return model
 
-    def _widen(self, model: nn.Module) -> None:
-        """Make fakes that stay as wide as the parameters they stand for are held."""
+    def _place(self, model: nn.Module, device: torch.device) -> None:
+        """Make fakes that stay as wide as the parameters they stand for are held, on the same device."""
         made: dict[int, nn.Parameter] = {}
         for module in model.modules():
             for key, value in module._parameters.items():
-                if isinstance(value, FakeTensor) and self.dtype_of(value) != value.dtype:
+                moves = value is not None and value.device.type != device.type
+                if isinstance(value, FakeTensor) and (moves or self.dtype_of(value) != value.dtype):
                     if id(value) not in made:
                         with self.mode:
-                            wide = torch.empty(tuple(value.shape), dtype=self.dtype_of(value))
+                            wide = torch.empty(tuple(value.shape), dtype=self.dtype_of(value), device=device)
                             made[id(value)] = nn.Parameter(wide, requires_grad=value.requires_grad)
                     module._parameters[key] = made[id(value)]
 

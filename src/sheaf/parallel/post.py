@@ -1,7 +1,6 @@
 """Point to point between pipeline stages: tensors, flags and small values, each kind in the order it is sent."""
 
 import json
-import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sheaf.cluster.primitives import Pending
 from sheaf.cluster.traffic import traffic
+from sheaf.parallel.lanes import Lanes
 from sheaf.parallel.world import World
 
 FORWARD, BACKWARD, READ, SIZES = range(4)  # kinds of messages, which never overtake their own
@@ -29,9 +30,9 @@ class Post:
         self._under_way: deque[tuple[dist.Work, Tensor]] = deque()
         self._own: dict[int, deque[Tensor]] = {}
         self._own_gradients: dict[int, deque[list[Tensor | None]]] = {}
-        self._expected: dict[int, deque[tuple[dist.Work, Tensor]]] = {}
-        # what is received ahead of its turn must not stand in the way of what comes before, as in a queue of NCCL
-        self._ahead = world.device.type == "cpu"
+        self._expected: dict[int, deque[tuple[dist.Work | Pending, Tensor]]] = {}
+        self._ahead = world.device.type == "cpu"  # elsewhere, messages have an order of their own
+        self._lanes = None if self._ahead else Lanes(world, heads=4 * num_stages**2)
 
     def send(self, tensor: Tensor, origin: int, target: int, kind: int) -> None:
         """Start sending from one stage to another; the tensor must not change until it has arrived."""
@@ -47,8 +48,11 @@ class Post:
             return
         while self._under_way and self._under_way[0][0].is_completed():
             self._under_way.popleft()
-        traffic.message(tensor.nbytes, gloo=int(self._ahead))
+        traffic.message(tensor.nbytes, gloo=int(tensor.device.type == "cpu"))
         with self._world.explained("send", f"message {tag} to {rank}", tensor):
+            if (lanes := self._lanes_of(tensor)) is not None:
+                self._under_way.extend(lanes.start(tensor, rank, tag))
+                return
             work = dist.isend(tensor, group=self._world.group, group_dst=rank, tag=tag)
             assert work is not None
         self._under_way.append((work, tensor))
@@ -73,20 +77,21 @@ class Post:
         """Wait for a worker's message."""
         if not out.numel():
             return out
-        start = time.perf_counter()
-        if self._expected.get(tag):
-            work, ready = self._expected[tag].popleft()
-            assert (ready.shape, ready.dtype) == (out.shape, out.dtype), f"message {tag} is not what was expected"
-            out = ready
-        else:
-            work = self._coming(out, rank, tag)
-        with self._world.explained():
-            work.wait()
-        self._world.waited_seconds += time.perf_counter() - start
+        with self._world.waiting():
+            if self._expected.get(tag):
+                work, ready = self._expected[tag].popleft()
+                assert (ready.shape, ready.dtype) == (out.shape, out.dtype), f"message {tag} is not what was expected"
+                out = ready
+            else:
+                work = self._coming(out, rank, tag)
+            with self._world.explained():
+                work.wait()
         return out
 
-    def _coming(self, out: Tensor, rank: int, tag: int) -> dist.Work:
+    def _coming(self, out: Tensor, rank: int, tag: int) -> dist.Work | Pending:
         with self._world.explained("receive", f"message {tag} from {rank}", out):
+            if (lanes := self._lanes_of(out)) is not None:
+                return lanes.coming(out, rank, tag)
             work = dist.irecv(out, group=self._world.group, group_src=rank, tag=tag)
         assert work is not None
         return work
@@ -128,12 +133,12 @@ class Post:
 
     def settle(self) -> None:
         """Wait until everything has arrived."""
-        start = time.perf_counter()
-        while self._under_way:
-            work, _ = self._under_way.popleft()
-            with self._world.explained():
-                work.wait()
-        self._world.waited_seconds += time.perf_counter() - start
+        with self._world.waiting(), self._world.explained():
+            while self._under_way:
+                self._under_way.popleft()[0].wait()
+
+    def _lanes_of(self, tensor: Tensor) -> Lanes | None:
+        return None if tensor.device.type == "cpu" else self._lanes
 
     def _rank(self, stage: int) -> int:
         return stage % self._world.workers

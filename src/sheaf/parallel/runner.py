@@ -141,7 +141,8 @@ class AbstractRunner(ABC):
 
     def timed(self, start: float, waited: float) -> None:
         """Count what has passed since as own work, waiting apart."""
-        self.compute_seconds += time.perf_counter() - start - (self.parts.spread.waited_seconds - waited)
+        now = self.parts.spread.world.now()  # an accelerator's time, by which microbatches are dealt and plans priced
+        self.compute_seconds += now - start - (self.parts.spread.waited_seconds - waited)
 
 
 class WholeModel(AbstractRunner):

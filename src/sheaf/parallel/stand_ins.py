@@ -19,6 +19,7 @@ from sheaf.split.tensor import Split
 
 MOST_CALLS = 10_000  # of functions that are kept: a number that is another in each step makes each call a new one
 _SAID = PLAIN | {torch.dtype, torch.device, torch.layout, torch.memory_format}  # what a value says all about
+_HOST = torch.device("cpu")
 _OWN = ("_parameters", "_forward_pre_hooks", "_forward_hooks")  # what is put back
 
 
@@ -45,17 +46,23 @@ class Original:
 
 
 def originals(
-    blocks: Mapping[str, nn.Module], dtype_of: Callable[[Tensor], torch.dtype], mode: FakeTensorMode
+    blocks: Mapping[str, nn.Module],
+    dtype_of: Callable[[Tensor], torch.dtype],
+    mode: FakeTensorMode,
+    device: torch.device = _HOST,
 ) -> dict[str, Original]:
-    """Every block of a model that nothing has been put on yet; parameters get the dtype in which they are held."""
+    """Every block of a model that nothing has been put on yet; parameters get the dtype in which they are held, and the
+    device.
+    """
     made: dict[int, Tensor] = {}
 
     def wide(fake: Tensor | None) -> Tensor | None:
-        if fake is None or dtype_of(fake) == fake.dtype:
+        if fake is None or (dtype_of(fake) == fake.dtype and fake.device.type == device.type):
             return fake
         if id(fake) not in made:
             with mode:
-                made[id(fake)] = nn.Parameter(fake.detach().to(dtype_of(fake)), requires_grad=fake.requires_grad)
+                there = fake.detach().to(device, dtype_of(fake))
+                made[id(fake)] = nn.Parameter(there, requires_grad=fake.requires_grad)
         return made[id(fake)]
 
     def own(module: nn.Module) -> dict[str, Any]:
@@ -225,7 +232,7 @@ def kinds(value: Any) -> Any:
 
 
 def _modes() -> tuple[bool, bool]:
-    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+    return torch.is_grad_enabled(), torch._C._is_any_autocast_enabled()
 
 
 def _is_new(output: Any, given: Any) -> bool:

@@ -165,7 +165,7 @@ class BatchStatistics:
             if world.workers > 1 and isinstance(module, nn.SyncBatchNorm):
                 module.register_forward_pre_hook(_refuse_synchronised)
         self._traces = Traces(model)
-        self._found: dict[int, Tensor] = {}
+        self._found: dict[int, tuple[Tensor, Tensor]] = {}  # by microbatch, what the layers' calls left, and how many
         self._steps = 0
 
     @property
@@ -218,12 +218,12 @@ class BatchStatistics:
         """
         self._traces.check("forward")
         if self._layers:
-            moments = [layer.moments() for layer in self._layers]
-            found = torch.cat(moments).to("cpu", torch.float64).split([2 * layer.size for layer in self._layers])
-            calls = [torch.tensor([layer.trained, layer.read], dtype=torch.float64) for layer in self._layers]
-            row = torch.cat([part for pair in zip(found, calls, strict=True) for part in pair])
+            # left where it is: an accelerator need not be done with it yet
+            left = torch.cat([layer.moments() for layer in self._layers]).double()
+            calls = torch.tensor([[layer.trained, layer.read] for layer in self._layers], dtype=torch.float64)
             # a pipeline comes by once for each of a worker's stages, and each has layers of its own
-            self._found[index] = self._found[index] + row if index in self._found else row
+            before = self._found.get(index)
+            self._found[index] = (left, calls) if before is None else (before[0] + left, before[1] + calls)
 
     def apply(self, microbatches: int) -> None:
         """Update the running statistics by every worker's microbatches, in order (collective)."""
@@ -231,8 +231,9 @@ class BatchStatistics:
             return
         widths = [2 * layer.size + 2 for layer in self._layers]
         table = torch.zeros(microbatches, sum(widths), dtype=torch.float64)
-        for index, row in self._found.items() if self._tells else ():
-            table[index] = row
+        for index, (left, calls) in self._found.items() if self._tells else ():
+            moments = left.cpu().split([2 * layer.size for layer in self._layers])
+            table[index] = torch.cat([part for pair in zip(moments, calls, strict=True) for part in pair])
         table = self._world.summed(table, "running statistics")
         for layer, statistics in zip(self._layers, table.split(widths, dim=1), strict=True):
             layer.update(statistics)

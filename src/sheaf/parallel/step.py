@@ -143,9 +143,9 @@ class Step:
             self._observer.gradients(
                 self.index, self._spread.assembled(self._holding.full_gradients(), self._portion, names)
             )
-        updating = time.perf_counter()
+        updating = self._world.now()
         norm, skipped = self._update()
-        optimizer_seconds = time.perf_counter() - updating
+        optimizer_seconds = self._world.now() - updating
         self._holding.after_update()
         if self._statistics is not None:
             self._statistics.apply(len(microbatches))

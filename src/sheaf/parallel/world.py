@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from sheaf.cluster import primitives
 from sheaf.cluster.answers import heard, told
 from sheaf.cluster.primitives import Pending
 from sheaf.errors import WorkerFailed
+from sheaf.graph.stopwatch import Clock
 
 
 class World:
@@ -39,10 +41,11 @@ class World:
         self._whole = dist.get_world_size() if joined else 1
         everyone = list(range(self._whole))
         mine = dist.get_rank() if joined else 0
-        groups = [list(ranks) for ranks in among] if among is not None else [everyone]
+        groups = self._all = [list(ranks) for ranks in among] if among is not None else [everyone]
         self.ranks = next(ranks for ranks in groups if mine in ranks)
         self.workers, self.rank = len(self.ranks), self.ranks.index(mine)
-        self.waited_seconds = 0.0
+        self._clock, self._waited_seconds = Clock(device), 0.0
+        self._waits: list[tuple[Any, Any]] = []  # moments of an accelerator, which it may not have come to
         self._last: deque[str] = deque(maxlen=8)
         self._made: list[dist.ProcessGroup] = []
         self.group = None if self.workers in (1, self._whole) and not _many(groups) else self._grouped(groups)
@@ -66,6 +69,54 @@ class World:
                 mine = group
                 self._made.append(group)
         return mine
+
+    @property
+    def waited_seconds(self) -> float:
+        """How long this worker stood still for others, on an accelerator its work; waits until that is known."""
+        while self._waits:
+            start, end = self._waits.pop()
+            end.synchronize()
+            self._waited_seconds += self._clock.seconds(start, end)
+        return self._waited_seconds
+
+    @waited_seconds.setter
+    def waited_seconds(self, seconds: float) -> None:
+        self._waited_seconds = seconds
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as stood still."""
+        start = self._clock.now()
+        yield
+        end = self._clock.now()
+        if self.device.type == "cpu":
+            self._waited_seconds += end - start
+        else:
+            self._waits.append((start, end))
+
+    def now(self) -> float:
+        """Seconds on the host's clock, once this worker's device has done what it was given, messages apart."""
+        if self.device.type != "cpu":
+            torch.accelerator.current_stream(self.device).synchronize()
+        return time.perf_counter()
+
+    def directions(self) -> dict[tuple[int, int], dist.ProcessGroup]:
+        """A group for each direction between neighbours in the ring of these workers, by their ranks (collective over
+        all workers).
+        """
+        made: dict[tuple[int, int], dist.ProcessGroup] = {}
+        for ranks in self._all:
+            count = len(ranks)
+            near = {pair for one in range(count) for pair in permutations((one, (one + 1) % count), 2)}
+            for origin, target in sorted(pair for pair in near if count > 1):
+                group = dist.new_group([ranks[origin], ranks[target]])
+                if ranks == self.ranks and self.rank in (origin, target):
+                    assert isinstance(group, dist.ProcessGroup)
+                    if self.device.type != "cpu":  # there before it is needed: who came first would wait for the other
+                        dist.all_reduce(torch.zeros(1, device=self.device), group=group)
+                    made[origin, target] = group
+                    self._made.append(group)
+        return made
 
     @property
     def everyone(self) -> int:
@@ -118,10 +169,8 @@ class World:
 
     def wait(self, pending: Pending) -> None:
         """Finish a collective, and count the time."""
-        start = time.perf_counter()
-        with self.explained():
+        with self.waiting(), self.explained():
             pending.wait()
-        self.waited_seconds += time.perf_counter() - start
 
     def summed(self, values: Tensor, what: str) -> Tensor:
         """The sum of a small CPU tensor over all workers, at once."""

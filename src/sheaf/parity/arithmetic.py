@@ -45,6 +45,17 @@ class Arithmetic:
         return torch.nn.utils.get_total_norm(pieces)
 
 
+@contextmanager
+def steady() -> Iterator[None]:
+    """Inside, an accelerator convolves in full precision, and by a kernel that gives the same each time.
+
+    As torch has it otherwise, TF32 and the choice of a kernel by the shapes at hand would tell apart what is the same.
+    """
+    chosen = torch.backends.cudnn
+    with chosen.flags(enabled=chosen.enabled, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
+
+
 def _flip(tensor: Tensor, dim: int) -> Tensor:
     return tensor.flip(dim)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sheaf.errors import RunError
 from sheaf.parallel import build
+from sheaf.parity.arithmetic import steady
 from sheaf.parity.observation import START, Observation, Print, PrintKey, Prints, Store, added
 from sheaf.plans import Plan
 from sheaf.record import StepReport
@@ -30,7 +31,8 @@ def observe_rank(task: Task, plan: Plan, steps: int, directory: Path) -> None:
     try:
         _write(store, Observation(step=START), step.full_state())
         for index in range(steps):
-            report: StepReport = step()
+            with steady():
+                report: StepReport = step()
             state = step.full_state()
             local = {"losses": step.losses, "prints": list(prints.take().items())}
             _local(directory, step.rank, index).write_text(json.dumps(local), encoding="utf-8")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sheaf.graph.example import global_streams_kept
 from sheaf.parity import noise, serial
+from sheaf.parity.arithmetic import steady
 from sheaf.parity.compare import BUFFER, GRADIENT, WEIGHT, Key, backgrounds, departures, sizes
 from sheaf.parity.observation import START, Observation, Store
 from sheaf.parity.verdict import FLOAT32_EPSILON, FLOAT64_EPSILON, Step, Verdict, judge
@@ -77,9 +78,9 @@ class Trial:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Leave Python's, numpy's and torch's random generators and torch's threads as they were."""
+    """Leave Python's, numpy's and torch's random generators and torch's threads as they were; ``steady`` inside."""
     threads = torch.get_num_threads()
-    with global_streams_kept():
+    with global_streams_kept(), steady():
         try:
             yield
         finally:

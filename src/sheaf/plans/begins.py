@@ -1,8 +1,10 @@
 """How a plan says where a pipeline's stages are cut: blocks in each, or the module with which each later one begins."""
 
 import re
+from functools import lru_cache
 
 
+@lru_cache(maxsize=4096)
 def counts_of(stages: str) -> tuple[int, ...]:
     """Blocks of each stage, where all that is written are numbers.
 
@@ -12,6 +14,7 @@ def counts_of(stages: str) -> tuple[int, ...]:
     return tuple(int(part) for part in stages.split(":")) if _counts(stages) else ()
 
 
+@lru_cache(maxsize=4096)
 def begins_of(stages: str) -> tuple[str, ...]:
     """The modules with which the second stage and each later one begin, where any is named.
 

@@ -99,10 +99,10 @@ class Plan:
         if broken:
             raise PlanError(broken)
 
-    @cached_property
+    @property
     def workers(self) -> int:
         """How many workers the plan runs on, those that only serve included."""
-        return self.computing + self.serves.serving
+        return self.computing + (self.serves.serving if self.server else 0)
 
     @property
     def computing(self) -> int:
@@ -124,25 +124,25 @@ class Plan:
         """The modules with which the second stage and each later one begin, where the plan names them."""
         return begins_of(self.stages)
 
-    @cached_property
+    @property
     def split_parts(self) -> bool:
         """Whether parts of the model are split over workers that hold replicas of the rest."""
-        return any(answer == "tp" for _, answer in self.parts)
+        return bool(self.parts) and any(answer == "tp" for _, answer in self.parts)
 
-    @cached_property
+    @property
     def expert_parts(self) -> bool:
         """Whether replicas hold experts for each other, and send each other tokens."""
-        return any(answer == "ep" for _, answer in self.parts)
+        return bool(self.parts) and any(answer == "ep" for _, answer in self.parts)
 
-    @cached_property
+    @property
     def again(self) -> bool:
         """Whether any block runs forward again in backward."""
-        return self.recompute == "full" or bool(named(self.parts, AGAIN))
+        return self.recompute == "full" or (bool(self.parts) and bool(named(self.parts, AGAIN)))
 
-    @cached_property
+    @property
     def by_parts(self) -> bool:
         """Whether replicas hold different slices of some parts."""
-        return self.split_parts or self.expert_parts or bool(named(self.parts, ROWS))
+        return bool(self.parts) and (self.split_parts or self.expert_parts or bool(named(self.parts, ROWS)))
 
     @property
     def split_degree(self) -> int:
@@ -154,7 +154,7 @@ class Plan:
         """How many workers hold the same parameters, or shards of them: replicas, and those that split a sequence."""
         return self.dp * self.cp
 
-    @cached_property
+    @property
     def split_kind(self) -> tuple[int, int]:
         """What decides how layers are split: over how many workers, and 0, 1 (along the sequence too), 2 (experts) or 3
         (sequences alone, with ``cp``).
@@ -209,10 +209,10 @@ class Plan:
         """Whether and how a parameter server holds the parameters."""
         return Server.parse(self.server, self.late) if self.server else Server()
 
-    @cached_property
+    @property
     def exact(self) -> bool:
         """Whether the plan computes the serial answer, up to rounding; every other is relaxed."""
-        return not self.local and self.compress == "none" and self.serves.exact
+        return not self.local and self.compress == "none" and (not self.server or self.serves.exact)
 
     @property
     def serial(self) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -70,8 +70,7 @@ def stages_of(plan: Plan, facts: ModelFacts) -> tuple[tuple[str, ...], ...]:
             f"stages={plan.stages} places {sum(counts)} blocks, the model has {len(names)}: make them add up to that, "
             "or drop stages to have them balanced"
         )
-    starts = [sum(counts[:stage]) for stage in range(len(counts))]
-    return tuple(tuple(names[start : start + count]) for start, count in zip(starts, counts, strict=True))
+    return tuple(tuple(names[start:stop]) for start, stop in pairwise([0, *accumulate(counts)]))
 
 
 def separable(pieces: ModelFacts, whole: ModelFacts) -> tuple[bool, ...]:
@@ -183,7 +182,6 @@ def _balanced(
     count = len(costs)
     if stages < 1 or count < stages:
         raise PlanError(f"{stages} stages need a block each, the model has {count}: use at most pp={max(count, 1)}")
-    sums = np.concatenate(([0.0], np.cumsum(np.asarray(costs, dtype=float))))
     ends = np.ones(count + 1, dtype=bool)
     if legal is not None:
         ends[1:count] = np.asarray(legal, dtype=bool)[: count - 1]
@@ -192,11 +190,8 @@ def _balanced(
                 f"{stages} stages need {stages - 1} places to cut at, the model has {int(ends[1:count].sum())}: use at "
                 f"most pp={int(ends[1:count].sum()) + 1}"
             )
-    # spans[i, j]: blocks i to j - 1 as one stage; infinite where that is no stage.
-    spans = sums[None, :] - sums[:, None]
-    possible = (np.arange(count + 1)[None, :] > np.arange(count + 1)[:, None]) & ends[None, :]
     pace = (1.0,) * stages if speeds is None else speeds
-    paced = {speed: np.where(possible, spans / speed, np.inf) for speed in set(pace)}
+    paced = {speed: np.where(ends[None, :], _spans(costs) / speed, np.inf) for speed in set(pace)}
     each = [paced[speed] for speed in pace]
     room = count - stages + 1  # a stage begins with one of so many blocks: others need theirs before and after it
     best = each[-1][stages - 1 : count, count]  # by where the last stage begins; then of the last two, and so on
@@ -220,6 +215,13 @@ def _balanced(
         cut.append(stop - start)
         start = stop
     return (*cut, count - start)
+
+
+@lru_cache(maxsize=64)
+def _spans(costs: tuple[float, ...]) -> np.ndarray:
+    """What blocks i to j - 1 cost as one stage, at [i, j]; infinite where that is no stage."""
+    sums, edges = np.concatenate(([0.0], np.cumsum(np.asarray(costs, dtype=float)))), np.arange(len(costs) + 1)
+    return np.where(edges[None, :] > edges[:, None], sums[None, :] - sums[:, None], np.inf)
 
 
 def slowest(costs: Sequence[float], counts: Sequence[int], speeds: Sequence[float] | None = None) -> float:

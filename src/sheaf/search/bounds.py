@@ -97,17 +97,32 @@ class Bounds:
         """Whether what it holds may fit; a plan that fits always does. Without ``cut``, nor does one of the same mesh
         with other stages or another schedule, or that recomputes.
         """
+        return self.room(plan, cut=cut)[plan.offload == OPTIMIZER]
+
+    def room(self, plan: Plan, *, cut: bool = True) -> tuple[bool, bool]:
+        """Whether there may be room for the plan, as ``fits`` says it, with its optimizers on the devices; and in the
+        hosts' memory.
+        """
         if plan.server or (plan.parts and (plan.by_parts or named(plan.parts, SPARSE))):
-            return True
+            return True, True
         basis = self._on_device(plan)
         if cut and plan.pp > 1:
-            return self._fits(plan, basis, cut=True)
-        key = (id(basis), "fits", plan.zero, plan.alike, plan.pp, plan.workers, plan.offload)
-        return self._once(key, lambda: self._fits(plan, basis, cut=False))
+            return self._room(plan, basis, cut=True)
+        key = (id(basis), "room", plan.zero, plan.alike, plan.pp, plan.workers)
+        return self._once(key, lambda: self._room(plan, basis, cut=False))
 
-    def _fits(self, plan: Plan, basis: Basis, *, cut: bool) -> bool:
-        alike, seats = plan.alike, basis.seating.kinds(plan.workers)
-        state = 0.0 if plan.offload == OPTIMIZER else basis.state
+    def _room(self, plan: Plan, basis: Basis, *, cut: bool) -> tuple[bool, bool]:
+        seats = basis.seating.kinds(plan.workers)
+
+        def fits(state: float) -> bool:
+            least = int(self._holds(plan, basis, state, cut=cut) * SAFE)
+            return any(needed_bytes(least, seat.device_kind) <= seat.available_bytes for seat in seats)
+
+        return (True, True) if fits(basis.state) else (False, fits(0.0))
+
+    def _holds(self, plan: Plan, basis: Basis, state: float, *, cut: bool) -> float:
+        """Bytes that the fullest worker holds at least, with so many of optimizer state for a byte that is trained."""
+        alike = plan.alike
         # Bytes by byte of parameters, and of those that are trained: gradients, the sent or sharded ones, and state.
         held = 1 / alike if plan.zero == 3 else 1.0
         trained = 1 + (alike > 1) + state if not plan.zero else (plan.zero == 1) + (1 + state) / alike
@@ -117,11 +132,12 @@ class Bounds:
             least = max(least, slowest_of_any((each[:, 0] * held + each[:, 1] * trained).tolist(), plan.pp))
         elif plan.pp > 1:
             key = (id(basis), "held", plan.num_stages, plan.pp, plan.stages, plan.again)
-            each = self._once(key, lambda: self._each_holds(plan, basis))
+            parameters, stepped, saved = self._once(key, lambda: self._each_holds(plan, basis))
             size = min(self.size(plan), self.batch)
-            kept = np.array(kept_stages(plan, -(-self.batch // size))) / plan.virtual * size / basis.facts.samples
-            least = max(least, *(each[:, 0] * held + each[:, 1] * trained + each[:, 2] * kept).tolist())
-        return any(needed_bytes(int(least * SAFE), seat.device_kind) <= seat.available_bytes for seat in seats)
+            often = ("kept", plan.schedule, plan.pp, plan.virtual, plan.dp, plan.shares, size, basis.facts.samples)
+            kept = self._once(often, lambda: self._keeps(plan, size) * size / basis.facts.samples)
+            least = max(least, float((parameters * held + stepped * trained + saved * kept).max()))
+        return least
 
     def _on_device(self, plan: Plan) -> Basis:
         """What the plan has in common with others, wherever their optimizers step."""
@@ -162,12 +178,16 @@ class Bounds:
         own = tuple(sum(costs[worker :: plan.pp]) for worker in range(plan.pp))
         return own, (0.0, *accumulate(costs[: plan.pp - 1]))
 
+    def _keeps(self, plan: Plan, size: int) -> np.ndarray:
+        """By worker of a pipeline, of how many microbatches of that size it keeps what backward needs: (pp,)."""
+        return np.array(kept_stages(plan, -(-self.batch // size))) / plan.virtual
+
     def _each_holds(self, plan: Plan, basis: Basis) -> np.ndarray:
-        """By worker of a pipeline, what its blocks hold as ``_block_holds`` says it: (pp, 3)."""
+        """By worker of a pipeline, what its blocks hold as ``_block_holds`` says it: (3, pp)."""
         blocks = self._blocks_hold(plan, basis)
         starts = [0, *accumulate(map(len, stage_names(plan, basis)))]
         stages = np.add.reduceat(blocks, starts[:-1])
-        return stages.reshape(plan.virtual, plan.pp, 3).sum(axis=0)
+        return np.ascontiguousarray(stages.reshape(plan.virtual, plan.pp, 3).sum(axis=0).T)
 
     def _blocks_hold(self, plan: Plan, basis: Basis) -> np.ndarray:
         """By block what ``_block_holds`` says of it: (blocks, 3)."""

@@ -176,9 +176,14 @@ class Group:
     none holds less for its parameters than the ``leanest``. Without examples nothing is known before they are priced.
     """
 
-    examples: tuple[Plan, ...]
     leanest: tuple[Plan, ...]
     strategies: Callable[[], Iterator[Strategy]]
+    made: Callable[[], tuple[Plan, ...]] = tuple  # the examples
+
+    @cached_property
+    def examples(self) -> tuple[Plan, ...]:
+        """See above."""
+        return self.made()
 
 
 def groups(question: Question) -> Iterator[Group]:
@@ -203,9 +208,9 @@ def groups(question: Question) -> Iterator[Group]:
     cps = sorted(cp for cp, kind in question.splits if kind == 3 and (per_machine == 1 or cp <= per_machine))
     for dp, cp, pp in space.wide_meshes(question.available, count, cps, most_stages):
         yield _sequences(question, (dp, cp, pp))
-    yield Group((), (), lambda: _parts(question))
-    yield Group((), (), lambda: _experts(question))
-    yield Group((), (), lambda: _tables(question))
+    yield Group((), lambda: _parts(question))
+    yield Group((), lambda: _experts(question))
+    yield Group((), lambda: _tables(question))
 
 
 def _replicas(question: Question, workers: int) -> Group:
@@ -220,9 +225,9 @@ def _replicas(question: Question, workers: int) -> Group:
 
     relaxed = (Plan(dp=workers),) if question.allow_relaxed else ()
     return Group(
-        tuple(Plan(dp=workers, microbatch=size) for size in sizes),
         (Plan(dp=workers, zero=3 if workers > 1 else 0), *relaxed),
         strategies,
+        lambda: tuple(Plan(dp=workers, microbatch=size) for size in sizes),
     )
 
 
@@ -236,9 +241,11 @@ def _mesh(question: Question, mesh: tuple[int, int, int], kinds: Sequence[int], 
             yield Strategy(plan, sizes)
 
     return Group(
-        tuple(Plan(dp=dp, tp=tp, pp=pp, sequence=kind, microbatch=size) for kind in sequences for size in sizes),
         (Plan(dp=dp, tp=tp, pp=pp, zero=(1 if pp > 1 else 3) if dp > 1 else 0),),
         strategies,
+        lambda: tuple(
+            Plan(dp=dp, tp=tp, pp=pp, sequence=kind, microbatch=size) for kind in sequences for size in sizes
+        ),
     )
 
 
@@ -251,7 +258,7 @@ def _sequences(question: Question, mesh: tuple[int, int, int]) -> Group:
             yield Strategy(plan, sizes)
 
     return Group(
-        tuple(Plan(dp=dp, cp=cp, pp=pp, microbatch=size) for size in sizes),
         (Plan(dp=dp, cp=cp, pp=pp, zero=1 if pp > 1 else 3),),
         strategies,
+        lambda: tuple(Plan(dp=dp, cp=cp, pp=pp, microbatch=size) for size in sizes),
     )

@@ -42,6 +42,7 @@ class Question:
     allow_relaxed: bool = False
     pieces: Mapping[tuple[str, ...], Pieces] = field(default_factory=dict[tuple[str, ...], Pieces])
     _bases: dict[object, Basis] = field(default_factory=dict[object, Basis], init=False, repr=False, compare=False)
+    _found: dict[object, Basis] = field(default_factory=dict[object, Basis], init=False, repr=False, compare=False)
     _seatings: list[Seating] = field(default_factory=list[Seating], init=False, repr=False, compare=False)
 
     @property
@@ -91,6 +92,15 @@ class Question:
 
     def basis(self, plan: Plan) -> Basis:
         """What the price of this plan has in common with others."""
+        if plan.parts or self.pieces or self.profiles:
+            return self._basis(plan)
+        key = (self.size(plan), plan.tp, plan.cp, plan.sequence, plan.offload)
+        found = self._found.get(key)
+        if found is None:
+            found = self._found[key] = self._basis(plan)
+        return found
+
+    def _basis(self, plan: Plan) -> Basis:
         size = self.size(plan)
         begins = plan.begins if self.pieces else ()
         pieces = self.pieces.get(begins)

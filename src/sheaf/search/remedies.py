@@ -11,6 +11,7 @@ from sheaf.plans import Plan
 from sheaf.plans.offload import OPTIMIZER
 from sheaf.plans.plan import BALANCED
 from sheaf.search import rules, space
+from sheaf.search.bounds import Bounds
 from sheaf.search.fewest import fewest
 from sheaf.search.measured import facts_for
 from sheaf.search.question import Question
@@ -28,6 +29,7 @@ class Remedies:
 
     def __init__(self, question: Question, priced: Sequence[Price]) -> None:
         self._question = question
+        self._bounds = Bounds(question.batch, question.basis, question.size)
         self._priced = priced
         self._fewer: dict[Plan, Price | None] = {}
         self._known: dict[Plan, Price | None] = {_open(one.plan): one for one in reversed(priced)}
@@ -104,6 +106,8 @@ class Remedies:
 
     def _may_run(self, plan: Plan) -> bool:
         question = self._question
+        if not self._bounds.fits(plan):
+            return False
         broken = rules.broken(
             plan,
             facts=self._facts(plan),

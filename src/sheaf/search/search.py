@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from sheaf.cost import Price
 from sheaf.plans import Plan
-from sheaf.plans.offload import ON_DEVICE
+from sheaf.plans.offload import ON_DEVICE, OPTIMIZER
 from sheaf.search import rules, words
 from sheaf.search.bounds import Bounds
 from sheaf.search.families import Group, Strategy, families, groups
@@ -159,8 +159,9 @@ class _Taken:
         if self.bounds is None:
             return [*choices]
         enough = len(self.starved) >= RANKED_AT_LEAST
-        fitting = [plan for plan in choices if self.bounds.fits(plan, cut=enough)]
-        if not fitting:
+        rooms = [self.bounds.room(plan, cut=enough) for plan in choices]
+        fitting = [plan for plan, room in zip(choices, rooms, strict=True) if room[plan.offload == OPTIMIZER]]
+        if not fitting and any(offloaded for _, offloaded in rooms):
             self.put_off.append([*choices])
         return [] if enough and all(map(self._hopeless, fitting)) else fitting
 
@@ -249,13 +250,16 @@ def _push(heap: list[_Left], item: _Item, place: tuple[int, int], took: _Taken) 
     if isinstance(item, list):
         seconds = list(map(bounds.seconds, took.worthwhile(item)))
     elif isinstance(item, Strategy):
-        fits = bounds.fits(item.open[0], cut=False)  # says nothing of what microbatches keep
+        first = item.open[0]
+        room = bounds.room(first, cut=False)  # says nothing of what microbatches keep
+        fits = room[first.offload == OPTIMIZER]
         seconds = [bounds.seconds(plan, cut=False) for plan in item.open] if fits else []
-        if not fits:
+        if not fits and room[1]:
             took.put_off.append(item)
     elif item.leanest and not any(bounds.fits(plan, cut=False) for plan in item.leanest):
         seconds = []
-        took.put_off.append(item)
+        if any(bounds.room(plan, cut=False)[1] for plan in item.leanest):
+            took.put_off.append(item)
     else:
         seconds = [_least(item, bounds)]
     if seconds:

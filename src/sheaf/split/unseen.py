@@ -8,13 +8,16 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
+from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint as checkpoints
 from torch.utils._pytree import tree_iter
 
+from sheaf.split.sent import Sent
 from sheaf.split.tensor import Split
 
 
@@ -133,22 +136,33 @@ def frames(function: Callable[..., Any], keeps_random_state: bool, context: Any,
 
 
 def _of_slices(function: Callable[..., Any], given: Sequence[Any]) -> tuple[Callable[..., Any], Sequence[Any]]:
-    """The same function, of slices in place of what is cut: a checkpoint inside of another would keep a ``Split``
-    without its gradient. The arguments of ``function`` stand last in ``given``.
+    """The same function, of slices in place of what is cut, and of rows in place of what is sent: a checkpoint inside
+    of another would keep a ``Split`` or a ``Sent`` without its gradient. The arguments of ``function`` stand last in
+    ``given``.
     """
-    laid = {
-        place - len(given): (one.axis, one.cut, one.origin, one.scale, one.held, one.shadow)
-        for place, one in enumerate(given)
-        if isinstance(one, Split)
-    }
+    laid = {place - len(given): _laid(one) for place, one in enumerate(given) if isinstance(one, Split | Sent)}
 
     def again(*args: Any, **kwargs: Any) -> Any:
         made = list(args)
-        for place, (axis, cut, origin, scale, held, shadow) in laid.items():
-            made[place] = Split(args[place], axis, cut, origin=origin, scale=scale, held=held)
-            made[place].shadow = shadow
+        for place, lay in laid.items():
+            made[place] = lay(args[place])
         return function(*made, **kwargs)
 
     if not laid:
         return function, given
-    return again, [one.local if isinstance(one, Split) else one for one in given]
+    return again, [one.local if isinstance(one, Split | Sent) else one for one in given]
+
+
+def _laid(one: Split | Sent) -> Callable[[Tensor], Split | Sent]:
+    """Makes the like of it from its ``local``, which is not held here."""
+    if isinstance(one, Sent):
+        return partial(Sent, places=one.places, origin=one.origin)
+    like = partial(Split, dim=one.axis, cut=one.cut, origin=one.origin, scale=one.scale, held=one.held)
+    shadow = one.shadow
+
+    def lay(local: Tensor) -> Split:
+        made = like(local)
+        made.shadow = shadow
+        return made
+
+    return lay

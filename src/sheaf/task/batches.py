@@ -86,9 +86,13 @@ def fetch(task: Task, samples: Sequence[int], stream: int) -> Any:
     try:
         return (task.collate or default_collate)(items)
     except Exception as error:
-        raise TaskError(
-            f"collating samples {list(samples)[:8]} raised {type(error).__name__}: {error}; "
+        remedy = (
             "items of different shapes need collate=, a function from a list of items to a batch"
+            if task.collate is None
+            else "collate= is given a list of items, and must return a batch"
+        )
+        raise TaskError(
+            f"collating samples {list(samples)[:8]} raised {type(error).__name__}: {error}; {remedy}"
         ) from error
 
 

@@ -1,7 +1,7 @@
 """The task: what is computed, and nothing about who computes it."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ PRECISIONS: dict[str, torch.dtype] = {
     "fp16": torch.float16,
     "fp64": torch.float64,
 }
+
+_LONGEST = 100  # characters of a value that is shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,8 @@ class Task:
     ``clip``        largest global gradient norm
     ``precision``   fp32, bf16, fp16 (both by autocast over float32 weights; fp16 with loss scaling) or fp64
 
-    Raises TaskError listing everything that contradicts itself, and DataError for data without len(), [i] or items.
+    Raises TaskError listing fields that it does not know or lacks, or everything that contradicts itself, and DataError
+    for data without len(), [i] or items.
     """
 
     model: Callable[[], nn.Module]
@@ -54,6 +57,16 @@ class Task:
     clip: float | None = None
     precision: str = "fp32"
     name: str = "task"
+
+    def __new__(cls, *unnamed: object, **given: object) -> "Task":  # noqa: PYI034 - beartype knows no Self
+        """Looks at the names of what is given: the constructor of a dataclass tells of one only, and not what is like
+        it.
+        """
+        if cls is Task and (unnamed or given):  # a copy is given nothing
+            broken = _misnamed(len(unnamed), given)
+            if broken:
+                raise TaskError(broken)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         broken = self._broken()
@@ -97,7 +110,7 @@ class Task:
 
     def _uncallable(self) -> list[str]:
         broken = [
-            f"{name} is {value!r}; it must be callable: {want}"
+            f"{name} is {_shown(value)}; it must be callable: {want}"
             for name, value, want in (
                 ("model", self.model, "a function that builds the model, such as lambda: Net()"),
                 ("loss", self.loss, "(output, batch) -> sheaf.Loss or a scalar mean"),
@@ -106,7 +119,7 @@ class Task:
             if not callable(value) or isinstance(value, nn.Module | torch.optim.Optimizer)
         ]
         broken += [
-            f"{name} is {value!r}; it must be callable, or None"
+            f"{name} is {_shown(value)}; it must be callable, or None"
             for name, value in (("inputs", self.inputs), ("collate", self.collate), ("scheduler", self.scheduler))
             if value is not None and not callable(value)
         ]
@@ -130,6 +143,23 @@ class Task:
         if "weights" not in mistyped and self.weights is not None and not Path(self.weights).is_file():
             broken.append(f"weights={str(self.weights)!r}: no such file; give a safetensors file")
         return broken
+
+
+def _misnamed(unnamed: int, given: Collection[str]) -> list[str]:
+    """What is wrong with the names of fields."""
+    names = {field.name: field.default is MISSING for field in fields(Task)}
+    broken = [f"{unnamed} of its fields have no name: give each as NAME=..., such as model=..."] if unnamed else []
+    broken += [f"{name!r} is not a field of a task; {nearest(name, names)}" for name in given if name not in names]
+    missing = [name for name, is_needed in names.items() if is_needed and name not in given]
+    if missing and not unnamed:
+        broken.append(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; see help(sheaf.Task)")
+    return broken
+
+
+def _shown(value: Any) -> str:
+    """A value in a line."""
+    text = repr(value)
+    return _a(type(value).__name__) if "\n" in text or len(text) > _LONGEST else text
 
 
 def _a(noun: str) -> str:

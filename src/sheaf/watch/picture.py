@@ -104,7 +104,8 @@ def compared(run_directory: str | Path) -> dict[str, dict[str, float]]:
 def sent_bytes(run_directory: str | Path) -> dict[str, float]:
     """What worker 0 sent in a step, ``measured`` as a mean over the steps that the picture counts, and ``predicted``.
 
-    Predicted is what the worker that sends most does. Empty where either is not known. Raises RunError when there is no
+    Predicted is what the worker that sends most does; where some are late for meetings, the mean over the workers, of
+    which worker 0 may send more (docs/relaxed.md). Empty where either is not known. Raises RunError when there is no
     record.
     """
     run = _read(Path(run_directory))

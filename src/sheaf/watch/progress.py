@@ -138,7 +138,7 @@ class Progress:
     def _line(self, report: StepReport) -> str:
         parts = [
             f"step {report.step + 1:>{len(str(self.total_steps))}}/{self.total_steps}",
-            f"loss {report.loss:.4f}",
+            f"loss {report.loss:.5g}",
             f"{pretty_number(self._samples_per_second)} samples/s",
             f"{pretty_seconds(self._step_seconds)}/step",
             ", ".join(f"{word} {share:.0%}" for word, share in self._shares().items()),
@@ -157,7 +157,7 @@ class Progress:
         top.add_row(
             bar, count, Text(self._left(report)), Text(self.title, "bold", overflow="ellipsis", no_wrap=True), skipped
         )
-        middle.append(f"{sparkline(self._losses):<{_WIDTH}}  loss {report.loss:.4f}", "cyan")
+        middle.append(f"{sparkline(self._losses):<{_WIDTH}}  loss {report.loss:.5g}", "cyan")
         middle.append(f"  {pretty_number(self._samples_per_second)} samples/s")
         middle.append(f"  {pretty_seconds(self._step_seconds)}/step")
         if report.memory_bytes:

@@ -93,7 +93,7 @@ class Leases:
         """A worker is gone, and needs no lease."""
         self._until.pop(worker, None)
 
-    def expired(self) -> list[int]:
-        """Workers whose lease has run out."""
-        now = self._now()
+    def expired(self, more_seconds: float = 0.0) -> list[int]:
+        """Workers whose lease has run out, so many seconds ago."""
+        now = self._now() - more_seconds
         return sorted(worker for worker, until in self._until.items() if until < now)

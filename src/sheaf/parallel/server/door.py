@@ -3,7 +3,8 @@
 import contextlib
 import socket
 import threading
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from sheaf.parallel.server.greeting import LOG, SHARD, WORKER, Guest, Refused, r
 from sheaf.parallel.server.link import Address, Keys
 
 _GREETING_SECONDS = 5.0
+_PAUSE_SECONDS = 0.05  # before the next is let in, when the system could not let one in
 _STRANGERS = 64  # connections that may be in the middle of their greeting
 _FOR_SHARDS = frozenset({Kind.NORM, Kind.SETTLE, Kind.CLOSE})
 _FOR_WORKERS = frozenset(
@@ -36,7 +38,7 @@ class Door:
     """Listens, greets, and gives each guest to ``serve`` until that returns or the connection breaks.
 
     ``refusals`` holds who was turned away and why. A log's line may be silent for ``log_silence_seconds``; others as
-    long as they like. ``callers`` counts workers' connections; ``changed`` is told when one ends.
+    long as they like. ``lines`` counts connections by worker; ``changed`` is told when one ends.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class Door:
         self._listener, self._keys, self._name = listener, keys, name
         self._most, self._silence = most_data_bytes, log_silence_seconds
         self.refusals: deque[str] = deque(maxlen=64)
-        self.callers = 0
+        self.lines = Counter[int]()
         self._closed = False
         self._strangers = threading.Semaphore(_STRANGERS)
         self._wires: set[Wire] = set()
@@ -73,8 +75,9 @@ class Door:
         while not self._closed:
             try:
                 connection, address = self._listener.accept()
-            except OSError:
-                return
+            except OSError:  # closed; or that one broke, or there are too many open files, which may end
+                time.sleep(_PAUSE_SECONDS)
+                continue
             if not self._strangers.acquire(blocking=False):
                 connection.close()
                 continue
@@ -102,7 +105,7 @@ class Door:
         wire = Wire(connection, most_data_bytes=self._most, silence_seconds=silence)
         with changed:
             self._wires.add(wire)
-            self.callers += guest.role == WORKER
+            self.lines[guest.worker] += guest.role == WORKER
             if self._closed:
                 wire.close()
         try:
@@ -114,9 +117,21 @@ class Door:
         finally:
             with changed:
                 self._wires.discard(wire)
-                self.callers -= guest.role == WORKER
+                self.lines[guest.worker] -= guest.role == WORKER
                 changed.notify_all()
             wire.close()
+
+
+def keep_asking(connection: socket.socket, seconds: float) -> None:
+    """Have the system break a connection whose other end it has not reached for about so long.
+
+    A machine answers for its processes, however busy they are; one that is cut off does not.
+    """
+    each = max(1, round(seconds / 4))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("KEEPIDLE", each), ("KEEPINTVL", each), ("KEEPCNT", 3), ("USER_TIMEOUT", 4000 * each)):
+        if hasattr(socket, f"TCP_{name}"):  # not every system has all of them
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"), value)
 
 
 def check_asker(guest: Guest, head: Head) -> None:
@@ -133,5 +148,5 @@ def check_push(meta: dict[str, Any], pieces: int) -> None:
     summed = isinstance(told, list) and all(
         isinstance(one, list) and len(one) == 3 and all(isinstance(value, int | float) for value in one) for one in told
     )
-    if not whole or not summed or type(samples) is not int:
+    if not whole or not summed or type(samples) is not int or not isinstance(meta.get("expected", 1.0), int | float):
         raise BadFrame("a push tells of parameters or losses that there are not")

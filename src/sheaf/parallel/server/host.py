@@ -11,7 +11,7 @@ import torch
 
 from sheaf.errors import WorkerFailed
 from sheaf.parallel.server.clock import Leases
-from sheaf.parallel.server.door import check_asker
+from sheaf.parallel.server.door import check_asker, keep_asking
 from sheaf.parallel.server.frame import Head, Kind, Wire
 from sheaf.parallel.server.greeting import LOG, Guest
 from sheaf.parallel.server.lending import Lender, check_counted, check_lent
@@ -24,6 +24,7 @@ from sheaf.parallel.server.seat import Elsewhere, Seat
 from sheaf.parallel.server.seats import PRIMARY, Mirror, committing, entry_of
 from sheaf.parallel.server.shard import Shard
 
+_MUTE_SECONDS = 1800.0  # for how long one that cannot speak is waited for: as long as torch's collectives wait
 _STOOD_STILL_SECONDS = 1.0  # between two ticks: then others had no chance to be heard
 
 
@@ -56,11 +57,26 @@ class Host(Seat):
         with self.changed:
             return self.changed.wait_for(lambda: finished(self.shard) >= clock, timeout_seconds)
 
+    def wait_for_all(self, clock: int) -> bool:
+        """Wait until every worker that counts has finished so many steps here, however long its steps are.
+
+        False where that will never be.
+        """
+
+        def is_known() -> bool:
+            never = not self.answers or not self.shard.clocks.workers or self.shard.hopeless is not None
+            return finished(self.shard) >= clock or never
+
+        with self.changed:
+            while not self.changed.wait_for(is_known, self.terms.lease_seconds / 4):
+                continue
+            return finished(self.shard) >= clock
+
     def wait_until_left(self, timeout_seconds: float) -> bool:
         """Wait until every worker has said good-bye, or was given up, and has hung up: it may wait for an answer."""
         with self.changed:
             return self.changed.wait_for(
-                lambda: not self.shard.clocks.workers and not self.door.callers, timeout_seconds
+                lambda: not self.shard.clocks.workers and not self.door.lines.total(), timeout_seconds
             )
 
     def lose(self, worker: int) -> None:
@@ -82,6 +98,7 @@ class Host(Seat):
             if guest.role == LOG:
                 self.follow(wire)
             else:
+                keep_asking(wire.connection, self.terms.lease_seconds)
                 self._talk(wire, guest)
 
     # --- the primary ----------------------------------------------------------------------------------------------
@@ -163,7 +180,7 @@ class Host(Seat):
                         **dealt(self.shard, entry.worker),
                     }
                 if head.kind == Kind.LEAVE:
-                    self.leases.end(entry.worker)
+                    self._end(entry.worker)
                 self.changed.notify_all()
             place = self.last
         self.mirrored(place)
@@ -265,12 +282,34 @@ class Host(Seat):
                 self.log(Entry(Kind.COMMIT, worker, incarnation, staged.sequence, meta={"settled": True}))
         with self.changed:
             self.log(Entry(Kind.LEAVE, worker, incarnation, meta={"given_up": True}))
-            self.leases.end(worker)
+            self._end(worker)
             self.changed.notify_all()
+
+    def _end(self, worker: int) -> None:
+        """Nothing is kept for a worker that is gone. The lock is held."""
+        self.leases.end(worker)
+        self._pictures.forget(worker)
 
     def heard(self, entry: Entry) -> None:
         if self.shard.heard(entry.worker, entry.incarnation):
             self.leases.heard(entry.worker)
+
+    def _silent(self) -> list[int]:
+        """Workers that are to be given up: their leases have run out.
+
+        One in which Python does not come to speak, for a long call into another language perhaps, is waited for while
+        a line to it stands, as by an all-reduce: where no step can do without it; and where its replica would not come
+        back, in the first step, when data are read and code is made.
+        """
+        members, terms, hopeless = self.shard.members, self.terms, self.leases.expired(_MUTE_SECONDS)
+
+        def is_waited_for(worker: int) -> bool:
+            member = members[worker]
+            needed = terms.sums or (terms.together and not member.committed)
+            heard = self.shard.heard(worker, member.incarnation)  # else it was given up at another place
+            return needed and heard and self.door.lines[worker] > 0 and worker not in hopeless
+
+        return [worker for worker in self.leases.expired() if not is_waited_for(worker)]
 
     def _tick(self) -> None:
         """Give up workers whose lease ran out; notice when this very process stood still."""
@@ -284,7 +323,7 @@ class Host(Seat):
                     self.leases.renewed()
                 if self._lender is not None and self.answers:
                     self._lender.tick(now > max(_STOOD_STILL_SECONDS, 3 * pause))
-                gone = self.leases.expired() if self.seat == PRIMARY else []
+                gone = self._silent() if self.seat == PRIMARY else []
             with torch.no_grad():
                 self.keep_backed()
             for worker in gone:

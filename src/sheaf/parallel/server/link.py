@@ -37,9 +37,10 @@ class Keys:
 class Link:
     """One caller's line to shard ``number``, whose seats are at ``addresses``; for one thread at a time.
 
-    A request may arrive twice; every request is such that this makes no difference. Raises WorkerFailed when neither
-    seat gives a sign of life for three leases, PlanError when all refuse a caller that none has let in yet (where one
-    does, that may be another run's, at the address of a seat that died), Fenced and Failed as the shard answers.
+    A request may arrive twice; every request is such that this makes no difference. Raises WorkerFailed when no seat
+    gives a sign of life for three leases, each asked meanwhile, PlanError when all refuse a caller that none has let in
+    yet (where one does, that may be another run's, at the address of a seat that died), Fenced and Failed as the shard
+    answers.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Link:
         self._asked: list[tuple[Head, dict[str, Any] | None, memoryview | None]] = []
         self.first = Head(Kind.ACK)  # the answer to the first of two requests
         self._alive = self._quiet_since = time.monotonic()  # last sign of the shard's life, and of this seat's
-        self._pause = _FIRST_PAUSE
+        self._pause, self._tries = _FIRST_PAUSE, 0  # how often a seat was turned from since the last sign of life
         self._sent_bytes = 0
         self._coming = None
         self._refusals: dict[int, Refused] = {}  # by seat, until one has let us in
@@ -89,7 +90,7 @@ class Link:
         if then is not None:
             self._asked.append((then._replace(request=self._requests + 2), None, None))
         self._requests += len(self._asked)
-        self._pause = _FIRST_PAUSE
+        self._pause, self._tries = _FIRST_PAUSE, 0
         if self._coming is not None:  # nobody wants the rest of an earlier answer
             self._drop()
         try:
@@ -145,7 +146,7 @@ class Link:
         meta = wire.meta(head)
         self._quiet_since = time.monotonic()
         if head.kind != Kind.ELSEWHERE:  # a seat that does not answer for the shard is no sign of the shard's life
-            self._alive, self._pause = self._quiet_since, _FIRST_PAUSE
+            self._alive, self._pause, self._tries = self._quiet_since, _FIRST_PAUSE, 0
         asked = [one[0].request for one in self._asked]
         if head.request not in asked or head.kind == Kind.BUSY:
             wire.skip(head)
@@ -196,8 +197,10 @@ class Link:
         """Turn to the other seat, after a pause that grows."""
         self._drop()
         self.reconnected += 1
+        self._tries += 1
         silent = time.monotonic() - self._alive
-        if silent > _SILENCES * self._lease:
+        # it may be this very process that stood still: then each seat is to be asked again
+        if silent > _SILENCES * self._lease and self._tries > len(self.addresses):
             for seat in self._refusals:
                 raise self._refused(seat) from None
             raise WorkerFailed(

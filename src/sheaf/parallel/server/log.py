@@ -10,6 +10,10 @@ from sheaf.parallel.server.frame import Kind
 from sheaf.parallel.server.late import PLAIN
 from sheaf.parallel.server.places import Arena
 
+_KEPT_CLOCKS = 3  # finished clocks of which losses are still known
+_MOST_CLOCKS = 1024  # that are known at all, where a worker is far behind the others
+_TOLD = ("losses", "samples", "seconds")  # what others may ask for, of what comes with a push
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -101,6 +105,19 @@ def settles(entry: Entry) -> bool:
 def losses(told: Iterable[dict[str, Any]]) -> list[tuple[int, float, float]]:
     """All microbatches that were told of, in order, with their losses' sums and weights."""
     return sorted((index, total, weight) for each in told for index, total, weight in each.get("losses", ()))
+
+
+def told_by(pushed: Entry) -> dict[str, Any]:
+    """What a push told, for others to ask for; not which parameters it has, of which there may be many."""
+    return {name: pushed.meta[name] for name in _TOLD if name in pushed.meta}
+
+
+def forget(told: dict[int, Any], slowest: int) -> None:
+    """Of what was told by clock, what all have long behind them; and the oldest, where one is far behind."""
+    for clock in [clock for clock in told if clock < slowest - _KEPT_CLOCKS]:
+        del told[clock]
+    while len(told) > _MOST_CLOCKS:
+        del told[next(iter(told))]
 
 
 def used(entry: Entry) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Local steps beside a parameter server: every H steps a worker pushes how far it has come, and pulls new values."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from sheaf.parallel.server.failed import explained
 from sheaf.parallel.server.host import Host
 from sheaf.parallel.server.link import Failed
 from sheaf.parallel.server.relaying import State
+from sheaf.parallel.server.scheduled import Scheduled
 from sheaf.parallel.server.seating import reload
 from sheaf.parallel.server.spare import Spare
 from sheaf.parallel.server.step import ServedStep
@@ -35,7 +37,9 @@ class MeetingStep(ServedStep):
     from each adds up to such a mean; how much a round has is told by what this worker's samples weighed so far. There
     shard 0 deals rounds: a worker's share of every step in one is used when its departure is, and goes back before.
 
-    A report has this worker's own loss, and of a meeting what the record has of any exchange with a server.
+    A report has this worker's own loss; of a meeting also what the record has of any exchange with a server, with the
+    loss of the round (``round_loss``, and its weight) over all workers that have told of it by then: in lock-step, all.
+    Who asks to stop is heard at the next meeting, and is told so.
     """
 
     def __init__(
@@ -51,11 +55,13 @@ class MeetingStep(ServedStep):
         assert isinstance(self._holding, Departing)
         self._own_weights = self._holding
         self._own_weights.begin()
-        self._every, self._scheduled = plan.meets_locally.every, 0
+        self._every = plan.meets_locally.every
+        self._schedule = Scheduled(self._scheduler, self._holding.optimizer)
         self._round = self._nothing()
         self._seen_weight, self._seen_samples = 0.0, 0  # of all that this worker computed
         self._concluded = f"sheaf/concluded/{self._run}"  # after how many steps, once somebody has
         self._last_loss = math.nan
+        self._has_said = False  # when who asked to stop is heard
 
     def __call__(self) -> StepReport:
         """Run this worker's next step, and meet the others after the last of a round."""
@@ -79,7 +85,9 @@ class MeetingStep(ServedStep):
                 norm, samples = self._alone(turn)
         self.index = self._within(self.index + 1 if seen is None else seen.finished * self._every)
         self._beside.index = self.clock
-        self._schedule()
+        self._schedule.go(self.index)
+        if self.index % self._every == 0:
+            self._schedule.meet()
         mine = self._exchange.mine
         weight = math.fsum(one[2] for one in mine)
         self._last_loss = math.fsum(one[1] for one in mine) / weight if weight else self._last_loss
@@ -100,7 +108,23 @@ class MeetingStep(ServedStep):
             server={} if seen is None else self._told_of(seen, again, self.index - 1 - first, sent, waited),
         )
         report.terms["host"] = max(0.0, report.seconds - sum(report.terms.values()))
+        self._say_when()
         return report
+
+    def _say_when(self) -> None:
+        """To who asked to stop between two meetings: when it is heard."""
+        left = -self.index % self._every
+        if self._exchange.stop and left and self.gives_whole and not self._has_said:
+            self._has_said = True
+            text = f"asked to stop: the workers agree on it when they meet, {left} of {self._every} steps from here"
+            print(f"sheaf: {text}", file=sys.stderr, flush=True)
+
+    def _seen(self, seen: Seen) -> dict[str, float]:
+        """What the record has beside the rest."""
+        told: list[list[float]] = seen.told["losses"]
+        weight = math.fsum(one[2] for one in told)
+        mean = {"round_loss": math.fsum(one[1] for one in told) / weight, "round_weight": weight} if weight else {}
+        return {**super()._seen(seen), **mean}
 
     def conclude(self) -> None:
         """No step follows, and nothing is saved any more but the model: out of lock-step, what came after the last
@@ -147,7 +171,8 @@ class MeetingStep(ServedStep):
         if not self.plan.serves.exact:
             self._own_weights.arrive()
         told = values["meeting"]
-        self._round, self._scheduled = dict(told["round"]), told["scheduled"]
+        self._round, self._schedule.steps = dict(told["round"]), told["scheduled"]
+        self._schedule.meet()
         self._seen_weight, self._seen_samples = told["seen_weight"], told["seen_samples"]
         self._beside.index = self.clock
         self._staleness.clear()
@@ -160,12 +185,13 @@ class MeetingStep(ServedStep):
     def _own_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, values = Step.state(self)
         exact = self.plan.serves.exact
+        values = values if exact else self._schedule.as_met(values)
         values["index"] = self.index if exact else self.clock * self._every
         values["meeting"] = {
             "round": self._round if exact else self._nothing(),
             "seen_weight": self._seen_weight,
             "seen_samples": self._seen_samples,
-            "scheduled": self._scheduled,
+            "scheduled": self._schedule.steps if exact else self._schedule.steps_met,
         }
         return tensors, values
 
@@ -249,9 +275,3 @@ class MeetingStep(ServedStep):
             return 0.0
         whole = self._seen_weight / self._seen_samples * self.task.batch * turns
         return weight / whole * (self.plan.dp if self.plan.serves.gathers else 1)  # what is gathered becomes a mean
-
-    def _schedule(self) -> None:
-        """The learning rate goes with the step, however often this worker stepped."""
-        while self._scheduler is not None and self._scheduled < self.index:
-            self._scheduler.step()
-            self._scheduled += 1

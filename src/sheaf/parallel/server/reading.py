@@ -83,3 +83,7 @@ class Pictures:
         if start + size == len(made):
             del self._made[worker]
         return {}, memoryview(made)[start : start + size]
+
+    def forget(self, worker: int) -> None:
+        """A worker is gone, perhaps in the midst of reading (the lock is held)."""
+        self._made.pop(worker, None)

@@ -27,7 +27,6 @@ from sheaf.parallel.spread import Spread
 from sheaf.parallel.ties import Ties
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
-from sheaf.record import StepReport
 from sheaf.task import Task
 
 
@@ -100,11 +99,6 @@ class ReplicaStep(ServedStep):
         self._ties, self._everywhere = ties, everywhere
         self._replica = self._spread.replica
         self._wake = Wake(self._store, f"sheaf/replicas/{self._run}", self._spread, client.terms.lease_seconds)
-
-    def __call__(self) -> StepReport:
-        report = super().__call__()
-        self._wake.stepped(report.seconds)
-        return report
 
     def settle(self) -> None:
         """No step follows: what late gradients were gathered are applied. Every worker that lives calls this."""

@@ -2,10 +2,11 @@
 
 import contextlib
 import socket
+import sys
 import threading
 import time
 
-from sheaf.errors import PlanError
+from sheaf.errors import PlanError, TaskError
 from sheaf.parallel.server.clock import Leases
 from sheaf.parallel.server.door import Door, check_push
 from sheaf.parallel.server.frame import BadFrame, Head, Kind, Wire
@@ -207,6 +208,13 @@ class Seat:
             if self.shard.is_summing or self._mirror is not None or not self.answers:
                 mirror.close()
                 return
+            try:
+                state = packed_shard(self.shard)
+            except TaskError as error:  # nor will any seat be able to take it over later
+                mirror.close()
+                self.recruits = []
+                print(f"sheaf: shard {self.shard.number} has no backup any more: {error}", file=sys.stderr, flush=True)
+                return
             self._throne.generation = generation
-            self.last = mirror.move(packed_shard(self.shard), self.last, max(most, 1))
+            self.last = mirror.move(state, self.last, max(most, 1))
             self._mirror = mirror

@@ -49,7 +49,7 @@ class AbstractSeatedStep(Step, ABC):
         held: list[tuple[int, tuple[dict[str, Tensor], dict[str, Any]]]] = []
         for host in self.hosts:
             if host.seat == PRIMARY:
-                if not host.wait_for_clock(self.clock, 3 * host.terms.lease_seconds):
+                if not host.wait_for_all(self.clock):
                     raise RunError(f"shard {host.shard.number} waits for workers that are behind step {self.index}")
                 held.append((host.shard.number, kept(host.shard)))
         return numbered(held)

@@ -12,14 +12,12 @@ from sheaf.parallel.server.dealing import Dealing
 from sheaf.parallel.server.failed import impossible, missed
 from sheaf.parallel.server.frame import Kind
 from sheaf.parallel.server.late import BUFFERED, COMPENSATED, DELAYED, Buffer, adjusted_
-from sheaf.parallel.server.log import Entry, Fenced, Member, Terms, is_good_bye, losses, settles, used
+from sheaf.parallel.server.log import Entry, Fenced, Member, Terms, forget, is_good_bye, losses, settles, told_by, used
 from sheaf.parallel.server.places import Arena, Form
 from sheaf.parallel.server.points import reached
 from sheaf.parallel.server.sums import added, forwarded, received, told_of
 from sheaf.parallel.server.update import Update
 from sheaf.parallel.server.work import Kept, Key
-
-_KEPT_CLOCKS = 3  # finished clocks of which losses are still known
 
 
 class Shard:
@@ -278,13 +276,12 @@ class Shard:
         self.clocks.advance(entry.worker, staged.clock + 1)
         self._deal(entry.worker, used=True)
         self._schedule()
-        for clock in [clock for clock in self.told if clock < self.clocks.slowest - _KEPT_CLOCKS]:
-            del self.told[clock]
+        forget(self.told, self.clocks.slowest)
 
     def _count(self, member: Member, staged: Entry) -> None:
         """A worker's gradient counts."""
         member.committed, member.staged = staged.sequence, None
-        self.told.setdefault(staged.clock, {})[staged.worker] = staged.meta
+        self.told.setdefault(staged.clock, {})[staged.worker] = told_by(staged)
         if staged.meta.get("stop") and self.stop_at is None:
             done = [self.clocks.of(worker) for worker in self.clocks.workers]
             self.stop_at = staged.clock + 1 if self.terms.exact else max(done, default=staged.clock) + 1
@@ -349,7 +346,7 @@ class Shard:
             self._release(staged)
         self.round, self._sum = {}, None
         for known in (self.norms, self.whole_norms, self.told):
-            known.pop(clock - _KEPT_CLOCKS, None)
+            forget(known, clock + 1)
         self.applied = clock + 1
         self._schedule()
 

@@ -4,6 +4,7 @@ Shard 0 lends and decides which pushes count; the others keep every push until i
 the shard's log, so a backup that takes over knows who has what.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -108,8 +109,8 @@ class Kept:
 
 class Paces:
     """How long a worker may be silent about its microbatches: six times the longest that one took it lately, and half
-    a second at least; ``first_seconds`` before one is known. Twice as long after each time it was late, until a push
-    of it counts.
+    a second at least. Before one of its own is known, six times the longest of all others, and ``first_seconds`` at
+    least; before any is, as long as it takes. Twice as long after each time it was late, until a push of it counts.
 
     >>> now = [0.0]
     >>> paces = Paces(10.0, lambda: now[0])
@@ -118,6 +119,14 @@ class Paces:
     []
     >>> now[0] = 1.5; paces.late(), paces.late()
     ([0], [])
+    >>> first = Paces(10.0, lambda: now[0])
+    >>> for worker in (0, 1): first.seen(worker, busy=True)
+    >>> now[0] = 101.5; first.late()
+    []
+    >>> first.seen(0, busy=True); now[0] = 601.4; first.late()
+    []
+    >>> now[0] = 601.6; first.late()
+    [1]
     """
 
     def __init__(self, first_seconds: float, now: Callable[[], float] = time.monotonic) -> None:
@@ -153,10 +162,10 @@ class Paces:
 
     def bound_seconds(self, worker: int) -> float:
         """How long a worker may be silent."""
-        took = self._took.get(worker)
-        if took is None:
-            return self._first
-        return max(_LEAST_SECONDS, _TIMES * max(took)) * self._patience.get(worker, 1.0)
+        took, least = self._took.get(worker), _LEAST_SECONDS
+        if took is None:  # as long as all others: what it is lent may be as new to it as it was to them
+            took, least = [one for others in self._took.values() for one in others], self._first
+        return max(least, _TIMES * max(took, default=math.inf)) * self._patience.get(worker, 1.0)
 
     def late(self) -> list[int]:
         """Workers that were silent for too long; each is told once."""
