@@ -162,8 +162,8 @@ def measured_stages(plan: Plan, basis: Basis) -> str:
     Empty where the default cut is as good within 1 %. Raises PlanError where there are fewer blocks than stages.
     """
     where = (id(basis.fabric(plan, "tp")), basis.seats(plan.workers)[0]) if basis.alike(plan.workers) else Mesh.of(plan)
-    found = basis.once(("cut", where, plan.num_stages, plan.recompute), lambda: _measured_cut(plan, basis))
-    return ":".join(str(count) for count in found)
+    key = ("cut", where, plan.num_stages, plan.recompute)
+    return basis.once(key, lambda: ":".join(str(count) for count in _measured_cut(plan, basis)))
 
 
 def cut_seconds(plan: Plan, basis: Basis) -> float:

@@ -313,7 +313,7 @@ class Plan:
                 )
             elif not any(int(part) for part in self.shares.split(":")):
                 broken.append(f"shares={self.shares}: at least one weight must be above zero")
-        broken += unmixable(self) + unrepeatable(self) + unoffloadable(self)
+        broken += (unmixable(self) + unrepeatable(self) if self.parts else []) + unoffloadable(self)
         return broken + _broken_pipeline(self) + _broken_relaxed(self) + _illegal_mixes(self)
 
 
@@ -365,13 +365,13 @@ def _illegal_mixes(plan: Plan) -> list[str]:
         )
     if plan.sequence not in (0, 1) or (plan.sequence and plan.tp == 1):
         broken.append(f"sequence={plan.sequence} splits along the sequence between split layers: use 0, or 1 with tp")
-    split = next((glob for glob, answer in plan.parts if answer == "tp"), None)
+    split = next((glob for glob, answer in plan.parts if answer == "tp"), None) if plan.parts else None
     if split and (plan.tp > 1 or plan.pp > 1 or plan.dp == 1 or plan.zero or plan.stolen):
         broken.append(
             f"{split}=tp splits a part over the workers that are replicas elsewhere: use it with dp alone (its "
             "parameters are held once already), zero=0 and dealt shares"
         )
-    dealt = next((glob for glob, answer in plan.parts if answer == "ep"), None)
+    dealt = next((glob for glob, answer in plan.parts if answer == "ep"), None) if plan.parts else None
     alone = plan.tp == plan.cp == plan.pp == 1 and not (plan.zero or plan.stolen or plan.local or split)
     if dealt and (plan.dp == 1 or not alone):
         broken.append(

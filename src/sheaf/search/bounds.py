@@ -42,7 +42,11 @@ class Bounds:
         """No step of the plan takes less; without ``cut``, nor of one with other stages, or another schedule."""
         if plan.by_parts:
             return 0.0  # what a part spares is not known before it is priced
-        return self._computing(plan, cut=cut) + self._offloading(plan)
+        if cut or plan.parts or plan.stages or plan.server:
+            return self._computing(plan, cut=cut) + self._offloading(plan)
+        mesh = plan.dp, plan.tp, plan.cp, plan.pp, plan.sequence
+        key = ("seconds", *mesh, plan.recompute, plan.shares, plan.offload, plan.zero > 0, self.size(plan))
+        return self._once(key, lambda: self._computing(plan, cut=False) + self._offloading(plan))
 
     def _offloading(self, plan: Plan) -> float:
         """Nobody copies and steps less in its host's memory than its part of the model, on the fastest seat."""
