@@ -320,17 +320,23 @@ def test_who_asks_to_stop_is_heard_at_the_next_meeting(ranks, asks):
     assert [one[2] for one in found] == ["" if asks else when, "", ""]
 
 
-def late_resumed(task, text):
-    """Eight steps of two-step rounds; after the fifth they go on from what worker 0 alone wrote."""
-    step = build(task, Plan.parse(text))
-    for _ in range(5):
-        step()
+def anew(step, task, text):
+    """The step of a run that goes on from what worker 0 alone wrote of this one."""
     dist.barrier()
     kept = [step.states() if step.rank == 0 else None]
     dist.broadcast_object_list(kept)
     step.close()
     other = build(task, Plan.parse(text))
     other.load(*kept[0][other.rank])
+    return other
+
+
+def late_resumed(task, text):
+    """Eight steps of two-step rounds; after the fifth they go on from what worker 0 alone wrote."""
+    step = build(task, Plan.parse(text))
+    for _ in range(5):
+        step()
+    other = anew(step, task, text)
     steps = [other().step for _ in range(4)]
     whole = {name: value.clone() for name, value in other.full_state().items()}
     other.close()
@@ -353,12 +359,7 @@ def settings_of(task, text, resume_after):
         found[step.index] = {name: value for name, value in group.items() if name != "params"}
         step()
         if step.index == resume_after:
-            dist.barrier()
-            kept = [step.states() if step.rank == 0 else None]
-            dist.broadcast_object_list(kept)
-            step.close()
-            step = build(task, Plan.parse(text))
-            step.load(*kept[0][step.rank])
+            step = anew(step, task, text)
             assert step.index == resume_after - resume_after % 4
             resume_after = None
     step.close()

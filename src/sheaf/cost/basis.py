@@ -14,7 +14,7 @@ from sheaf.cost.placement import Seat, Seats
 from sheaf.cost.portion import Portion, bounded, in_part, portion, scoped, together
 from sheaf.cost.seating import Seating
 from sheaf.cost.tensor import Crossing
-from sheaf.graph.facts import GLUE, LOSS, STATE_BYTES_PER_BYTE, ModelFacts, Profile
+from sheaf.graph.facts import GLUE, LOSS, ModelFacts, Profile
 from sheaf.plans import Plan
 from sheaf.plans.mesh import Mesh
 from sheaf.plans.offload import OPTIMIZER
@@ -213,7 +213,7 @@ class Basis:
     @property
     def state(self) -> float:
         """Bytes of the optimizer's state for a byte of parameters."""
-        return self.profile.optimizer_state_bytes_per_byte if self.profile else STATE_BYTES_PER_BYTE
+        return self.whole.state
 
     def crossing(self, part: Portion, fabric: Fabric, more: tuple[Move, ...] = ()) -> Crossing:
         """The collectives that splitting a portion's layers takes, over these links; ``more`` are of the facts."""
