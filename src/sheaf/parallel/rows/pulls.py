@@ -57,6 +57,7 @@ class Owner:
             self._closed = True
             self._changed.notify_all()
         self._door.close()
+        self._door.threads.join()
 
     def rows(self, table: int, ids: Tensor) -> Tensor:
         """Rows that this worker holds, by their ids in the whole table."""

@@ -125,9 +125,9 @@ def serve(task: Task, plan: Plan, spread_: Spread, portion: Portion) -> ServedSt
         splitting=None,
     )
     if isinstance(client, Borrower):
-        return StolenStep(plan, portion, WholeModel(parts), client, seating.hosts, seating.spares)
+        return StolenStep(plan, portion, WholeModel(parts), client, seating)
     made = MeetingStep if plan.local else ServedStep
-    return made(plan, portion, WholeModel(parts), client, seating.hosts, seating.spares)
+    return made(plan, portion, WholeModel(parts), client, seating)
 
 
 def _dealer(plan: Plan, spread_: Spread, terms: Terms) -> AbstractDealer:

@@ -18,6 +18,7 @@ from sheaf.parallel.server.places import Form
 from sheaf.parallel.server.points import reached
 from sheaf.parallel.server.reading import PIECE_BYTES
 from sheaf.parallel.server.restore import unpacked
+from sheaf.parallel.server.threads import Threads
 
 
 @dataclass
@@ -72,7 +73,8 @@ class Client:
         self._turns = [(worker + turn) % len(self._links) for turn in range(len(self._links))]
         self._sequence = 0
         self._versions = [0] * len(self._links)
-        self._ended = threading.Event()
+        self._ended, self._beats = threading.Event(), list[Link]()
+        self._threads = Threads(f"sheaf-worker-{worker}-beats")
         self._begun = False
         self.rejoined = 0
         self.part: int | None = None  # what shard 0 deals this worker next, where workers go by their own clocks
@@ -99,10 +101,9 @@ class Client:
         if begun:
             return
         self._begun = True
-        for link in self._lines():
-            threading.Thread(
-                target=self._beat, args=(link,), name=f"sheaf-worker-{self.worker}-beats", daemon=True
-            ).start()
+        self._beats = self._lines()
+        for link in self._beats:
+            self._threads.start(self._beat, link)
 
     def exchange(self, clock: int, metas: Sequence[dict[str, Any]]) -> Seen:
         """Push what is in ``out`` as the gradient of ``clock`` and read the values for the next; ``metas`` by shard.
@@ -200,13 +201,16 @@ class Client:
         for link in self._links:
             with contextlib.suppress(WorkerFailed, Fenced, Failed):
                 link.ask(self._head(Kind.LEAVE))
-            link.close()
+        self.close()
 
     def close(self) -> None:
         """Stop beating and hang up, without a word."""
         self._ended.set()
         for link in self._links:
             link.close()
+        for link in self._beats:
+            link.end()
+        self._threads.join()
 
     def _exchange(self, clock: int, metas: Sequence[dict[str, Any]]) -> Seen:
         self._sequence += 1

@@ -11,6 +11,7 @@ from typing import Any
 from sheaf.parallel.server.frame import BadFrame, Head, Kind, Wire
 from sheaf.parallel.server.greeting import LOG, SHARD, WORKER, Guest, Refused, receive
 from sheaf.parallel.server.link import Address, Keys
+from sheaf.parallel.server.threads import Threads
 
 _GREETING_SECONDS = 5.0
 _PAUSE_SECONDS = 0.05  # before the next is let in, when the system could not let one in
@@ -38,18 +39,20 @@ class Door:
     """Listens, greets, and gives each guest to ``serve`` until that returns or the connection breaks.
 
     ``refusals`` holds who was turned away and why. A log's line may be silent for ``log_silence_seconds``; others as
-    long as they like. ``lines`` counts connections by worker; ``changed`` is told when one ends.
+    long as they like. ``lines`` counts connections by worker; ``changed`` is told when one ends. ``threads``
+    are its own, and those of what it opens to.
     """
 
     def __init__(
         self, listener: socket.socket, keys: Keys, name: str, most_data_bytes: int, log_silence_seconds: float
     ) -> None:
-        self._listener, self._keys, self._name = listener, keys, name
+        self._listener, self._keys, self.threads = listener, keys, Threads(name)
         self._most, self._silence = most_data_bytes, log_silence_seconds
         self.refusals: deque[str] = deque(maxlen=64)
         self.lines = Counter[int]()
         self._closed = False
         self._strangers = threading.Semaphore(_STRANGERS)
+        self._greeting: set[socket.socket] = set()
         self._wires: set[Wire] = set()
 
     @property
@@ -60,7 +63,7 @@ class Door:
 
     def open(self, serve: Callable[[Wire, Guest], None], changed: threading.Condition) -> None:
         """Begin to answer."""
-        threading.Thread(target=self._accept, args=(serve, changed), name=self._name, daemon=True).start()
+        self.threads.start(self._accept, serve, changed)
 
     def close(self) -> None:
         """Stop listening, and break every connection."""
@@ -68,6 +71,9 @@ class Door:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        for connection in list(self._greeting):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
         for wire in list(self._wires):
             wire.close()
 
@@ -76,14 +82,14 @@ class Door:
             try:
                 connection, address = self._listener.accept()
             except OSError:  # closed; or that one broke, or there are too many open files, which may end
-                time.sleep(_PAUSE_SECONDS)
+                if not self._closed:
+                    time.sleep(_PAUSE_SECONDS)
                 continue
             if not self._strangers.acquire(blocking=False):
                 connection.close()
                 continue
-            threading.Thread(
-                target=self._welcome, args=(connection, str(address), serve, changed), name=self._name, daemon=True
-            ).start()
+            self._greeting.add(connection)
+            self.threads.start(self._welcome, connection, str(address), serve, changed)
 
     def _welcome(
         self,
@@ -101,6 +107,7 @@ class Door:
             return
         finally:
             self._strangers.release()
+            self._greeting.discard(connection)
         silence = self._silence if guest.role == LOG else None
         wire = Wire(connection, most_data_bytes=self._most, silence_seconds=silence)
         with changed:

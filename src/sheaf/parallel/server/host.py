@@ -1,7 +1,6 @@
 """A seat of a shard at a socket: takes connections, answers requests, and keeps the log with the other seat."""
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -21,7 +20,7 @@ from sheaf.parallel.server.places import Arena
 from sheaf.parallel.server.points import reached
 from sheaf.parallel.server.reading import Pictures, dealt, finished, read, readable
 from sheaf.parallel.server.seat import Elsewhere, Seat
-from sheaf.parallel.server.seats import PRIMARY, Mirror, committing, entry_of
+from sheaf.parallel.server.seats import PRIMARY, committing, entry_of
 from sheaf.parallel.server.shard import Shard
 
 _MUTE_SECONDS = 1800.0  # for how long one that cannot speak is waited for: as long as torch's collectives wait
@@ -42,15 +41,14 @@ class Host(Seat):
 
     def open(self, backup: Address | None = None) -> None:
         """Begin to answer."""
-        most = self.shard.form.size_bytes
         if backup is not None:
-            self._mirror = Mirror(backup, self.shard.number, self._keys, most, self.terms.lease_seconds)
+            self._mirror = self._mirror_at(backup)
         self.door.open(self.serve, self.changed)
         self.begin()
 
     def begin(self) -> None:
         """Look after leases and the other seat from now on."""
-        threading.Thread(target=self._tick, name=self._name, daemon=True).start()
+        self.door.threads.start(self._tick)
 
     def wait_for_clock(self, clock: int, timeout_seconds: float) -> bool:
         """Wait until every worker has finished so many steps here, and they are applied."""
@@ -315,8 +313,7 @@ class Host(Seat):
         """Give up workers whose lease ran out; notice when this very process stood still."""
         pause, before = max(0.01, self.terms.lease_seconds / 20), time.monotonic()
         pause = pause if self._lender is None else max(0.01, self._lender.tick_seconds)
-        while not self._closed:
-            time.sleep(pause)
+        while not self._closed.wait(pause):
             now, before = time.monotonic() - before, time.monotonic()
             with self.changed:
                 if now > self.terms.lease_seconds / 2:

@@ -58,6 +58,7 @@ class Link:
         self._refusals: dict[int, Refused] = {}  # by seat, until one has let us in
         self._is_known = False  # one has let us in: whoever refuses since is no seat of this run
         self.reconnected = 0
+        self._is_over = False
 
     _wire: Wire | None
     _coming: tuple[Head, dict[str, Any], memoryview] | None  # an answer, and the room of what is left of its values
@@ -137,6 +138,12 @@ class Link:
         """Hang up."""
         self._drop()
 
+    def end(self) -> None:
+        """Hang up for good: another thread that waits here gets a WorkerFailed."""
+        self._is_over = True
+        if (wire := self._wire) is not None:
+            wire.close()
+
     def _answer(self, into: memoryview | None) -> tuple[Head, dict[str, Any]] | None:
         wire = self._wire
         assert wire is not None
@@ -196,6 +203,8 @@ class Link:
     def _lost(self, error: Exception) -> None:
         """Turn to the other seat, after a pause that grows."""
         self._drop()
+        if self._is_over:
+            raise WorkerFailed(f"the line to shard {self.number} was closed") from error
         self.reconnected += 1
         self._tries += 1
         silent = time.monotonic() - self._alive

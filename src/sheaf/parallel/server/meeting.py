@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -15,12 +15,10 @@ from sheaf.parallel.runner import AbstractRunner
 from sheaf.parallel.server.client import Client, Seen
 from sheaf.parallel.server.departing import Departing
 from sheaf.parallel.server.failed import explained
-from sheaf.parallel.server.host import Host
 from sheaf.parallel.server.link import Failed
 from sheaf.parallel.server.relaying import State
 from sheaf.parallel.server.scheduled import Scheduled
-from sheaf.parallel.server.seating import reload
-from sheaf.parallel.server.spare import Spare
+from sheaf.parallel.server.seating import Seating, reload
 from sheaf.parallel.server.step import ServedStep
 from sheaf.parallel.step import Step, memory_bytes
 from sheaf.plans import Plan
@@ -48,10 +46,9 @@ class MeetingStep(ServedStep):
         portion: Portion,
         runner: AbstractRunner,
         client: Client,
-        hosts: list[Host],
-        spares: Sequence[Spare] = (),
+        seating: Seating,
     ) -> None:
-        super().__init__(plan, portion, runner, client, hosts, spares)
+        super().__init__(plan, portion, runner, client, seating)
         assert isinstance(self._holding, Departing)
         self._own_weights = self._holding
         self._own_weights.begin()

@@ -69,7 +69,7 @@ class Peers:
     def close(self) -> None:
         """Hang up."""
         for link in self._links.values():
-            link.close()
+            link.end()
 
     def _to(self, me: int, place: int, other: int) -> Link:
         if (place, other) not in self._links:

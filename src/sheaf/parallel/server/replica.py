@@ -95,7 +95,7 @@ class ReplicaStep(ServedStep):
         ties: Sequence[Ties],
         everywhere: Everywhere,
     ) -> None:
-        super().__init__(plan, portion, runner, client, seating.hosts, seating.spares)
+        super().__init__(plan, portion, runner, client, seating)
         self._ties, self._everywhere = ties, everywhere
         self._replica = self._spread.replica
         self._wake = Wake(self._store, f"sheaf/replicas/{self._run}", self._spread, client.terms.lease_seconds)

@@ -55,14 +55,13 @@ class Seat:
         self._tried, self._pause, self._next_try = 0, _FIRST_PAUSE, 0.0
         self._mirror: Mirror | None = None
         self.last = 0  # the last entry's place in the log
-        self._closed = False
+        self._closed = threading.Event()
         self._lender = self._new_lender()
         self._logged = False  # whether a primary's log comes in here
-        self._name = f"sheaf-shard-{shard.number}"
         self.door = (
             listener
             if isinstance(listener, Door)
-            else Door(listener, keys, self._name, shard.form.size_bytes, self.terms.lease_seconds)
+            else Door(listener, keys, f"sheaf-shard-{shard.number}", shard.form.size_bytes, self.terms.lease_seconds)
         )
 
     def _new_lender(self) -> Lender | None:
@@ -77,7 +76,7 @@ class Seat:
     @property
     def answers(self) -> bool:
         """Whether this seat answers for the shard."""
-        return self.seat == PRIMARY and not self._closed
+        return self.seat == PRIMARY and not self._closed.is_set()
 
     @property
     def backed(self) -> bool:
@@ -93,13 +92,18 @@ class Seat:
     def close(self) -> None:
         """Stop answering, without anyone taking over."""
         with self.changed:
-            self._closed, self.seat = True, RETIRED
+            self._closed.set()
+            self.seat = RETIRED
             mirror = self._mirror
             self.changed.notify_all()
         self.door.close()
         self.peers.close()
         if mirror is not None:
             mirror.close()
+
+    def join(self) -> bool:
+        """After ``close``: wait until nothing is done here any more; whether that came to be."""
+        return self.door.threads.join()
 
     def follow(self, wire: Wire) -> None:
         """Do what the primary did, in its order, until it is lost."""
@@ -126,7 +130,7 @@ class Seat:
 
     def _widowed(self) -> None:
         """The primary is lost: take its seat, if it has not been told to go on alone."""
-        if self._closed or self.seat != BACKUP:
+        if self._closed.is_set() or self.seat != BACKUP:
             return
         reached("backup.at_promotion")
         won = self._throne.claim(BACKUP)
@@ -171,7 +175,7 @@ class Seat:
         if mirror is None or mirror.wait(place):
             reached("primary.before_ack")
             return
-        won = not self._closed and self._throne.claim(PRIMARY, mirror.generation)
+        won = not self._closed.is_set() and self._throne.claim(PRIMARY, mirror.generation)
         with self.changed:
             if self._mirror is mirror:
                 self._mirror = None
@@ -200,10 +204,14 @@ class Seat:
         with contextlib.suppress(OSError, Refused, PlanError, Elsewhere):
             self._recruit(address)
 
+    def _mirror_at(self, address: Address, generation: int = 0) -> Mirror:
+        most, lease = self.shard.form.size_bytes, self.terms.lease_seconds
+        return Mirror(address, self.shard.number, self._keys, most, lease, self.door.threads, generation)
+
     def _recruit(self, address: Address) -> None:
         """Give another seat all that this one has, and the log from here on."""
         most, generation = self.shard.form.size_bytes, self._throne.generation + 1
-        mirror = Mirror(address, self.shard.number, self._keys, most, self.terms.lease_seconds, generation)
+        mirror = self._mirror_at(address, generation)
         with self.changed:
             if self.shard.is_summing or self._mirror is not None or not self.answers:
                 mirror.close()

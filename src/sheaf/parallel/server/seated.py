@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -11,7 +11,9 @@ from torch import Tensor
 from sheaf.errors import RunError
 from sheaf.parallel.server.host import Host
 from sheaf.parallel.server.restore import kept, numbered
+from sheaf.parallel.server.seating import Seating
 from sheaf.parallel.server.seats import PRIMARY
+from sheaf.parallel.server.threads import Threads
 from sheaf.parallel.step import Step
 from sheaf.plans.server import outlives
 
@@ -19,15 +21,25 @@ _WATCH_SECONDS = 0.1  # between two looks at who is lost
 
 
 class AbstractSeatedStep(Step, ABC):
-    """``lost`` tells which workers are known to be gone, and ``_ended`` is set when nobody asks any more."""
+    """``lost`` tells which workers are known to be gone."""
 
     lost: Callable[[], Collection[int]]
-    _ended: threading.Event
+
+    def _sit(self, seating: Seating) -> None:
+        """Begin: these are this worker's seats, and nobody is known to be gone."""
+        self._seating, self.lost = seating, tuple
+        self._ended, self._watching = threading.Event(), Threads("sheaf-lost")
+
+    def _rise(self) -> None:
+        """Give the seats up, and ask no more who is lost."""
+        self._ended.set()
+        self._seating.close()
+        self._watching.join()
 
     @property
-    @abstractmethod
     def hosts(self) -> list[Host]:
         """The seats of shards that this worker has now."""
+        return self._seating.seats
 
     @property
     def clock(self) -> int:
@@ -57,7 +69,7 @@ class AbstractSeatedStep(Step, ABC):
     def _heed(self, lost: Callable[[], Collection[int]]) -> None:
         """Give up at once whom ``lost`` names, before a lease has run out."""
         self.lost = lost
-        threading.Thread(target=self._watch, name="sheaf-lost", daemon=True).start()
+        self._watching.start(self._watch)
 
     def _watch(self) -> None:
         while not self._ended.wait(_WATCH_SECONDS):

@@ -40,10 +40,17 @@ class Seating:
     hosts: list[Host]
     spares: list[Spare]
 
+    @property
+    def seats(self) -> list[Host]:
+        """Those that there are now: spares may have become some."""
+        return [*self.hosts, *(spare.host for spare in self.spares if spare.host is not None)]
+
     def close(self) -> None:
-        """Stop answering."""
+        """Stop answering; nothing is done here any more once this returns, unless it takes very long."""
         for one in (*self.hosts, *self.spares):
             one.close()
+        for one in (*self.hosts, *self.spares):
+            one.join()
 
 
 def seated(number: int, workers: int, computing: int) -> list[int]:

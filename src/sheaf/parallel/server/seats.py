@@ -6,13 +6,13 @@ goes on alone; the other answers no one. So there are never two that answer, how
 
 import socket
 import threading
-import time
 from typing import Any, Protocol, runtime_checkable
 
 from sheaf.parallel.server.frame import BadFrame, Head, Kind, Wire
 from sheaf.parallel.server.greeting import LOG, Guest, greet
 from sheaf.parallel.server.link import Address, Keys
 from sheaf.parallel.server.log import Entry
+from sheaf.parallel.server.threads import Threads
 
 PRIMARY, BACKUP, RETIRED = "primary", "backup", "retired"
 
@@ -50,7 +50,14 @@ class Mirror:
     """The primary's line to its backup: entries go in order, each is answered, and silence counts as loss."""
 
     def __init__(
-        self, address: Address, shard: int, keys: Keys, most_data_bytes: int, lease: float, generation: int = 0
+        self,
+        address: Address,
+        shard: int,
+        keys: Keys,
+        most_data_bytes: int,
+        lease: float,
+        threads: Threads,
+        generation: int = 0,
     ) -> None:
         self.generation = generation  # of the pair of seats
         connection = socket.create_connection(address, timeout=lease)
@@ -64,10 +71,10 @@ class Mirror:
         self._state = threading.Condition()
         self._sent = self._known = 0
         self._first = 0  # the place from which on the log goes to the other seat
-        self.lost = False
+        self._over = threading.Event()
         self._pause = lease / 4
         for what in (self._read, self._beat):
-            threading.Thread(target=what, name=f"sheaf-shard-{shard}-mirror", daemon=True).start()
+            threads.start(what)
 
     def send(self, entry: Entry) -> int:
         """Send an entry; its place in the log. A loss shows in ``wait``."""
@@ -92,6 +99,11 @@ class Mirror:
             meta = {"start": start, "total": len(state), "generation": self.generation}
             self._first = self._entry(Head(Kind.MOVE), meta, part)
         return self._sent
+
+    @property
+    def lost(self) -> bool:
+        """Whether the backup is."""
+        return self._over.is_set()
 
     @property
     def settled(self) -> bool:
@@ -120,8 +132,7 @@ class Mirror:
             self._lose()
 
     def _beat(self) -> None:
-        while not self.lost:
-            time.sleep(self._pause)
+        while not self._over.wait(self._pause):
             with self._sending:
                 try:
                     self._wire.send(Head(Kind.BEAT))
@@ -130,7 +141,7 @@ class Mirror:
 
     def _lose(self) -> None:
         with self._state:
-            self.lost = True
+            self._over.set()
             self._state.notify_all()
         self._wire.close()
 

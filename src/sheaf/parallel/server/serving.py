@@ -1,7 +1,6 @@
 """The step of a worker that only serves: it has seats of shards, computes nothing, and goes by the others' clocks."""
 
 import math
-import threading
 import time
 from collections.abc import Callable, Collection
 from typing import Any
@@ -41,19 +40,13 @@ class ServingStep(AbstractSeatedStep):
     ) -> None:
         self.task, self.plan, self.index = task, plan, 0
         self._spread, self._world, self._portion = spread, spread.world, portion
-        self._model, self._seating = model, seating
-        self.lost: Callable[[], Collection[int]] = tuple  # workers that are known to be gone
-        self._ended = threading.Event()
+        self._model = model
+        self._sit(seating)
         self._world.number("sheaf/served")  # as every worker asks
 
     @property
     def model(self) -> nn.Module:
         return self._model
-
-    @property
-    def hosts(self) -> list[Host]:
-        """The seats of shards that this worker has now."""
-        return [*self._seating.hosts, *(spare.host for spare in self._seating.spares if spare.host is not None)]
 
     @property
     def position(self) -> tuple[int, int] | None:
@@ -164,8 +157,7 @@ class ServingStep(AbstractSeatedStep):
         """Stay until the others have said good-bye."""
         for host in self._live:
             host.wait_until_left(3 * host.terms.lease_seconds)
-        self._seating.close()
-        self._ended.set()
+        self._rise()
         self._spread.close()
 
     @property

@@ -62,6 +62,10 @@ class Spare:
         if self.host is not None:
             self.host.close()
 
+    def join(self) -> bool:
+        """After ``close``: wait until nothing is done here any more; whether that came to be."""
+        return self.door.threads.join()
+
     def _serve(self, wire: Wire, guest: Guest) -> None:
         if self.host is None and guest.role == LOG:
             self._take_over(wire)

@@ -2,10 +2,9 @@
 
 import json
 import math
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,14 +18,12 @@ from sheaf.parallel.runner import AbstractRunner
 from sheaf.parallel.server.beside import Beside, whole
 from sheaf.parallel.server.client import Client, GivenUp, Seen
 from sheaf.parallel.server.failed import explained
-from sheaf.parallel.server.host import Host
 from sheaf.parallel.server.link import Failed
 from sheaf.parallel.server.places import forms_of
 from sheaf.parallel.server.relaying import State, is_relayable, relaid
 from sheaf.parallel.server.restore import numbered
 from sheaf.parallel.server.seated import AbstractSeatedStep
-from sheaf.parallel.server.seating import reload
-from sheaf.parallel.server.spare import Spare
+from sheaf.parallel.server.seating import Seating, reload
 from sheaf.parallel.step import memory_bytes
 from sheaf.parallel.supply import Supply
 from sheaf.parallel.world import World
@@ -60,16 +57,14 @@ class ServedStep(AbstractSeatedStep):
         portion: Portion,
         runner: AbstractRunner,
         client: Client,
-        hosts: list[Host],
-        spares: Sequence[Spare] = (),
+        seating: Seating,
     ) -> None:
         super().__init__(plan, portion, runner)
         assert isinstance(self._holding, Beside)
-        self.client, self._hosts, self._spares = client, hosts, spares
+        self.client = client
+        self._sit(seating)
         self._beside = self._holding
-        self._ended = threading.Event()
         self._staleness: Counter[int] = Counter()  # how often each was seen
-        self.lost: Callable[[], Collection[int]] = tuple  # workers that are known to be gone
         self._told_here: list[tuple[int, float, float]] = []
         self._is_over = False  # nobody goes on, and nobody is waited for
         self._supply = Supply(self._order, plan.weights)
@@ -126,11 +121,6 @@ class ServedStep(AbstractSeatedStep):
         self.index = seen.finished
         self._beside.index = self.index
         return report
-
-    @property
-    def hosts(self) -> list[Host]:
-        """The seats of shards that this worker has now."""
-        return [*self._hosts, *(spare.host for spare in self._spares if spare.host is not None)]
 
     @property
     def _computing(self) -> range:
@@ -284,9 +274,7 @@ class ServedStep(AbstractSeatedStep):
         self._leave()
         for host in self.hosts:
             host.wait_until_left(0.0 if self._is_over else 3 * host.terms.lease_seconds)
-        for one in (*self._hosts, *self._spares):
-            one.close()
-        self._ended.set()
+        self._rise()
         super().close()
 
     def _leave(self) -> None:

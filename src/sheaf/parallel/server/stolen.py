@@ -1,7 +1,5 @@
 """A lock-step step whose microbatches are lent: whoever is there computes it, and nobody waits for one that is not."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from sheaf.parallel.portion import Portion
@@ -9,9 +7,8 @@ from sheaf.parallel.runner import AbstractRunner
 from sheaf.parallel.server.borrowing import Borrower, Lent
 from sheaf.parallel.server.client import Seen
 from sheaf.parallel.server.failed import explained
-from sheaf.parallel.server.host import Host
 from sheaf.parallel.server.link import Failed
-from sheaf.parallel.server.spare import Spare
+from sheaf.parallel.server.seating import Seating
 from sheaf.parallel.server.step import ServedStep
 from sheaf.parallel.step import Observer
 from sheaf.plans import Plan
@@ -31,10 +28,9 @@ class StolenStep(ServedStep):
         portion: Portion,
         runner: AbstractRunner,
         client: Borrower,
-        hosts: list[Host],
-        spares: Sequence[Spare] = (),
+        seating: Seating,
     ) -> None:
-        super().__init__(plan, portion, runner, client, hosts, spares)
+        super().__init__(plan, portion, runner, client, seating)
         dealer = runner.parts.dealer
         assert isinstance(dealer, Lent)
         self._lent, self._borrower = dealer, client
