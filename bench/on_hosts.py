@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.hosts import Hosts, cluster, sent_bytes
+from bench.hosts import Hosts, HostsError, cluster, sent_bytes
 from bench.interleaved import ratio, rounds
 from bench.tensor import agreed
 from sheaf import Plan, Task, launch
@@ -21,12 +21,27 @@ from sheaf.launch.world import World
 from sheaf.parallel import refuse
 
 
+class Broken(HostsError):
+    """Hosts did not come to their end; ``told`` is what each had told by then, None where that was nothing."""
+
+    def __init__(self, why: HostsError, told: list[Any]) -> None:
+        super().__init__(str(why))
+        self.told = told
+
+
 def found_by(name: str, hosts: int, rate: str, *given: object, timeout_s: float) -> list[Any]:
-    """What each host wrote by ``tell``: they run ``bench/NAME.py`` as a program, with a folder and what is given."""
+    """What each host wrote last by ``tell``: they run ``bench/NAME.py`` as a program, with a folder and what is given.
+
+    Raises Broken when a host fails, or it takes longer than ``timeout_s`` seconds.
+    """
     with tempfile.TemporaryDirectory() as folder, Hosts(hosts, rate) as started:
-        command = [sys.executable, "-m", f"bench.{name}", folder, *map(str, given)]
-        started.run(command, timeout_s=timeout_s)
-        return [json.loads((Path(folder) / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(hosts)]
+        files = [Path(folder) / f"{rank}.json" for rank in range(hosts)]
+        try:
+            started.run([sys.executable, "-m", f"bench.{name}", folder, *map(str, given)], timeout_s=timeout_s)
+        except HostsError as error:
+            told = [json.loads(one.read_text(encoding="utf-8")) if one.exists() else None for one in files]
+            raise Broken(error, told) from error
+        return [json.loads(one.read_text(encoding="utf-8")) for one in files]
 
 
 def joined(name: str) -> World:
@@ -38,8 +53,10 @@ def joined(name: str) -> World:
 
 
 def tell(folder: Path, rank: int, found: Any) -> None:
-    """Write what this host found."""
-    (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    """Write what this host has found so far."""
+    written = folder / f"{rank}.part"
+    written.write_text(json.dumps(found), encoding="utf-8")
+    written.replace(folder / f"{rank}.json")  # a host may be killed while it writes
 
 
 def noted(contenders: dict[str, Callable[[], float]], *, count: int, steps: int) -> dict[str, Any]:

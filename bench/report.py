@@ -25,6 +25,7 @@ UNEQUAL = {  # (where, shares): the best plan with those; at half the speed for 
     ("one worker at half speed", "weighted"): 1.45,
     ("one worker at half speed", "stolen"): 1.45,
     ("a worker stalls for a second", "stolen"): 1.3,
+    ("a worker stalls for a second, long steps", "stolen"): 1.3,
 }
 SHARES = {"weighted": ("2:1", "balanced"), "stolen": ("stolen",)}  # written so, or found from measured speeds
 SEARCHED = {1024: 1.0, 100_000: 10.0}  # workers: seconds at most

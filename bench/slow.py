@@ -39,7 +39,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from bench.hosts import sent_bytes, unavailable
-from bench.on_hosts import found_by, joined, predicted_bytes, tell
+from bench.on_hosts import Broken, found_by, joined, predicted_bytes, tell
 from sheaf import Plan, Task, build
 from sheaf.cluster.machine import available_cores
 from sheaf.task import Blueprint, Order, fetch
@@ -209,13 +209,17 @@ def trained(
             return {"curve": curve, "bytes_per_step": counted[1] / counted[0]}
 
 
-def work(folder: Path, plans: tuple[str, ...], budget_seconds: float) -> None:
-    """What a host does: the peer, then each plan; what was found goes to a file in ``folder``."""
+def work(folder: Path, modes: tuple[str, ...], budget_seconds: float) -> None:
+    """What a host does: each mode in turn; what was found so far goes to a file in ``folder`` after each."""
     world = joined("slow")
     given, validate = task(), Validation(world.rank, world.workers)
     peer_seconds = max(budget_seconds, PEER_SECONDS) if budget_seconds >= BUDGET_SECONDS else budget_seconds
-    found = {PEER: trained(*by_hand(given, world.rank), validate, peer_seconds, 1)}
-    for text in plans:
+    found: dict[str, Any] = {}
+    for text in modes:
+        if text == PEER:
+            found[text] = trained(*by_hand(given, world.rank), validate, peer_seconds, 1)
+            tell(folder, world.rank, found)
+            continue
         plan = Plan.parse(text)
         step = build(given, plan)
         local = plan.meets_locally
@@ -226,7 +230,7 @@ def work(folder: Path, plans: tuple[str, ...], budget_seconds: float) -> None:
         more = {"catch_up": step.state} if local.rounds else {}  # as a checkpoint has it
         found[text] = trained(step, step.model, judge, budget_seconds, max(1, local.every), **more)
         step.close()
-    tell(folder, world.rank, found)
+        tell(folder, world.rank, found)
 
 
 def told(name: str, found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -253,6 +257,27 @@ def told(name: str, found: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def found(modes: tuple[str, ...], budget_seconds: float) -> dict[str, list[dict[str, Any]]]:
+    """What each host found, by mode. When hosts break, they begin again with the modes that are left, and it is told.
+
+    Raises Broken when they break in the first of them.
+    """
+    whole: dict[str, list[dict[str, Any]]] = {}
+    while left := [mode for mode in modes if mode not in whole]:
+        broken = None
+        try:
+            each = found_by("slow", HOSTS, RATE, budget_seconds, *left, timeout_s=TIMEOUT_S)
+        except Broken as error:
+            broken, each = error, [one or {} for one in error.told]
+        new = {mode: [one[mode] for one in each] for mode in left if all(mode in one for one in each)}
+        whole |= new
+        if broken is not None:
+            print(f"hosts broke after {len(whole)} of {len(modes)} modes: {broken}", file=sys.stderr, flush=True)
+            if not new:
+                raise broken
+    return whole
+
+
 def run(count: int = 1, plans: tuple[str, ...] = PLANS, budget_seconds: float = BUDGET_SECONDS) -> list[dict[str, Any]]:
     """A row for the peer and for each plan; one that says why, under ``skipped``, where there can be no hosts.
 
@@ -263,9 +288,8 @@ def run(count: int = 1, plans: tuple[str, ...] = PLANS, budget_seconds: float = 
         return [{"skipped": reason}]
     rows: dict[str, list[dict[str, Any]]] = {}
     for _ in range(count):
-        each = found_by("slow", HOSTS, RATE, budget_seconds, *plans, timeout_s=TIMEOUT_S)
-        for name in each[0]:
-            rows.setdefault(name, []).append(told(name, [one[name] for one in each]))
+        for name, each in found((PEER, *plans), budget_seconds).items():
+            rows.setdefault(name, []).append(told(name, each))
     where = {
         "hosts": HOSTS, "rate": RATE, "cores": available_cores(), "target": TARGET, "budget_seconds": budget_seconds,
         "learning_rate": LEARNING_RATE, "runs": count,

@@ -1,8 +1,9 @@
 """How much stolen shares could gain beside a worker that stalls, were nothing else to cost time.
 
 ``python -m bench.stall_limits`` plays the stalls of ``bench.unequal`` (the same moments) against two workers that only
-compute, and prints how many times faster than equal halves a step is: with microbatches as they are, each drawn when
-the one before is done, and with work that can be cut at will. Both must be awake when a step ends.
+compute, and prints how many times faster than equal halves a step is, for each length of a step: with microbatches as
+they are, each drawn when the one before is done, and with work that can be cut at will. Both must be awake when a step
+ends.
 """
 
 import random
@@ -13,7 +14,7 @@ from itertools import islice
 from bench.stalls import BETWEEN_SECONDS, STALL_SECONDS
 
 STEPS = 4  # of a round
-STEP_SECONDS = 1.0  # what half of a step's microbatches take
+STEP_SECONDS = 1.0  # what half of a step's microbatches take, of the shorter steps
 Stalls = list[tuple[float, float]]
 
 
@@ -60,10 +61,10 @@ def stolen(begin: float, microbatches: int, each: float, stalls: Stalls) -> floa
     return done(max(free), 0.0, stalls)
 
 
-def limits(seeds: range, per_worker: int, finer: int = 50) -> tuple[float, float]:
+def limits(seeds: range, per_worker: int, step_seconds: float = STEP_SECONDS, finer: int = 50) -> tuple[float, float]:
     """Medians over rounds of how many times faster stolen shares are: with whole microbatches, and with fine ones."""
     count = 2 * per_worker
-    each = STEP_SECONDS / per_worker
+    each = step_seconds / per_worker
     whole: list[float] = []
     fine: list[float] = []
     for seed in seeds:
@@ -81,8 +82,11 @@ def limits(seeds: range, per_worker: int, finer: int = 50) -> tuple[float, float
 
 
 if __name__ == "__main__":
-    from bench.unequal import PER_WORKER, ROUNDS
+    from bench.unequal import LONGER, PER_WORKER, ROUNDS
 
-    for what, seeds in (("the rounds of the benchmark", range(1, ROUNDS + 1)), ("200 others", range(100, 300))):
-        whole, fine = limits(seeds, PER_WORKER)
-        print(f"{what}: {whole:.2f} with {2 * PER_WORKER} microbatches, {fine:.2f} with work cut at will")
+    for longer, count in ((1, ROUNDS), (LONGER, ROUNDS // 2)):
+        per_worker = longer * PER_WORKER
+        for what, seeds in (("the rounds of the benchmark", range(1, count + 1)), ("200 others", range(100, 300))):
+            whole, fine = limits(seeds, per_worker, longer * STEP_SECONDS)
+            where = f"halves of {longer * STEP_SECONDS:g} s, {what}"
+            print(f"{where}: {whole:.2f} with {2 * per_worker} microbatches, {fine:.2f} with work cut at will")

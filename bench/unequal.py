@@ -2,11 +2,13 @@
 
 A worker at half speed is one whose control group gives it half a core (bench.quota), where its neighbour has a whole
 one. Stalls are real: another process stops the second worker for a second at random moments (bench.stalls), the same
-ones for every contender in a round, others in the next. A step takes about as long as a stall, so that there is
-something left to steal. What nobody could do better is in ``bench.stall_limits``.
+ones for every contender in a round, others in the next. Half of a step's microbatches take about as long as a stall,
+or three times as long: the longer, the more is left to steal when one comes. What nobody could do better is in
+``bench.stall_limits``.
 
-Each contender makes ``ROUNDS`` times 10 steps, 200, beside a worker at half speed: about 13 minutes, and 8 for stalls.
-Half of the rounds take half of that, and say as much with wider quartiles. The limit of 1.5 is that of computing: what
+Each contender makes ``ROUNDS`` times 10 steps, 200, beside a worker at half speed: about 13 minutes, and 8 for stalls,
+and 10 for those of long steps, of which there are half as many. Half of the rounds take half of that, and say as much
+with wider quartiles. The limit of 1.5 is that of computing: what
 each worker does in every step whoever computed what (laying out and summing gradients, the update) takes the slow one
 as long under every plan without ZeRO. With it each updates its shard alone: of weighted shares the slow one's is as
 much smaller as its share, of stolen ones half. ``terms`` of a row are what a step's seconds went to on each worker.
@@ -35,15 +37,17 @@ from sheaf.task import Order, fetch
 
 ROUNDS = 20
 PER_WORKER = 6  # microbatches of a step for each worker under equal shares
+LONGER = 3  # times as many in long steps
 HALF = (
     "dp=2,zero=1,shares=2:1", "dp=2,zero=1,shares=balanced", "dp=2,shares=stolen", "dp=2,zero=1,shares=stolen",
 )  # fmt: skip
 STALLED = ("dp=2", "dp=2,shares=stolen")
+LONG = "a worker stalls for a second, long steps"
 
 
-def small_task(samples: int) -> Task:
-    """The model of bench.executors, a step of twelve microbatches; every step has all of them, as DDP needs it."""
-    batch = 2 * PER_WORKER * samples
+def small_task(samples: int, per_worker: int = PER_WORKER) -> Task:
+    """The model of bench.executors, a step of so many microbatches twice; each has all of them, as DDP needs it."""
+    batch = 2 * per_worker * samples
     data = Subset(tokens(), range(len(tokens()) // batch * batch))
     return replace(task(2), data=data, batch=batch, microbatch=samples)
 
@@ -54,16 +58,17 @@ def ddp_loop(given: Task, losses: list[float]) -> Callable[[], None]:
     optimizer = adamw(model.parameters())
     order = Order(given.num_samples, given.batch, given.microbatch or 1, given.seed, shuffle=given.shuffle)
     rank, index = dist.get_rank(), iter(range(10**9))
+    each = given.batch // (2 * (given.microbatch or 1))
 
     def step() -> None:
         number = next(index)
-        mine = order.step(number)[rank * PER_WORKER : (rank + 1) * PER_WORKER]
+        mine = order.step(number)[rank * each : (rank + 1) * each]
         optimizer.zero_grad()
         total = torch.zeros(())
         for place, microbatch in enumerate(mine):
             inputs, targets = fetch(given, microbatch.samples, 0)
             with nullcontext() if place == len(mine) - 1 else model.no_sync():
-                loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()) / PER_WORKER
+                loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()) / each
                 loss.backward()
             total += loss.detach()
         optimizer.step()
@@ -74,7 +79,7 @@ def ddp_loop(given: Task, losses: list[float]) -> Callable[[], None]:
 
 
 def compared(
-    plans: tuple[str, ...], samples: int, share: float, count: int, steps: int, *, stalls: bool
+    plans: tuple[str, ...], size: tuple[int, int], share: float, count: int, steps: int, *, stalls: bool
 ) -> dict[str, Any]:
     """Seconds per step of every contender, how far their losses are apart, and what steps went to, on this worker."""
     with ExitStack() as held:
@@ -83,11 +88,12 @@ def compared(
         dist.all_reduce(told)
         if told < 2:
             return {"skipped": "making a control group needs root and the cpu controller"}
+        given = small_task(*size)
         losses: dict[str, list[float]] = {"DDP": []}
         reports: dict[str, list[StepReport]] = {text: [] for text in plans}
-        contenders: dict[str, Callable[[], object]] = {"DDP": ddp_loop(small_task(samples), losses["DDP"])}
+        contenders: dict[str, Callable[[], object]] = {"DDP": ddp_loop(given, losses["DDP"])}
         for text in plans:
-            contenders[text] = _noted(build(small_task(samples), Plan.parse(text)), reports[text])
+            contenders[text] = _noted(build(given, Plan.parse(text)), reports[text])
         around = held.enter_context(_stalls()) if stalls else nullcontext
         seconds = rounds(contenders, count=count, steps=steps, around=around)
         losses |= {text: [report.loss for report in each] for text, each in reports.items()}
@@ -103,13 +109,16 @@ def _terms(reports: list[StepReport]) -> dict[str, float]:
 
 
 def run(count: int = ROUNDS) -> list[dict[str, Any]]:
-    """All ratios: ``count`` rounds of 10 steps with a worker at half speed, and as many of 4 with one that stalls."""
+    """All ratios: ``count`` rounds of 10 steps with a worker at half speed, and as many of 4 with one that stalls; half
+    as many where steps are longer.
+    """
     results: list[dict[str, Any]] = []
-    for what, plans, samples, share, turns, steps, stalls in (
-        ("one worker at half speed", HALF, 1, 0.5, count, 10, False),
-        ("a worker stalls for a second", STALLED, 3, 1.0, count, 4, True),
+    for what, plans, size, share, turns, steps, stalls in (
+        ("one worker at half speed", HALF, (1, PER_WORKER), 0.5, count, 10, False),
+        ("a worker stalls for a second", STALLED, (3, PER_WORKER), 1.0, count, 4, True),
+        (LONG, STALLED, (3, LONGER * PER_WORKER), 1.0, max(2, count // 2), 4, True),
     ):
-        both = launch.run(compared, 2, plans, samples, share, turns, steps, threads=1, stalls=stalls)
+        both = launch.run(compared, 2, plans, size, share, turns, steps, threads=1, stalls=stalls)
         found = both[0]
         if "skipped" in found:
             results.append({"what": what, **found})

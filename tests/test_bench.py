@@ -237,3 +237,31 @@ def test_the_command_is_asked_as_a_user_asks_it():
     assert found["workers"] == 64
     assert found["search_seconds"] < found["command_seconds"]
     assert found["peak_bytes"] > 50 * 2**20
+
+
+def test_modes_that_are_left_when_hosts_break_are_run_again(monkeypatch, capsys):
+    from bench import slow
+    from bench.hosts import HostsError
+    from bench.on_hosts import Broken
+
+    asked = []
+
+    def found_by(_name, hosts, _rate, _budget, *modes, timeout_s):
+        asked.append(modes)
+        told = [{mode: {"rank": rank} for mode in modes[: 2 if rank else 1]} for rank in range(hosts)]
+        if len(asked) == 1:
+            raise Broken(HostsError("host 3 ended"), told)
+        return [{mode: {"rank": rank} for mode in modes} for rank in range(hosts)]
+
+    monkeypatch.setattr(slow, "found_by", found_by)
+    found = slow.found(("a", "b", "c"), 1.0)
+    assert asked == [("a", "b", "c"), ("b", "c")]
+    assert found == {mode: [{"rank": rank} for rank in range(slow.HOSTS)] for mode in "abc"}
+    assert "1 of 3 modes: host 3 ended" in capsys.readouterr().err
+
+    def broken(_name, hosts, *_given, timeout_s):
+        raise Broken(HostsError("host 0 ended"), [None] * hosts)
+
+    monkeypatch.setattr(slow, "found_by", broken)
+    with pytest.raises(Broken):
+        slow.found(("a",), 1.0)

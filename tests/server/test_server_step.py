@@ -1,6 +1,7 @@
 """Plans with a parameter server, on real workers: the serial answer in lock-step, honest reports otherwise."""
 
 import math
+import threading
 from dataclasses import replace
 
 import pytest
@@ -288,3 +289,29 @@ def test_a_worker_that_was_given_up_finds_its_share_taken_and_computes_another(r
     assert {samples % SHARE for _, samples, _ in (*first, *second)} == {0}
     parts = [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (2, 1), (3, 0), (4, 1)]  # the other has (3, 1) now
     assert counted(whole["table.weight"]) == samples_of(parts)
+
+
+def threads_left(task, plan):
+    """The names of threads that were not there before a run of two steps, and are there after it."""
+    before = set(threading.enumerate())
+    step = build(task, Plan.parse(plan))
+    for _ in range(2):
+        step()
+    step.close()
+    return [one.name for one in threading.enumerate() if one not in before]
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "dp=3,server=3",
+        "dp=2,server=2,shares=stolen",
+        "dp=2,server=2:apart:staleness=1",
+        "dp=2,server=1:async,local=2",
+        "dp=2,tp=2,server=2:async",
+    ],
+)
+def test_no_thread_outlives_its_step(ranks, plan):
+    """One in torch's C++ when Python ends aborts the process."""
+    found = ranks(threads_left, Plan.parse(plan).workers, mlp_float64(), plan)
+    assert found == [[]] * len(found)
