@@ -24,6 +24,8 @@ BALANCE = 1.2  # of a pipeline with balanced stages over one with equally many l
 UNEQUAL = {  # (where, shares): the best plan with those; at half the speed for all, 1.5 is the most there can be
     ("one worker at half speed", "weighted"): 1.45,
     ("one worker at half speed", "stolen"): 1.45,
+    ("one worker at half speed, long steps", "weighted"): 1.45,
+    ("one worker at half speed, long steps", "stolen"): 1.45,
     ("a worker stalls for a second", "stolen"): 1.3,
     ("a worker stalls for a second, long steps", "stolen"): 1.3,
 }

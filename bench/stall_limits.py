@@ -84,7 +84,7 @@ def limits(seeds: range, per_worker: int, step_seconds: float = STEP_SECONDS, fi
 if __name__ == "__main__":
     from bench.unequal import LONGER, PER_WORKER, ROUNDS
 
-    for longer, count in ((1, ROUNDS), (LONGER, ROUNDS // 2)):
+    for longer, count in ((1, ROUNDS), (LONGER, ROUNDS // 4)):
         per_worker = longer * PER_WORKER
         for what, seeds in (("the rounds of the benchmark", range(1, count + 1)), ("200 others", range(100, 300))):
             whole, fine = limits(seeds, per_worker, longer * STEP_SECONDS)

@@ -2,16 +2,17 @@
 
 A worker at half speed is one whose control group gives it half a core (bench.quota), where its neighbour has a whole
 one. Stalls are real: another process stops the second worker for a second at random moments (bench.stalls), the same
-ones for every contender in a round, others in the next. Half of a step's microbatches take about as long as a stall,
-or three times as long: the longer, the more is left to steal when one comes. What nobody could do better is in
-``bench.stall_limits``.
+ones for every contender in a round, others in the next. Half of a step's microbatches take about as long as a stall, of
+a long step's three times as long: the longer, the more is left to steal when one comes. What nobody could do better is
+in ``bench.stall_limits``.
 
-Each contender makes ``ROUNDS`` times 10 steps, 200, beside a worker at half speed: about 13 minutes, and 8 for stalls,
-and 10 for those of long steps, of which there are half as many. Half of the rounds take half of that, and say as much
-with wider quartiles. The limit of 1.5 is that of computing: what
-each worker does in every step whoever computed what (laying out and summing gradients, the update) takes the slow one
-as long under every plan without ZeRO. With it each updates its shard alone: of weighted shares the slow one's is as
-much smaller as its share, of stolen ones half. ``terms`` of a row are what a step's seconds went to on each worker.
+Each contender makes ``ROUNDS`` times 10 steps, 200, beside a worker at half speed: about 13 minutes, and 8 for stalls.
+Long steps, of three times as many microbatches, take 9 more, in a quarter of the rounds. Half of the rounds take half
+of that, and say as much with wider quartiles. The limit of 1.5 is that of computing: what each worker does in every
+step whoever computed what (laying out and summing gradients, the update) takes the slow one as long under every plan
+without ZeRO. With it each updates its shard alone: of weighted shares the slow one's is as much smaller as its share,
+of stolen ones half. The more microbatches a step has, the less that counts. ``terms`` of a row are what a step's
+seconds went to on each worker.
 """
 
 import os
@@ -42,7 +43,6 @@ HALF = (
     "dp=2,zero=1,shares=2:1", "dp=2,zero=1,shares=balanced", "dp=2,shares=stolen", "dp=2,zero=1,shares=stolen",
 )  # fmt: skip
 STALLED = ("dp=2", "dp=2,shares=stolen")
-LONG = "a worker stalls for a second, long steps"
 
 
 def small_task(samples: int, per_worker: int = PER_WORKER) -> Task:
@@ -109,14 +109,16 @@ def _terms(reports: list[StepReport]) -> dict[str, float]:
 
 
 def run(count: int = ROUNDS) -> list[dict[str, Any]]:
-    """All ratios: ``count`` rounds of 10 steps with a worker at half speed, and as many of 4 with one that stalls; half
-    as many where steps are longer.
+    """All ratios: ``count`` rounds of 10 steps with a worker at half speed, and as many of 4 with one that stalls; a
+    quarter as many where steps are long.
     """
+    fewer, longer = max(2, count // 4), LONGER * PER_WORKER
     results: list[dict[str, Any]] = []
     for what, plans, size, share, turns, steps, stalls in (
         ("one worker at half speed", HALF, (1, PER_WORKER), 0.5, count, 10, False),
+        ("one worker at half speed, long steps", HALF, (1, longer), 0.5, fewer, 4, False),
         ("a worker stalls for a second", STALLED, (3, PER_WORKER), 1.0, count, 4, True),
-        (LONG, STALLED, (3, LONGER * PER_WORKER), 1.0, max(2, count // 2), 4, True),
+        ("a worker stalls for a second, long steps", STALLED, (3, longer), 1.0, fewer, 4, True),
     ):
         both = launch.run(compared, 2, plans, size, share, turns, steps, threads=1, stalls=stalls)
         found = both[0]

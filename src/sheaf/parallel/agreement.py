@@ -23,8 +23,7 @@ class Agreement:
             self._found = set(touched), set(touched), [seconds]
         else:
             told = torch.zeros(rows * len(names) + world.workers)
-            for position, name in enumerate(names):
-                told[row * len(names) + position] = float(name in touched)
+            told[row * len(names) : (row + 1) * len(names)] = torch.tensor([float(name in touched) for name in names])
             told[rows * len(names) + world.rank] = seconds
             self._told = told.to(world.device)
             self._pending = world.all_reduce(self._told, "parameters used")

@@ -198,10 +198,12 @@ class Client:
     def leave(self) -> None:
         """Say good-bye, so that nobody waits for this worker, and hang up."""
         self._ended.set()
-        for link in self._links:
-            with contextlib.suppress(WorkerFailed, Fenced, Failed):
-                link.ask(self._head(Kind.LEAVE))
-        self.close()
+        try:
+            for link in self._links:
+                with contextlib.suppress(WorkerFailed, Fenced, Failed):
+                    link.ask(self._head(Kind.LEAVE))
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Stop beating and hang up, without a word."""

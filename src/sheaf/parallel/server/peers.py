@@ -22,6 +22,8 @@ class Peers:
         self.place = 0
         self.elsewhere: dict[int, tuple[list[list[Address]], Keys]] = {}
         self._links: dict[tuple[int, int], Link] = {}
+        self._settling: set[Link] = set()
+        self._is_over = False
         self._lock = threading.Lock()
 
     def close_clock(self, me: int, clock: int, counted: Sequence[tuple[int, int, int]]) -> None:
@@ -51,12 +53,14 @@ class Peers:
         for place, other in self._shards:
             if (place, other) != (self.place, me):
                 link = self._link(me, place, other)
+                self._settling.add(link)
                 try:
                     head = Head(Kind.SETTLE, worker=worker, incarnation=incarnation)
                     found = max(found, int(link.ask(head)[1]["committed"]))
                 except (WorkerFailed, PlanError):
                     continue
                 finally:
+                    self._settling.discard(link)
                     link.close()
         return found
 
@@ -67,8 +71,9 @@ class Peers:
         return [(place, other) for place in places for other in range(len(self.addresses))]
 
     def close(self) -> None:
-        """Hang up."""
-        for link in self._links.values():
+        """Hang up; who asks gets no answer any more."""
+        self._is_over = True
+        for link in (*self._links.values(), *self._settling):
             link.end()
 
     def _to(self, me: int, place: int, other: int) -> Link:
@@ -78,4 +83,7 @@ class Peers:
 
     def _link(self, me: int, place: int, other: int) -> Link:
         addresses, keys = self.elsewhere.get(place, (self.addresses, self._keys))
-        return Link(other, addresses[other], Guest(SHARD, -1 - me, 0), keys, 0, self._lease)
+        link = Link(other, addresses[other], Guest(SHARD, -1 - me, 0), keys, 0, self._lease)
+        if self._is_over:
+            link.end()
+        return link
