@@ -362,6 +362,23 @@ def test_strangers_are_named_and_turned_away_and_the_server_lives():
         ]
 
 
+@pytest.mark.parametrize("last", ["x", None, [1], True])
+def test_a_worker_that_joins_as_nothing_known_is_refused_by_name(last):
+    with Servers(Terms(workers=1, shards=1, staleness=None, lease_seconds=QUICK)) as servers:
+        host = servers.hosts[0]
+        with socket.create_connection(host.address, timeout=60) as known:
+            greet(known, Guest(WORKER, 0, 1), KEYS.token, KEYS.digest)
+            wire = Wire(known, most_data_bytes=64, silence_seconds=60)
+            wire.send(Head(Kind.JOIN, 0, 1, request=1), {"last": last})
+            with pytest.raises(ConnectionError):
+                wire.head()
+        assert [line.partition(": ")[2] for line in host.refusals] == [
+            "a worker that joins tells of an incarnation that is no whole number"
+        ]
+        assert not host.shard.members[0].incarnation, "nothing of it was done"
+        servers.clients[0].join(0)
+
+
 @pytest.fixture(scope="module")
 def fuzzed():
     with Servers(Terms(workers=1, shards=1, staleness=None, lease_seconds=QUICK)) as servers:

@@ -148,6 +148,14 @@ def check_asker(guest: Guest, head: Head) -> None:
         raise BadFrame(f"a {head.kind.name} of worker {head.worker} came from {guest}")
 
 
+def check_join(meta: dict[str, Any]) -> int:
+    """The incarnation that a worker says it was before. Raises BadFrame."""
+    last = meta.get("last", 0)
+    if type(last) is not int:
+        raise BadFrame("a worker that joins tells of an incarnation that is no whole number")
+    return last
+
+
 def check_push(meta: dict[str, Any], pieces: int) -> None:
     """What a push tells must be of what there is. Raises BadFrame."""
     used, told, samples = meta.get("used", []), meta.get("losses", []), meta.get("samples", 0)

@@ -10,7 +10,7 @@ import torch
 
 from sheaf.errors import WorkerFailed
 from sheaf.parallel.server.clock import Leases
-from sheaf.parallel.server.door import check_asker, keep_asking
+from sheaf.parallel.server.door import check_asker, check_join, keep_asking
 from sheaf.parallel.server.frame import Head, Kind, Wire
 from sheaf.parallel.server.greeting import LOG, Guest
 from sheaf.parallel.server.lending import Lender, check_counted, check_lent
@@ -147,7 +147,9 @@ class Host(Seat):
         """Answer what needs no values."""
         if head.kind == Kind.NORM:
             return {"square": self._norm(wire, head)}
+        last = 0
         if head.kind == Kind.JOIN:
+            last = check_join(entry.meta)
             self._make_way(entry)
         if self._lender is not None and head.kind == Kind.TAKE:
             return self._lender.lend(wire, head, entry)
@@ -170,7 +172,6 @@ class Host(Seat):
                 self.heard(entry)
                 answer = {"delay": self.shard.version - entry.base}
                 if head.kind == Kind.JOIN:
-                    last = int(entry.meta.get("last", 0))
                     answer = {
                         "clock": self.shard.clocks.of(entry.worker),
                         "version": self.shard.version,
