@@ -12,13 +12,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from bench import report
 from bench.planner_pair import allowed, cluster_file, judged, predicted, splits_from
 from bench.planner_tasks import made
 from sheaf.api.heard import Heard, question_from
+from sheaf.cli.answer import console
 from sheaf.cluster import read
 from sheaf.graph import trace
 from sheaf.plans import Plan
@@ -96,7 +96,7 @@ def main(names: Sequence[str]) -> None:
         ]
         regrets = [statistics.fmean(pair[which]["regret"] for pair in some) for which in (0, 1)]
         table.add_row("all", network, *(f"{value:.1%}" for value in (*errors, *regrets)))
-    Console(highlight=False).print(table)
+    console().print(table)
 
 
 def _kept(results: Results, one: dict[str, Any]) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from bench import published_report as report
 from sheaf.api.published import fit_runs, measured_bytes, measured_seconds, predict, read_runs
+from sheaf.cli.answer import console as make_console
 from sheaf.cost.analytic.constants import Book, book, write_fitted
 from sheaf.cost.analytic.rows import Refused, workload
 from sheaf.cost.analytic.score import Scored, errors, model_flops, summary
@@ -53,7 +53,7 @@ def main(runs: Path, out: Path, ship: bool) -> None:
     _keep(results, out)  # what follows takes as long again, several times
     results["unseen"] = unseen(rows)
     _keep(results, out)
-    console = Console(highlight=False)
+    console = make_console()
     for goal in report.goals(results):
         console.print(str(goal), style="green" if goal.met else "bold red", markup=False)
     console.print(f"kept in {out / 'published.json'}", soft_wrap=True)

@@ -38,7 +38,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from bench.hosts import sent_bytes, unavailable
+from bench.hosts import HostsError, sent_bytes, unavailable
 from bench.on_hosts import Broken, found_by, joined, predicted_bytes, tell
 from sheaf import Plan, Task, build
 from sheaf.cluster.machine import available_cores
@@ -273,8 +273,8 @@ def found(modes: tuple[str, ...], budget_seconds: float) -> dict[str, list[dict[
         whole |= new
         if broken is not None:
             print(f"hosts broke after {len(whole)} of {len(modes)} modes: {broken}", file=sys.stderr, flush=True)
-            if not new:
-                raise broken
+        if not new:
+            raise broken or HostsError("no host told of any mode")
     return whole
 
 

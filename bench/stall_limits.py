@@ -61,7 +61,9 @@ def stolen(begin: float, microbatches: int, each: float, stalls: Stalls) -> floa
     return done(max(free), 0.0, stalls)
 
 
-def limits(seeds: range, per_worker: int, step_seconds: float = STEP_SECONDS, finer: int = 50) -> tuple[float, float]:
+def limits(
+    seeds: range, per_worker: int, step_seconds: float = STEP_SECONDS, *, finer: int = 50
+) -> tuple[float, float]:
     """Medians over rounds of how many times faster stolen shares are: with whole microbatches, and with fine ones."""
     count = 2 * per_worker
     each = step_seconds / per_worker

@@ -7,6 +7,7 @@ from gpt_text import task as gpt_text
 
 import sheaf
 from sheaf.cli.answer import console as make_console
+from sheaf.cli.answer import note
 from sheaf.cli.plan import show
 from sheaf.cli.show import described
 from sheaf.units import pretty_seconds
@@ -31,13 +32,13 @@ def main():
     console.print("\n".join(described(cluster)), markup=False, soft_wrap=True)
 
     tell(2, "Which plans are there, and what would a step of each take?")
-    ranking = sheaf.plan(task, workers=workers, cluster=cluster)
+    ranking = sheaf.plan(task, workers=workers, cluster=cluster, note=note)
     show(ranking, None, console, rows=8)
     chosen = several(ranking)
 
     tell(3, f"Training {STEPS} steps under {chosen.plan}, on {chosen.plan.workers} workers.")
     run = sheaf.train(task, chosen.price, steps=STEPS, workers=workers, save_every=0)
-    console.print(f"\nloss {run.losses[0]:.3f} at the first step, {run.losses[-1]:.3f} at the last")
+    console.print(f"\nloss {run.losses[0]:.5g} at the first step, {run.losses[-1]:.5g} at the last")
     console.print(
         f"{pretty_seconds(run.seconds_per_step)} per step; the planner said {pretty_seconds(chosen.price.step_seconds)}"
     )

@@ -1,9 +1,12 @@
 """Fixtures for every test. Nothing here imports sheaf at the top: rooms are imported where they are used."""
 
 import atexit
+import gc
 import os
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -52,6 +55,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in set(left_out)]
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """Look for no garbage while tests are imported, nor later in what that made: nearly all of it stays."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
+
+
 @pytest.fixture(scope="session")
 def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
     """The session's ranks; tests take `ranks`."""
@@ -72,6 +87,27 @@ def started_cold(pool: Pool) -> Iterator[Callable[..., Any]]:
         if sys.platform == "linux":
             patched.setattr(local, "_start", pool.nursery)
         yield start
+
+
+@pytest.fixture
+def program(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Python with a file, as `subprocess.Popen` starts it: `program(file, *arguments, path=[...])`.
+
+    Forked from the pool's process, so that nothing is imported again; with SHEAF_NIGHTLY=1 really started.
+    """
+
+    def started(file: Path, *arguments: str, path: list[str]) -> Any:
+        if not os.environ.get("SHEAF_NIGHTLY") and sys.platform == "linux":
+            return pool.program(file, list(arguments), path, tmp_path_factory.mktemp("written"))
+        return subprocess.Popen(
+            [sys.executable, str(file), *arguments],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return started
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ import cloudpickle
 import psutil
 import torch.distributed as dist
 
-from nurseries import Nursery
+from nurseries import Nursery, Program
 from stacks import TESTS, Stack, read_stack
 from zygote import HEADER, STACK_SIGNAL
 
@@ -152,7 +152,18 @@ class Pool:
             "directory": os.getcwd(),
         }
         self.nurseries.append(self._ask(request, numbers))
-        return Nursery(self, self.nurseries[-1])
+        return Nursery(self.nurseries[-1], self._reaped)
+
+    def program(self, file: Path, arguments: list[str], path: list[str], directory: Path) -> Program:
+        """In the place of starting Python with ``file``, which would import what is imported here; it writes there."""
+        written = [directory / "stdout", directory / "stderr"]
+        request = {"do": "program", "argv": [str(file), *arguments], "path": path, "environment": dict(os.environ)}
+        with written[0].open("w") as out, written[1].open("w") as err:
+            return Program(self._ask(request, [out.fileno(), err.fileno()]), self._reaped, written)
+
+    def _reaped(self, pid: int) -> int | None:
+        (status,) = self._ask({"do": "wait", "pids": [pid]})
+        return status
 
     def threads_of_zygote(self) -> int:
         """How many threads the process has that ranks are forked from: it must be one."""

@@ -59,7 +59,7 @@ def test_what_stolen_shares_could_gain_beside_stalls_is_played():
     assert stolen(0.0, 4, 0.6, once) == pytest.approx(2.2)
     assert stolen(0.0, 4, 0.6, []) == pytest.approx(equal(0.0, 4, 0.6, []))
     assert all(end - start == pytest.approx(1.0) for start, end in drawn(3, 5))
-    whole, fine = limits(range(1, 21), 6, 20)
+    whole, fine = limits(range(1, 21), 6, finer=20)
     assert 1.0 < whole < fine
 
 

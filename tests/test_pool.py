@@ -205,8 +205,13 @@ def test_a_lost_zygote_is_replaced_and_a_closed_pool_starts_again():
         own._zygote.wait()
         own.kill(2)
         assert own(summed, 2) == [2.0] * 2
+        pids, store = own.pids(2), own._store
         own.close()
-        assert own(summed, 1) == [1.0]
+        assert not any(psutil.pid_exists(pid) for pid in pids)
+        own._start()  # which then serves as it did before
+        assert own._zygote.poll() is None
+        assert own._store is not store
+        assert own._stacks.is_dir()
     finally:
         own.close()
 

@@ -17,6 +17,7 @@ import os
 import pickle
 import pkgutil
 import random
+import runpy
 import signal
 import socket
 import struct
@@ -111,11 +112,13 @@ def main() -> None:
 
         *packages, checker = settings["instrumented"].split(",")
         install_import_hook(packages, checker)
+    gc.disable()  # nearly all that imports make stays
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a module warns of on import is for the tests that import it to say
         preload("" if settings["bare"] else "sheaf")
     gc.collect()
     gc.freeze()  # the ranks share these pages as long as nobody writes to them
+    gc.enable()
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 1 << 18, 128)
         if not message:
@@ -131,6 +134,10 @@ def main() -> None:
                     os.close(descriptor)
             case "nursery":
                 answer = _forked(functools.partial(_nursery, control, descriptors, request))
+                for descriptor in descriptors:
+                    os.close(descriptor)
+            case "program":
+                answer = _forked(functools.partial(_program, control, descriptors, request))
                 for descriptor in descriptors:
                     os.close(descriptor)
             case "kill":
@@ -185,6 +192,55 @@ def _nursery(control: socket.socket, descriptors: list[int], request: dict, pare
     os.environ.update(request["environment"])
     sys.argv[:] = ["nursery", str(request["control"]), str(parent)]
     nursery.main()
+
+
+def _program(control: socket.socket, descriptors: list[int], request: dict, parent: int) -> None:
+    """Be Python that was given a file. A child stands by to be the nursery: this process will have threads by then."""
+    from nurseries import Nursery
+    from sheaf.launch import local
+
+    die_with_parent(parent)
+    control.close()
+    for descriptor, number in zip(descriptors, (1, 2), strict=True):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    stands_by = _forked(functools.partial(_stand_by, ours, theirs))
+    theirs.close()
+
+    def start(threads: int, control: socket.socket, descriptors: list[int]) -> Nursery:
+        numbers = [1, 2, control.fileno(), *descriptors]
+        more = {"environment": dict(os.environ) | {"OMP_NUM_THREADS": str(threads)}, "directory": os.getcwd()}
+        order = json.dumps({"numbers": numbers, "control": control.fileno(), **more})
+        socket.send_fds(ours, [order.encode()], numbers)
+        return Nursery(stands_by, lambda pid: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+    local._start = start  # pyright: ignore[reportAttributeAccessIssue]
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    sys.argv[:] = request["argv"]
+    sys.path[:0] = [os.path.dirname(sys.argv[0]), *request["path"]]
+    status = 0
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _stand_by(parents: socket.socket, own: socket.socket, parent: int) -> None:
+    """Wait for the program's order to be its nursery, and be that."""
+    die_with_parent(parent)
+    parents.close()
+    message, descriptors, _, _ = socket.recv_fds(own, 1 << 18, 128)
+    if not message:
+        os._exit(0)
+    _nursery(own, descriptors, json.loads(message), parent)
 
 
 _children: dict[int, int | None] = {}  # how each ended, None while it runs

@@ -9,6 +9,7 @@ import small
 from rich.console import Console
 
 from sheaf.api import profiles as module
+from sheaf.api.choice import choose
 from sheaf.api.profiles import busy_note, measured_profiles
 from sheaf.cli.plan import show
 from sheaf.search import Question, search
@@ -67,3 +68,14 @@ def test_a_plan_of_a_busy_machine_says_so():
     assert "other programs kept 0.8 of the workers' cores busy" in told["busy"][1]
     assert told["quiet"][0] == 0.0
     assert "other programs" not in told["quiet"][1]
+
+
+def test_a_plan_that_is_chosen_on_a_busy_machine_says_so_once(monkeypatch):
+    busy = {(4, 1): replace(PROFILE, cores_taken=0.7), (4, 2): PROFILE}
+    ranking = search(Question(batch=8, facts={4: FACTS}, cluster=made.cluster(2), microbatch=4, profiles=busy))
+    monkeypatch.setattr("sheaf.api.plan.plan", lambda *_, **__: ranking)
+    lines = list[str]()
+    given = {"world": None, "workers": 2, "resumed": None, "allow_relaxed": False, "source": None}
+    plan, _ = choose(small.SMALL["mlp"](), None, note=lines.append, **given)
+    assert plan == ranking.best.plan
+    assert lines == [busy_note(busy.values())]

@@ -94,7 +94,14 @@ def test_nothing_is_looked_at_inside_where_whole_blocks_divide(asked):
     assert not asked
 
 
-@pytest.mark.parametrize("text", ["tp=2,pp=2", "pp=2,recompute=full", "dp=2,pp=2:zero-bubble,zero=3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tp=2,pp=2,recompute=full",
+        "dp=2,pp=2:zero-bubble,zero=3",
+        *(pytest.param(text, marks=pytest.mark.nightly) for text in ("tp=2,pp=2", "pp=2,recompute=full")),
+    ],
+)
 def test_pieces_are_priced_in_every_mix(asked, text):
     cut = price(task(), text)
     assert any("." in name.removeprefix("blocks.") for name in cut.plan.begins)
@@ -130,3 +137,19 @@ def test_a_ranking_has_its_first_pipeline_cut_so(asked):
 def test_where_no_stage_can_begin_is_refused_before_a_worker_starts(stages):
     with pytest.raises(PlanError, match=rf"stages={stages}: "):
         checked(task(), Plan.parse(f"pp=2,stages={stages}"))
+
+
+@pytest.mark.parametrize("first", [0.0, 0.9])
+def test_that_others_kept_the_cores_busy_is_said_once_however_much_is_measured(asked, monkeypatch, first):
+    """Blocks, what is inside of them, and rehearsals are measured one after the other, each while others compute."""
+
+    def disturbed(measured, cores):
+        return lambda *given, **options: [replace(one, cores_taken=cores) for one in measured(*given, **options)]
+
+    monkeypatch.setattr(module, "measured_profiles", disturbed(module.measured_profiles, first))
+    monkeypatch.setattr(cuts, "measured_profiles", disturbed(cuts.measured_profiles, 0.8))
+    lines = list[str]()
+    assert price(task(), "pp=2", lines).plan.begins
+    assert asked == [False]
+    said = [line for line in lines if line.startswith("other programs kept")]
+    assert [line[20:23] for line in said] == ["0.8"]

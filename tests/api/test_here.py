@@ -105,7 +105,7 @@ def asked(plans):
     torch.set_num_threads(1)
     task = small.SMALL["mlp"]()
     facts, cluster = trace(task, task.microbatch), measure_here(quick=True)
-    once = heard_here(task, facts, plans=[Plan.parse(text) for text in plans], budget_seconds=0.3)
+    once = heard_here(task, facts, plans=[Plan.parse(text) for text in plans], budget_seconds=0.1)
     twice = heard_again(once, task, facts, budget_seconds=0.1)
     before, question = (question_from(task, facts, cluster, heard, {}) for heard in (once, twice))
     (first,), (second,) = before.profiles.values(), question.profiles.values()
@@ -134,14 +134,13 @@ def test_two_workers_price_plans_alike_from_what_they_measured_and_rehearsed(ran
 
 def test_one_worker_rehearses_recomputation_and_knows_it_as_that_of_two():
     from sheaf.api.here import heard_here
-    from sheaf.api.measure import measure_here
     from sheaf.graph import trace
 
     task = small.SMALL["gpt"]()
     plans = [Plan.parse("serial"), Plan.parse("recompute=full")]
     facts = trace(task, task.microbatch)
     heard = heard_here(task, facts, plans=plans, budget_seconds=0.1)
-    question = question_from(task, facts, measure_here(quick=True), heard, {})
+    question = question_from(task, facts, made.cluster(1), heard, {})
     (profile,) = question.profiles.values()
     again = profile.overheads["dp=2,recompute=full"]
     told = question.price(plans[1]).seconds

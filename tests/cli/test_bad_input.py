@@ -1,7 +1,6 @@
 """What users get wrong: each is told in words and exit code 2, and no worker is started for it."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -199,15 +198,17 @@ def task():
     assert latest(tmp_path / "run").path.name == "step_000001"
 
 
-def test_wrong_types_are_all_told(tmp_path):
+def test_wrong_types_are_all_told(program, tmp_path):
     # In a process of its own: here, in the tests, beartype would speak first.
     (tmp_path / "mine.py").write_text(PRELUDE + "def task(): return make(model=nn.Linear(4, 1), loss=3)\n")
-    command = [sys.executable, "-m", "sheaf", "train", str(tmp_path / "mine.py"), "--plan", "dp=2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "- model is Linear(in_features=4, out_features=1, bias=True); it must be callable" in done.stderr
-    assert "- loss is 3; it must be callable" in done.stderr
-    assert "Traceback" not in done.stderr
+    (tmp_path / "sheaf_itself.py").write_text("from sheaf.cli import main\n\nmain()\n")
+    command = ["train", str(tmp_path / "mine.py"), "--plan", "dp=2"]
+    sheaf = program(tmp_path / "sheaf_itself.py", *command, path=[])
+    told, complaints = sheaf.communicate(timeout=120)
+    assert (sheaf.returncode, told) == (2, "")
+    assert "- model is a module, Linear, that is built already; Sheaf calls model()" in complaints
+    assert "- loss is 3; it must be callable" in complaints
+    assert "Traceback" not in complaints
 
 
 SPARSE = """
@@ -235,3 +236,42 @@ def test_an_optimizer_of_rows_for_the_table_alone_trains(sheaf, tmp_path):
     trained = ("train", "--plan", "serial", "--no-predict", "--steps", "2", "--out", "run")
     code, _, err = sheaf(SPARSE.replace("CHOSEN", "list(parameters)[:1]"), trained)
     assert code == 0, err
+
+
+@pytest.mark.usefixtures("_no_worker_starts")
+def test_how_the_run_of_a_directory_ended_is_told_with_what_to_do(sheaf, tmp_path):
+    started, continued = ("train", "--plan", "serial", "--no-predict", "--out", "used"), "or continue that run with"
+    assert sheaf(GOOD, (*started, "--steps", "3"))[0] == 0
+    ended = sheaf(GOOD, (*started, "--steps", "4"))[2]
+    assert (
+        f"used already holds a run that came to its end, 3 of 3 steps done; choose another --out, {continued}" in ended
+    )
+    assert "--resume and more --steps" in ended
+    record = tmp_path / "used" / "record.jsonl"
+    lines = [line for line in record.read_text().splitlines() if json.loads(line)["kind"] not in ("end", "compared")]
+    for last, told in (
+        ("", "that broke off, 3 of 3 steps done"),
+        ('{"kind": "end", "step": 3, "stopped": true}', "that was stopped, 3 of 3 steps done"),
+        ('{"kind": "failed", "error": "DataError", "message": "no\\nmore"}', "that failed, 3 of 3 steps done (no)"),
+        ('{"kind": "start", "step": 3, "steps": 9}', "that broke off, 3 of 9 steps done"),
+    ):
+        record.write_text("\n".join([*lines, last]))
+        err = sheaf(GOOD, started)[2]
+        assert f"used already holds a run {told}; choose another --out, {continued} --resume\n" in err
+    with claimed(tmp_path / "used"):
+        code, _, err = sheaf(GOOD, started)
+    assert code == 2
+    assert "used holds a run that is still going on, 3 of 9 steps done; choose another --out, wait for its end" in err
+
+
+@pytest.mark.usefixtures("_no_worker_starts")
+def test_a_resumed_run_that_is_done_says_so_and_one_that_is_refused_is_not_told_to_resume(sheaf):
+    started = ("train", "--no-predict", "--out", "done", "--resume", "--steps")
+    assert "nothing was left" not in sheaf(GOOD, (*started, "3", "--plan", "serial"))[1]
+    code, out, _ = sheaf(GOOD, (*started, "2"))
+    assert code == 0
+    assert "nothing was left to do: 3 steps are done, and --steps counts all of them; give more" in out
+    code, _, err = sheaf(GOOD, (*started, "4", "--plan", "recompute=full"))
+    assert code == 2
+    assert "resume with that plan" in err
+    assert "is kept" not in err

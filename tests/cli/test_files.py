@@ -132,3 +132,8 @@ def test_a_task_that_cannot_be_sent_is_found_by_each_worker(write):
     )
     assert own_source(load(f"{path}:make"), f"{path}:make") is None
     assert own_source(load(path), path) == FromFile(path, "task")
+
+
+def test_a_task_without_a_name_takes_the_files(write):
+    path = write("task = make\nother = make(batch=2)\nnamed = Task(**(vars(other) | {'name': 'mine'}))\n", "digits.py")
+    assert [load(f"{path}{what}").name for what in ("", ":other", ":named")] == ["digits", "digits_other", "mine"]

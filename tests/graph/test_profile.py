@@ -145,7 +145,7 @@ def test_a_model_without_trainable_parameters_costs_no_optimizer():
 
 def test_huge_parameters_are_sampled():
     facts = trace(task(lambda: nn.Linear(10**6, 10**4, bias=False), vectors(10**6, count=4)), 4)
-    assert measuring._sampled(facts, 2**20) == [((2**18,), "float32")]
+    assert measuring._sampled(facts, 2**20, {}) == [((2**18,), "float32", 0)]
 
 
 def test_workers_wait_for_each_other():

@@ -143,8 +143,8 @@ def test_what_cannot_travel_is_told_before_anything_starts(monkeypatch):
 
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
-def test_a_signal_reaches_every_worker_once_and_they_may_end_by_themselves(tmp_path, number, name):
-    parent = _parent(tmp_path, "until_asked")
+def test_a_signal_reaches_every_worker_once_and_they_may_end_by_themselves(program, tmp_path, number, name):
+    parent = _parent(program, tmp_path, "until_asked")
     _pids(tmp_path)
     parent.send_signal(number)
     out, err = parent.communicate(timeout=90)
@@ -153,8 +153,8 @@ def test_a_signal_reaches_every_worker_once_and_they_may_end_by_themselves(tmp_p
 
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)])
-def test_no_worker_outlives_its_launcher(tmp_path, number, status):
-    parent = _parent(tmp_path, "for_ever")
+def test_no_worker_outlives_its_launcher(program, tmp_path, number, status):
+    parent = _parent(program, tmp_path, "for_ever")
     pids = _pids(tmp_path)
     parent.send_signal(number)
     parent.communicate(timeout=90)
@@ -165,19 +165,12 @@ def test_no_worker_outlives_its_launcher(tmp_path, number, status):
     assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
-def _parent(directory, function):
-    code = (
+def _parent(program, directory, function):
+    (directory / "parent.py").write_text(
         "import pathlib, sys, worker_functions; from sheaf import launch\n"
         f"print(launch.run(worker_functions.{function}, 2, pathlib.Path(sys.argv[1])))"
     )
-    path = os.pathsep.join([str(SOURCE), str(HERE)])
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(directory)],
-        env=os.environ | {"PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return program(directory / "parent.py", str(directory), path=[str(SOURCE), str(HERE)])
 
 
 def _pids(directory):

@@ -9,6 +9,7 @@ from plain import Run, assert_same, norm_resnet, plain, planned, ragged_gpt, tra
 from small import SMALL
 from torch import nn
 
+from sheaf import Task
 from sheaf.errors import PlanError
 from sheaf.graph import cut, trace
 from sheaf.graph.cut import finer
@@ -18,10 +19,18 @@ from sheaf.plans import Plan
 from sheaf.plans.stages import placed, separable, stages_of
 
 STEPS = 2
+
+
+def translation() -> Task:
+    """An encoder and a decoder of a layer each."""
+    made = SMALL["transformer_seq2seq"]()
+    return replace(made, model=functools.partial(made.model, layers=1), precision="fp64")
+
+
 TASKS = {
-    "gpt": lambda: replace(ragged_gpt(), precision="fp64"),
+    "gpt": lambda: replace(ragged_gpt(batch=6), precision="fp64"),
     "resnet": lambda: replace(norm_resnet(), precision="fp64"),
-    "translation": lambda: replace(SMALL["transformer_seq2seq"](), precision="fp64"),
+    "translation": translation,
     "resnet50": lambda: replace(SMALL["resnet50"](), precision="fp64"),
     "vgg": lambda: replace(SMALL["vgg16"](), precision="fp64"),
     "twice": lambda: layered(Twice),
@@ -32,8 +41,8 @@ PLANS = [
     ("gpt", "tp=2,pp=2,blocks.0.attention=whole,stages=blocks.0.feed_norm"),
     ("gpt", "pp=2,stages=blocks.1.feed_norm"),
     ("gpt", "pp=2:zero-bubble,stages=blocks.0.attention.out"),
-    ("translation", "pp=3:gpipe,stages=encoder.1.feed:decoder.0.look"),
-    ("translation", "cp=2,pp=2,stages=decoder.1.feed_norm"),
+    ("translation", "pp=3:gpipe,stages=encoder.0.feed:decoder.0.look"),
+    ("translation", "cp=2,pp=2,stages=decoder.0.feed_norm"),
     ("gpt", "pp=2:interleaved,stages=blocks.0.feed_norm:blocks.1:blocks.1.feed_out"),
     ("resnet", "dp=2,pp=2:gpipe,zero=1,stages=blocks.1.norm_1"),
     ("resnet", "pp=2,recompute=full,stages=blocks.1.convolution_2"),

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import small
 import torch
-from plain import assert_same, mlp_float64, plain, planned, ragged_gpt, transformers_gpt2
+from plain import assert_same, brief, mlp_float64, plain, planned, ragged_gpt, transformers_gpt2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,7 +14,7 @@ from sheaf import Loss, Task
 from sheaf.errors import PlanError
 from sheaf.plans import Plan
 
-STEPS = 3
+STEPS = 2
 
 
 class Layers(nn.Module):
@@ -40,7 +40,7 @@ def layers() -> Task:
     """Sentences of odd lengths, each microbatch as long as its longest, and the next word as the answer."""
     draw = torch.Generator().manual_seed(3)
     data = [
-        torch.randint(1, 23, (int(length),), generator=draw) for length in torch.randint(3, 14, (12,), generator=draw)
+        torch.randint(1, 23, (int(length),), generator=draw) for length in torch.randint(3, 14, (9,), generator=draw)
     ]
 
     def loss(output: tuple[Tensor, Tensor], tokens: Tensor) -> Loss:
@@ -68,8 +68,8 @@ PLAIN = {"mlp": mlp_float64, "ragged_gpt": ragged_gpt, "gpt2": transformers_gpt2
 
 def task(name: str) -> Task:
     if name in PLAIN:
-        return PLAIN[name]()
-    return replace(layers() if name == "layers" else small.SMALL[name](), precision="fp64")
+        return brief(PLAIN[name]())
+    return replace(brief(layers() if name == "layers" else small.SMALL[name]()), precision="fp64")
 
 
 @functools.cache

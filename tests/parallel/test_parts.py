@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import small
 import torch
-from plain import assert_same, plain, planned, ragged_gpt
+from plain import assert_same, brief, plain, planned, ragged_gpt
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,7 +18,7 @@ from sheaf.parallel.parts import segments
 from sheaf.plans import Plan
 from sheaf.task.blueprint import Blueprint
 
-STEPS = 3
+STEPS = 2
 
 
 def tied() -> Task:
@@ -50,10 +50,10 @@ def tied() -> Task:
 
 def task(name: str) -> Task:
     if name == "tied":
-        return tied()
+        return brief(tied())
     if name == "ragged_gpt":
-        return ragged_gpt()
-    made = small.SMALL[name.removesuffix("64")]()
+        return brief(ragged_gpt())
+    made = brief(small.SMALL[name.removesuffix("64")]())
     return replace(made, precision="fp64") if name.endswith("64") else made
 
 

@@ -16,7 +16,7 @@ from sheaf.parallel.together import is_by_rows, put_together
 from sheaf.plans import Plan
 from sheaf.task.blueprint import Blueprint
 
-STEPS = 3
+STEPS = 2
 
 
 class Parted(nn.Module):

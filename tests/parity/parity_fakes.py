@@ -1,6 +1,7 @@
 """Tasks to verify, and an executor in one process with two halves of a batch and a fault on request."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -77,12 +78,16 @@ def ragged_loss(output, batch):
     return Loss(total, (targets != -1).sum())
 
 
+WORDS = Words()
+ADAMW = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.01)
+
+
 def words_task(**changes):
     values = {
         "model": Model,
         "loss": ragged_loss,
-        "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01),
-        "data": Words(),
+        "optimizer": ADAMW,
+        "data": WORDS,
         "batch": 10,
         "microbatch": 3,
         "seed": 5,

@@ -9,7 +9,7 @@ from sheaf.plans import Plan
 
 
 @pytest.fixture
-def tried(monkeypatch):
+def tried(monkeypatch, shared_trials):
     def run(faults, steps=2, **changes):
         monkeypatch.setattr(sheaf.parity.planned, "build", lambda task, plan: FakeStep(task, plan, faults))
         return verify(words_task(**changes), Plan(), steps=steps)

@@ -14,7 +14,7 @@ from sheaf.task import Task
 
 
 @pytest.fixture
-def on_ranks(ranks, monkeypatch):
+def on_ranks(ranks, monkeypatch, shared_trials):
     def run(function, workers, *args, threads):
         return ranks(function, workers, *args)
 

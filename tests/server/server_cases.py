@@ -88,6 +88,8 @@ class Servers:
             client.close()
         for host in (*self.hosts, *self.backups):
             host.close()
+        over = [host.join() for host in (*self.hosts, *self.backups)]
+        assert all(over)
 
     def whole(self, arenas):
         """The whole parameters, from what lies on each shard."""

@@ -55,7 +55,7 @@ def test_everything_that_is_wrong_is_told_at_once():
     assert "microbatch=8 is larger than batch=4" in text
     assert "precision='fp23': did you mean fp32?" in text
     assert "clip=-1.0" in text
-    assert "it must be callable: a function that builds the model" in text
+    assert "model is a module, Linear, that is built already; Sheaf calls model() to build it" in text
     assert "weights='missing.safetensors': no such file" in text
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 import time
 import types
@@ -17,9 +18,10 @@ from torch import nn
 from sheaf import Loss, Task
 from sheaf.api.train import train as train_and_predict
 from sheaf.checkpoint import latest
-from sheaf.errors import WorkerFailed
+from sheaf.errors import RunError, WorkerFailed
 from sheaf.parallel.server import points, wake
 from sheaf.record import read_record
+from sheaf.training.directory import check, read_task
 
 train = functools.partial(train_and_predict, predict=False, quiet=True, threads=1)
 
@@ -309,3 +311,26 @@ def test_with_servers_apart_a_run_outlives_workers_but_not_all_that_compute(tmp_
     with pytest.raises(WorkerFailed, match=r"every worker that computes is lost|was killed by SIGKILL"):
         train(task(deaths), "dp=2,server=2:apart:async", steps=12, out=out)
     assert not (out / "model.safetensors").exists()
+
+
+class Asking(Deadly):
+    """The same; worker 1 notes what it is told who would continue the run, as long as that goes on."""
+
+    out = noted = None
+
+    def __getitem__(self, index):
+        row = super().__getitem__(index)
+        if os.environ.get("RANK") == "1" and self.marker.exists():
+            try:
+                check(self.out, {}, resume=True)
+            except RunError as error:
+                self.noted.write_text(str(error))
+        return row
+
+
+def test_a_run_that_lost_the_worker_that_writes_is_still_going_on(tmp_path):
+    out, data = tmp_path / "run", Asking({0: 20}, tmp_path / "died")
+    data.out, data.noted = out, tmp_path / "noted"
+    train(task(data=data), "dp=3,server=2,shares=stolen", steps=12, out=out)
+    assert re.search(r"a run that is still going on, \d+ of 12 steps done; choose", data.noted.read_text())
+    check(out, read_task(out), resume=True)  # it is over

@@ -1,10 +1,7 @@
 """sheaf.train and sheaf.fit, with real steps: in this process, on launched workers, under torchrun."""
 
 import functools
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -30,7 +27,7 @@ train = functools.partial(train_and_predict, predict=False)
 fit = functools.partial(fit_and_predict, predict=False)
 HERE = Path(__file__).parent
 SCRIPT = HERE / "train_script.py"
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(sheaf.errors.__file__).parents[1])}
+SOURCE = Path(sheaf.errors.__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -129,10 +126,9 @@ def test_a_resumed_serial_run_is_bit_for_bit_the_uninterrupted_one(tmp_path):
     assert parts.losses == whole.losses
 
 
-def test_sigterm_ends_workers_cleanly_and_the_run_goes_on_later(tmp_path):
+def test_sigterm_ends_workers_cleanly_and_the_run_goes_on_later(program, tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, str(SCRIPT), str(out), "dp=2", "100000", "slow"]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = program(SCRIPT, str(out), "dp=2", "100000", "slow", path=[str(SOURCE)])
     record = out / "record.jsonl"
     deadline = time.monotonic() + 120
     while (
@@ -153,13 +149,15 @@ def test_sigterm_ends_workers_cleanly_and_the_run_goes_on_later(tmp_path):
 
 
 @pytest.mark.whole
-def test_torchrun_starts_it_too(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(SCRIPT), str(tmp_path / "run"), "dp=2", "4"]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
+def test_torchrun_starts_it_too(program, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(SOURCE))  # of the workers, which are started
+    (tmp_path / "torchrun.py").write_text("from torch.distributed.run import main\n\nmain()\n")
+    command = ["--standalone", "--nproc-per-node=2", str(SCRIPT), str(tmp_path / "run"), "dp=2", "4"]
+    torchrun = program(tmp_path / "torchrun.py", *command, path=[str(SOURCE)])
+    told, complaints = torchrun.communicate(timeout=120)
+    assert torchrun.returncode == 0, complaints
     serial = train(task(), "serial", steps=4, out=tmp_path / "serial", quiet=True)
-    told = [line.split() for line in done.stdout.splitlines()]
+    told = [line.split() for line in told.splitlines()]
     assert [words[:2] for words in told] == [["4", "False"]] * 2
     assert float(told[0][2]) == pytest.approx(serial.losses[-1], rel=1e-5)
 
@@ -283,3 +281,17 @@ def test_fit_takes_a_builder_and_says_what_does_not_match(tmp_path):
         fit(lambda: nn.Linear(3, 1), inputs, inputs[:5, :1], **arguments)
     with pytest.raises(DataError, match="inputs is one number"):
         fit(lambda: nn.Linear(3, 1), 3.0, inputs, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("mse", r"loss is 'mse'; it must be callable: \(output, targets\) -> a mean"),
+        (nn.MSELoss, r"loss is <class 'torch.nn.modules.loss.MSELoss'>; it must be callable.*such as nn.MSELoss\(\)"),
+        (lambda output: output.mean(), r"the loss raised TypeError: .*it is called with \(output, targets of the"),
+    ],
+)
+def test_fit_tells_what_its_own_loss_is_called_with(wrong, told):
+    rows = torch.ones(8, 4)
+    with pytest.raises(TaskError, match=told):
+        fit(lambda: nn.Linear(4, 1), rows, rows[:, :1], loss=wrong, optimizer=torch.optim.SGD, batch=4, plan="serial")

@@ -51,10 +51,13 @@ def choose(
 
         def best() -> dict[str, Any]:
             from sheaf.api.plan import plan as rank
+            from sheaf.api.profiles import busy_words
 
             ranking = rank(
                 task, workers=there_are, allow_relaxed=allow_relaxed, source=source, note=note, explain=False
             )
+            if busy := busy_words(ranking.cores_taken):
+                note(busy)
             # Those that torchrun started are there, with or without work.
             fitting = [entry.price for entry in ranking.ranked if world is None or entry.plan.workers == world.workers]
             taken = fitting[0] if fitting else ranking.best

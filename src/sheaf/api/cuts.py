@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from sheaf.api.finer import Finer, finer_cut
-from sheaf.api.profiles import busy_note, measured_profiles
+from sheaf.api.profiles import BusyNote, measured_profiles
+from sheaf.cluster.others import disturbed
 from sheaf.cost.pipeline import cut_seconds, measured_stages, perfect_seconds
 from sheaf.errors import PlanError
 from sheaf.graph import ModelFacts, Profile
@@ -18,22 +19,34 @@ from sheaf.units import pretty_seconds
 
 
 def best_cut(
-    task: Task, plan: Plan, question: Question, say: Callable[[str], None], *, source: FromFile | None
+    task: Task,
+    plan: Plan,
+    question: Question,
+    say: Callable[[str], None],
+    *,
+    source: FromFile | None,
+    busy: BusyNote | None = None,
 ) -> tuple[Plan, Finer | None]:
     """The plan as ``measured_cut`` cuts it, and as ``finer_cut`` does where that is clearly better.
 
-    What pieces of blocks take is measured here, on as many workers as the plan has.
+    What pieces of blocks take is measured here, on as many workers as the plan has; ``busy`` is told of it.
     """
     whole = measured_cut(task, plan, question, say)
-    return whole, _inside(task, whole, question, say, source)
+    return whole, _inside(task, whole, question, say, source, busy or BusyNote(say))
 
 
 def cut_inside(
-    task: Task, ranking: Ranking, say: Callable[[str], None], *, source: FromFile | None, fresh: bool = False
+    task: Task,
+    ranking: Ranking,
+    say: Callable[[str], None],
+    *,
+    source: FromFile | None,
+    fresh: bool = False,
 ) -> Ranking:
     """The ranking with its first pipeline cut as ``finer_cut`` does, where that might lead and is faster.
 
-    ``fresh`` measures pieces again that were measured before.
+    ``fresh`` measures pieces again that were measured before. That other programs kept the cores busy meanwhile is not
+    said where the ranking says it.
     """
     question = ranking.asked
     price = next((entry.price for entry in ranking.ranked if entry.plan.pp > 1), None)
@@ -42,7 +55,10 @@ def cut_inside(
     plan = replace(price.plan, stages=":".join(str(count) for count in price.stages))
     basis = question.basis(plan)
     at_best = price.step_seconds * perfect_seconds(plan, basis) / cut_seconds(plan, basis)
-    cut = _inside(task, plan, question, say, source, fresh=fresh) if at_best <= ranking.best.step_seconds else None
+    busy = BusyNote(say, told=disturbed(ranking.cores_taken))
+    if at_best > ranking.best.step_seconds:
+        return ranking
+    cut = _inside(task, plan, question, say, source, busy, fresh=fresh)
     if cut is None:
         return ranking
     asked = cut.asked(question)
@@ -58,14 +74,14 @@ def _inside(
     question: Question,
     say: Callable[[str], None],
     source: FromFile | None,
+    busy: BusyNote,
     *,
     fresh: bool = False,
 ) -> Finer | None:
     def measured(facts: ModelFacts) -> Profile | None:
         say("measuring what is inside of blocks")
         found = measured_profiles(task, [facts], plan.workers, source=source, fresh=fresh)
-        if busy := busy_note(found):
-            say(busy)
+        busy.of(found)
         return next(iter(found), None)
 
     return finer_cut(task, plan, question, measured, say)

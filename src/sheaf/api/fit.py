@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sheaf.api.run import Run
 from sheaf.api.train import train
 from sheaf.cost.price import Price
-from sheaf.errors import DataError
+from sheaf.errors import DataError, TaskError
 from sheaf.plans import Plan
 from sheaf.task import Loss, Task
 from sheaf.task.batches import steps_per_epoch
@@ -53,6 +53,11 @@ def fit(
 
     Everything else is as in ``sheaf.train``, and so is what is raised.
     """
+    if not callable(loss) or isinstance(loss, type):
+        raise TaskError(
+            f"loss is {loss!r:.60}; it must be callable: (output, targets) -> a mean or a sheaf.Loss, "
+            "such as nn.MSELoss()"
+        )
     pairs = Pairs(_rows("inputs", inputs), _rows("targets", targets))
     task = Task(
         model=Copies(model) if isinstance(model, nn.Module) else model,
@@ -105,7 +110,12 @@ class OnTargets:
     loss: Callable[[Any, Any], Loss | Tensor]
 
     def __call__(self, output: Any, batch: Any) -> Loss | Tensor:
-        return self.loss(output, batch[1])
+        try:
+            return self.loss(output, batch[1])
+        except (TypeError, AttributeError) as error:
+            raise TaskError(
+                f"the loss raised {type(error).__name__}: {error}; it is called with (output, targets of the batch)"
+            ) from error
 
 
 @dataclass(frozen=True)

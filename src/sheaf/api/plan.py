@@ -9,7 +9,7 @@ from pathlib import Path
 from sheaf.api.cuts import best_cut, cut_inside
 from sheaf.api.finer import Finer
 from sheaf.api.measure import measure
-from sheaf.api.profiles import busy_note, measured_profiles
+from sheaf.api.profiles import BusyNote, busy_note, measured_profiles
 from sheaf.api.rehearsals import WORKERS as REHEARSING
 from sheaf.api.rehearsals import carried, kept_rehearsals, overheads, wanted
 from sheaf.api.splits import described, rehearsed, splits
@@ -64,7 +64,8 @@ def plan(
     ``quick``    measure this machine's links in a third of the time
     ``fresh``    measure again what an earlier call has measured
     ``source``   where each worker finds the task by itself, for a task that cannot be sent to it
-    ``note``     is told in a line what is being done
+    ``note``     is told in a line what is being done; without it a RuntimeWarning says where other programs kept the
+                 cores busy meanwhile, which ``.cores_taken`` counts
     ``heard``    is told of the best plan so far while the search goes on
     ``seconds``  after which a search ends with the best so far (what is traced and measured before is not counted)
     ``target_samples``  what training is to see in all, for its cost where the cluster's file has a price per hour
@@ -96,10 +97,8 @@ def plan(
     if wanted(plans):
         say("rehearsing executors on 2 workers")
     profiles = _with_overheads(task, question, profiles, plans, source=source, fresh=fresh, say=say)
-    if busy := busy_note(profiles.values()):
-        say(busy)
-        if note is None:
-            warnings.warn(busy, RuntimeWarning, stacklevel=2)
+    if note is None and (busy := busy_note(profiles.values())):
+        warnings.warn(busy, RuntimeWarning, stacklevel=2)
     ranking = search(replace(question, profiles=profiles), seconds=seconds, heard=heard)
     return whole(cut_inside(task, ranking, say, source=source, fresh=fresh))
 
@@ -317,17 +316,17 @@ def predicted(
     say = note or _nothing
     say(f"predicting a step of {plan} from what was measured, measuring what was not")
     question, found = _measured_here(task, plan, facts, split, source)
+    busy = BusyNote(say)
     cut: Finer | None = None
     if found:
         if recut:
-            plan, cut = best_cut(task, plan, replace(question, profiles=found), say, source=source)
+            plan, cut = best_cut(task, plan, replace(question, profiles=found), say, source=source, busy=busy)
         for kind in {one.split_kind for one in wanted([plan])} - set(question.splits):
             with suppress(SheafError):  # what cannot be split so is not rehearsed
                 splits = {**question.splits, kind: rehearsed(task, facts, *kind)} if kind[0] > 1 else question.splits
                 question = replace(question, splits=splits)
         found = _with_overheads(task, question, found, [plan], source=source, say=say)
-        if busy := busy_note(found.values()):
-            say(busy)
+        busy.of(found.values())
     question = replace(question, profiles=found)
     return question.price(plan) if cut is None else cut.asked(question).price(cut.plan)
 

@@ -2,9 +2,9 @@
 
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -69,6 +69,21 @@ def measured_profiles(
 def busy_note(profiles: Iterable[Profile]) -> str:
     """What to say of times that were measured while other programs kept the cores busy; empty where none were."""
     return busy_words(max((one.cores_taken for one in profiles), default=0.0))
+
+
+@dataclass
+class BusyNote:
+    """Says once, however much is measured, that other programs kept the cores busy while it was."""
+
+    say: Callable[[str], None]
+    told: bool = False
+
+    def of(self, profiles: Iterable[Profile]) -> None:
+        """Say it if it was so while these were measured, and nothing was said yet."""
+        busy = "" if self.told else busy_note(profiles)
+        if busy:
+            self.told = True
+            self.say(busy)
 
 
 def busy_words(taken: float) -> str:

@@ -22,7 +22,8 @@ STRAGGLING = 1.25  # times the median worker's pace
 class Run:
     """A run and what it left in its directory; of a resumed one all steps from the first.
 
-    ``stopped`` when it was asked to end before its last step; ``predicted_seconds_per_step`` is what the planner
+    ``stopped`` when it was asked to end before its last step; ``added`` is how many of its steps were done this time,
+    none where a resumed run had as many already; ``predicted_seconds_per_step`` is what the planner
     promised, None when nobody asked it; ``pipeline`` is the picture of a pipeline's step, where there is one.
     """
 
@@ -30,6 +31,7 @@ class Run:
     plan: Plan
     reports: tuple[StepReport, ...]
     stopped: bool = False
+    added: int = 0
     pipeline: Path | None = None
     predicted_seconds_per_step: float | None = None
     task: Task = field(repr=False)

@@ -107,8 +107,9 @@ def train(
     }
     try:
         outcome = _carry_out(task, chosen, steps, directory, world, threads, source, arguments)
-    except SheafError:
-        if not quiet and (kept := latest(directory).path) is not None:
+    except SheafError as error:
+        refused = isinstance(error, RunError)  # such as to resume under another plan: doing so again is no remedy
+        if not quiet and not refused and (kept := latest(directory).path) is not None:
             print(f"{kept} is kept; --resume goes on from there", file=sys.stderr, flush=True)
         raise
     picture = None
@@ -122,6 +123,7 @@ def train(
         plan=chosen,
         reports=tuple(reports),
         stopped=outcome.stopped,
+        added=outcome.steps - outcome.first,
         pipeline=picture,
         predicted_seconds_per_step=None if price is None else price.step_seconds,
         task=task,

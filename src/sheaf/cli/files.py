@@ -6,6 +6,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -15,12 +16,14 @@ from sheaf.launch.ship import FromFile, packed
 from sheaf.task import Task
 
 DEFAULT = "task"
+UNNAMED = Task.name  # of tasks that nobody gave one
 
 
 def load(reference: str) -> Task:
     """The task called NAME (``task`` unless named) in a Python file: a Task, or a function that returns one.
 
-    The file's folder is put on ``sys.path``, so it may import its neighbours. Raises TaskError: no such file, the file
+    One without a name of its own takes the file's. The file's folder is put on ``sys.path``, so it may import its
+    neighbours. Raises TaskError: no such file, the file
     or function raises (with the lines of the user's own code), nothing of that name, or a thing of another type.
     """
     path, name = _parts(reference)
@@ -36,7 +39,7 @@ def load(reference: str) -> Task:
     else:
         what = f"{path}:{name} is"
     if isinstance(found, Task):
-        return found
+        return replace(found, name=_named(path, name)) if found.name == UNNAMED else found
     raise TaskError(f"{what} {_a(found)}; wanted a sheaf.Task, or a function that returns one")
 
 
@@ -118,6 +121,10 @@ def _offers(module: ModuleType, path: Path, name: str) -> str:
     close = nearest(name, tasks + functions) if name != DEFAULT else ""
     close = f"{close} " if close.startswith("did you mean") else ""
     return f"{close}it holds {' and '.join(lists)}: write {path}:NAME"
+
+
+def _named(path: Path, name: str) -> str:
+    return path.stem if name == DEFAULT else f"{path.stem}_{name}"
 
 
 def _neighbour(path: Path) -> str:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sheaf.api.trial import TimeToLoss
     from sheaf.cluster import Cluster
     from sheaf.search import Progress, Ranking
+    from sheaf.task import Task
 
 _ROWS = 12  # a longer ranking is cut unless asked for
 _REFUSALS = 8  # and so are reasons why plans were refused
@@ -71,7 +72,6 @@ def plan(
         _check_options(trial, target_loss, chart, seconds, allow_relaxed=allow_relaxed)
         from sheaf.api.measure import measure
         from sheaf.api.plan import plan as rank
-        from sheaf.api.trial import goal_of, read_trial, time_to_loss
         from sheaf.api.verdicts import sweeps, tokens_per_sample, what_if
         from sheaf.cli.files import load, own_source
         from sheaf.cluster import read
@@ -79,8 +79,7 @@ def plan(
 
         task = load(file)
         gc.freeze()  # torch stays: looking for garbage in it takes a fifth of a long search
-        tried = None if trial is None else read_trial(task, trial)
-        goal = None if tried is None else goal_of(tried, target_loss)
+        to_loss = None if trial is None else _timed_by(trial, task, target_loss)
         note(f"the cluster: {source or 'this machine, measured'}")
         cluster = measure(workers) if source is None else read(source)
         if changes is not None:
@@ -107,7 +106,7 @@ def plan(
             drawn = sweeps(ranking)
             draw_chart(drawn, chart, f"{Path(file.partition(':')[0]).stem} on {cluster.name}, batch {ranking.batch}")
         values = ranking.to_dict()
-        learnt = None if tried is None else time_to_loss(ranking, tried, goal)
+        learnt = None if to_loss is None else to_loss(ranking)
         if learnt is not None:
             values["to_loss"] = learnt.to_dict()
         if other is not None:
@@ -127,6 +126,15 @@ def plan(
                 console.print(f"\nstrategies by {swept}: {chart}", markup=False, soft_wrap=True)
 
         answer.give(values, shown)
+
+
+def _timed_by(trial: Path, task: "Task", target_loss: float | None) -> "Callable[[Ranking], TimeToLoss]":
+    """What says of a ranking how long its plans take until the loss, by what a trial's runs have learnt."""
+    from sheaf.api.trial import goal_of, read_trial, time_to_loss  # which draws: matplotlib takes long to import
+
+    tried = read_trial(task, trial)
+    goal = goal_of(tried, target_loss)
+    return lambda ranking: time_to_loss(ranking, tried, goal)
 
 
 @contextmanager

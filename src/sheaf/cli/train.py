@@ -27,7 +27,12 @@ if TYPE_CHECKING:
               help="The plan; auto takes the one that `sheaf plan` puts first.")  # fmt: skip
 @workers_option
 @click.option("--steps", type=click.IntRange(min=1), default=100, show_default=True, metavar="N", help="Steps in all.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where the run goes (default: runs/NAME).")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where the run goes (default: runs/NAME-N; NAME is the task's, or else the file's).",
+)
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --out.")
 @click.option(
     "--save-every", type=click.IntRange(min=0), metavar="N", help="Steps between checkpoints (0: at the end)."
@@ -113,6 +118,9 @@ def _show(run: "Run", console: Console) -> None:
     console.print(f"the run is in {run.directory}", markup=False, soft_wrap=True)
     if run.pipeline is not None:
         console.print(f"a step of its pipeline is drawn in {run.pipeline}", markup=False, soft_wrap=True)
+    if not run.added and not run.stopped:
+        done = len(run.losses)
+        console.print(f"nothing was left to do: {done} steps are done, and --steps counts all of them; give more")
     if run.stopped:
         console.print(f"it was stopped; the same command with --out {run.directory} --resume goes on", markup=False)
 

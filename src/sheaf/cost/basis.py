@@ -1,8 +1,9 @@
 """What the prices of many plans for one model and cluster share: portions, paces, links."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from sheaf.cluster.cluster import Cluster
@@ -14,7 +15,7 @@ from sheaf.cost.placement import Seat, Seats
 from sheaf.cost.portion import Portion, bounded, in_part, portion, scoped, together
 from sheaf.cost.seating import Seating
 from sheaf.cost.tensor import Crossing
-from sheaf.graph.facts import GLUE, LOSS, ModelFacts, Profile
+from sheaf.graph.facts import GLUE, LOSS, BlockFact, ModelFacts, Profile
 from sheaf.plans import Plan
 from sheaf.plans.mesh import Mesh
 from sheaf.plans.offload import OPTIMIZER
@@ -22,6 +23,7 @@ from sheaf.plans.split import Move, SplitFacts
 from sheaf.plans.stages import passed_on, placed
 
 T = TypeVar("T")
+_NAMELESS = attrgetter(*(one.name for one in fields(BlockFact) if one.name not in ("name", "parameters")))
 _MODELS = {
     "whole", "middle", "stages", "names", "default", "default costs", "placed", "kinds", "together", "replicated",
     "parts", "crossing in",
@@ -69,6 +71,11 @@ class Basis:
         """The same where optimizers step in the hosts' memory."""
         kept = {key: value for key, value in self._known.items() if _of_the_model(key)}
         return replace(self, offloaded=True, _known=kept)
+
+    def repeating(self, plan: Plan) -> "Basis":
+        """The same where none but the blocks that the plan names run again."""
+        facts, profile = narrowed(plan, self.facts, self.profile)
+        return replace(self, facts=facts, profile=profile, _known={})
 
     def elsewhere(self, cluster: Cluster, seating: Seating) -> "Basis":
         """The same model on a cluster whose kernels launch as fast; what only the model decides is taken over."""
@@ -127,9 +134,10 @@ class Basis:
         def made() -> Portion:
             return bounded(self._portion(names, 1 / stages, first=first, last=last), entering, last=last)
 
-        if first or last or not self._kinds.keys() >= set(names):
+        kinds = () if first or last else tuple(map(self._kinds.get, names))
+        if first or last or None in kinds:
             return self.once((names, number, stages), made)
-        return self.once(("middle", tuple(self._kinds[name] for name in names), entering, stages, turn), made)
+        return self.once(("middle", kinds, entering, stages, turn), made)
 
     @property
     def _crossing_in(self) -> dict[str, int]:
@@ -150,6 +158,7 @@ class Basis:
 
         def made() -> dict[str, Any]:
             known = {one.name: one for one in self.facts.parameters}
+            held_of = {one.name: one.shape for one in self.whole.facts.parameters}  # by the worker that holds most
             shared = [alias for one in self.facts.parameters if one.aliases for alias in (one.name, *one.aliases)]
             moved: dict[str, list[Any]] = {}
             for move in self.split.moves if self.split else ():
@@ -163,8 +172,8 @@ class Basis:
                     continue
                 held = [known[name] for name in block.parameters]
                 kinds[block.name] = (
-                    replace(block, name="", parameters=()),
-                    tuple((one.shape, one.dtype, one.requires_grad, self._cut(one.name)) for one in held),
+                    _NAMELESS(block),
+                    tuple((one.shape, one.dtype, one.requires_grad, held_of[one.name]) for one in held),
                     self.split and (self.split.work.get(block.name), self.split.activations.get(block.name)),
                     tuple(moved.get(block.name, ())),
                     self.profile and self.profile.blocks.get(block.name),
@@ -173,9 +182,6 @@ class Basis:
             return {name: numbers.setdefault(kind, len(numbers)) for name, kind in kinds.items()}
 
         return self.once("kinds", made)
-
-    def _cut(self, name: str) -> Any:
-        return self.split.slices.get(name) if self.split else None
 
     def together(self, parts: Sequence[Portion]) -> Portion:
         """Several portions of one worker."""

@@ -160,54 +160,71 @@ def _interleaved_seconds(course: Course) -> float:
     # By action and worker, one after the other: those of a wave are a slice.
     ahead = [seconds for turn, _ in order for seconds in course.forward_seconds[turns[turn]]]
     back = [seconds for turn, _ in order for seconds in course.backward_seconds[turns[virtual - 1 - turn]]]
+    each = list(zip(course.forward_seconds, course.backward_seconds, strict=True))
+    quick = [one for one in range(workers) if min(map(min, each[one::workers])) < passing]
     places = {action: place for place, action in enumerate(order)}
     before = [places.get((turn - 1, microbatch), -1) for turn, microbatch in order]  # the microbatch's turn before
-    forwarded, backwarded = [0.0] * len(ahead), [0.0] * len(back)  # when what was made is with the next
+    # When what each worker made last is with the next, which takes it in the next wave; and by action, what goes round.
     free, pushed, returned = [0.0] * workers, [-inf] * workers, [-inf] * workers
+    pushed_round, returned_round = list[float](), list[float]()
     for wave in range(last - warmup, total + last):
         top = wave + warmup - last  # worker s takes forward ``top - s``
         first, end = max(0, top - total + 1), min(workers, top + 1)
         if first < end:
-            mine = _diagonal(top * workers, -last, first, end)
-            there = forwarded[_diagonal(top * workers - 1, -last, max(1, first), end)]
+            there = pushed[max(0, first - 1) : end - 1]
             if not first:
-                there.insert(0, forwarded[before[top] * workers + last] if before[top] >= 0 else 0.0)
+                there.insert(0, pushed_round[before[top]] if before[top] >= 0 else 0.0)
             free[first:end] = done = [
                 (now if now > come else come) + cost
-                for now, come, cost in zip(free[first:end], there, ahead[mine], strict=True)
+                for now, come, cost in zip(
+                    free[first:end], there, ahead[_diagonal(top, -1, workers, first, end)], strict=True
+                )
             ]
             kept_back = pushed[last]
-            forwarded[mine] = pushed[first:end] = [
-                (now if now > sent else sent) + passing for now, sent in zip(done, pushed[first:end], strict=True)
-            ]
-            if end == workers and order[top - last][0] == virtual - 1:  # nobody is passed what the last stage made
-                pushed[last] = kept_back
+            pushed[first:end] = _passed(done, pushed[first:end], passing, [one - first for one in quick])
+            if end == workers:
+                pushed_round.append(pushed[last])
+                if order[top - last][0] == virtual - 1:  # nobody is passed what the last stage made
+                    pushed[last] = kept_back
         low = wave - last  # worker s takes backward ``low + s``
         first, end = max(0, -low), min(workers, total - low)
         if first < end:
-            mine = _diagonal(low * workers, workers + 1, first, end)
-            there = backwarded[_diagonal(low * workers + 1, workers + 1, first, min(end, last))]
+            there = returned[first + 1 : end + 1]
             if end == workers:
-                there.append(backwarded[before[wave] * workers] if before[wave] >= 0 else 0.0)
+                there.append(returned_round[before[wave]] if before[wave] >= 0 else 0.0)
             free[first:end] = done = [
                 (now if now > come else come) + cost
-                for now, come, cost in zip(free[first:end], there, back[mine], strict=True)
+                for now, come, cost in zip(
+                    free[first:end], there, back[_diagonal(low, 1, workers, first, end)], strict=True
+                )
             ]
             kept_back = returned[0]
-            backwarded[mine] = returned[first:end] = [
-                (now if now > sent else sent) + passing for now, sent in zip(done, returned[first:end], strict=True)
-            ]
-            if not first and order[low][0] == virtual - 1:  # nor the first stage anybody
-                returned[0] = kept_back
+            returned[first:end] = _passed(done, returned[first:end], passing, [one - first for one in quick])
+            if not first:
+                returned_round.append(returned[0])
+                if order[low][0] == virtual - 1:  # nor the first stage anybody
+                    returned[0] = kept_back
     return max(free)
 
 
-def _diagonal(start: int, step: int, first: int, end: int) -> slice:
-    """Every ``step``-th place from ``start``, of those the ones from number ``first`` to before number ``end``."""
-    if first >= end:
-        return slice(0, 0)
-    stop = start + end * step
-    return slice(start + first * step, stop if stop >= 0 else None, step)
+def _passed(done: Sequence[float], sent: Sequence[float], passing: float, quick: Sequence[int]) -> list[float]:
+    """When what was done then is with others, if each message waits for the one ``sent`` before it: that is there but
+    for ``quick`` workers, who are done with something sooner than it is passed on.
+    """
+    there = [now + passing for now in done]
+    for one in quick:
+        if 0 <= one < len(done) and sent[one] > done[one]:
+            there[one] = sent[one] + passing
+    return there
+
+
+def _diagonal(place: int, step: int, workers: int, first: int, end: int) -> slice:
+    """In a list by action and worker, what workers ``first`` to before ``end`` have of a wave: of the action at a
+    ``place``, and of one ``step`` on for each worker.
+    """
+    start, stride = place * workers, step * workers + 1
+    stop = start + end * stride
+    return slice(start + first * stride, stop if stop >= 0 else None, stride)
 
 
 def _interleaved_by_turns(course: Course, order: Sequence[tuple[int, int]], largest: int) -> float:

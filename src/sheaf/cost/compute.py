@@ -12,6 +12,7 @@ from sheaf.cost.tensor import NOTHING, Crossing
 from sheaf.graph.facts import GLUE, LOSS, STATE_BYTES_PER_BYTE, BlockFact, BlockTime, ModelFacts, Profile
 
 UNKNOWN = BlockTime(0.0, 0.0)
+Work = tuple[float, float, int]  # of a block in one direction: operations, bytes moved, kernels launched
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,16 @@ def block_seconds(facts: ModelFacts, profile: Profile | None, seat: Seat, *, aga
     """Forward and backward of each block for one microbatch of the facts; with ``again``, recomputation included."""
     repeated = {block.name for block in _recomputed(facts)} if again else set[str]()
     seconds: dict[str, float] = {}
+    known: dict[Work, float] = {}  # blocks that do the same take as long
+
+    def takes(work: Work) -> float:
+        if work not in known:
+            known[work] = _direction(facts, [work], seat).seconds(facts.samples)
+        return known[work]
+
     for block in facts.blocks:
         if profile is None:
-            ahead, back = (_direction(facts, [way], seat) for way in (_forward(block), _backward(block)))
-            forward, backward = ahead.seconds(facts.samples), back.seconds(facts.samples)
+            forward, backward = takes(_forward(block)), takes(_backward(block))
         else:
             time = profile.blocks.get(block.name, UNKNOWN)
             forward, backward = time.forward_seconds / seat.speed, time.backward_seconds / seat.speed
@@ -108,15 +115,15 @@ def _recomputed(facts: ModelFacts) -> list[BlockFact]:
     return [block for block in facts.blocks if block.name not in (GLUE, LOSS) and block.composite]
 
 
-def _forward(block: BlockFact) -> tuple[float, float, int]:
+def _forward(block: BlockFact) -> Work:
     return block.forward_flops, block.forward_bytes, block.forward_kernels
 
 
-def _backward(block: BlockFact) -> tuple[float, float, int]:
+def _backward(block: BlockFact) -> Work:
     return block.backward_flops, block.backward_bytes, block.backward_kernels
 
 
-def _direction(facts: ModelFacts, blocks: list[tuple[float, float, int]], seat: Seat) -> Direction:
+def _direction(facts: ModelFacts, blocks: list[Work], seat: Seat) -> Direction:
     needed = (max(flops / seat.flops_per_second, size / seat.memory_bytes_per_second) for flops, size, _ in blocks)
     work = sum(needed, 0.0)
     return Direction(facts.samples, work, sum(kernels for *_, kernels in blocks) * seat.kernel_seconds)

@@ -18,9 +18,10 @@ from sheaf.graph.facts import ModelFacts, within
 from sheaf.plans import Plan
 from sheaf.plans.layout import apportion
 from sheaf.plans.mesh import Mesh
-from sheaf.plans.stages import balanced, default_costs, passed_on, placed, separable, slowest, stages_of
+from sheaf.plans.stages import balanced, dealable, default_costs, passed_on, placed, separable, slowest, stages_of
 
 WORTH_SAYING = 0.01  # a cut by measured times is written down where its slowest stage is faster by more
+ABOVE = 1 + 1e-9  # sums in another order differ by less
 
 
 @dataclass(frozen=True)
@@ -213,8 +214,8 @@ def _worth_writing(basis: Basis, costs: Sequence[float], count: int, speeds: Seq
     """The cut balanced by these costs; empty where the default one is as good."""
     default = _default_cut(basis, count)
     said = slowest(costs, default, speeds)
-    if said <= slowest_of_any(costs, count) / max(speeds) * (1 + WORTH_SAYING):
-        return ()
+    if not dealable(costs, said / (1 + WORTH_SAYING) * ABOVE, speeds):
+        return ()  # whatever the best cut is, which takes longer to find
     found = balanced(costs, count, speeds=speeds)
     return () if said <= slowest(costs, found, speeds) * (1 + WORTH_SAYING) else found
 

@@ -158,8 +158,6 @@ def portion(
     it. Splitting shortens the work of a block, not the launching of its kernels (``kernel_seconds`` each).
     """
     work = split.work if split else {}
-    kept = split.activations if split else {}
-    along = split is not None and not split.slices  # sequences are split: so is what crosses between blocks
     chosen: list[BlockFact] = []
     for block in facts.blocks:
         if block.name == GLUE:
@@ -167,9 +165,9 @@ def portion(
                 chosen.append(_glue(block, glue_share, holding=first))
         elif block.name == LOSS:
             if last:
-                chosen.append(_scaled(block, work.get(LOSS, 1.0), kept.get(LOSS, 1.0), along=along))
+                chosen.append(_busiest(block, split))
         elif block.name in names or (first and not block.calls):
-            chosen.append(_scaled(block, work.get(block.name, 1.0), kept.get(block.name, 1.0), along=along))
+            chosen.append(_busiest(block, split))
     present = {block.name for block in chosen}
     blocks = {block.name: block for block in facts.blocks}
     return Portion(
@@ -261,6 +259,19 @@ def _inherited(split: SplitFacts, facts: ModelFacts) -> SplitFacts:
         return found
 
     return replace(split, work=spread(split.work), activations=spread(split.activations))
+
+
+def _busiest(block: BlockFact, split: SplitFacts | None) -> BlockFact:
+    """A block as the busiest of those that split it has it; worked out once."""
+    if split is None:
+        return block
+    whole, local = split.done.get(block.name, (None, block))
+    if whole is not block:
+        along = not split.slices  # sequences are split: so is what crosses between blocks
+        work, kept = split.work.get(block.name, 1.0), split.activations.get(block.name, 1.0)
+        local = _scaled(block, work, kept, along=along)
+        split.done[block.name] = block, local
+    return local
 
 
 def _scaled(block: BlockFact, work: float, kept: float, *, along: bool = False) -> BlockFact:

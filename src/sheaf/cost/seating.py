@@ -90,8 +90,9 @@ class Seating:
     def between(self, ranks: tuple[int, ...], factor: float = 1.0) -> Fabric:
         """The links among these ranks; the same fabric for all that are as near each other."""
         near = self._near()
-        levels = np.unique(near.levels(np.asarray(ranks)[None, :])).tolist() if len(ranks) > 1 else [near.inside]
-        return self._joined(tuple(levels), len(ranks), factor)
+        there = near.levels(np.asarray(ranks)[None, :])
+        used = tuple(level for level in range(len(near.links)) if (there == level).any())
+        return self._joined(used or (near.inside,), len(ranks), factor)
 
     def passing(self, mesh: Mesh, factor: float = 1.0) -> Passing:
         """By replica, the links between each stage and the next, the last and the first."""

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from sheaf.graph.alone import record_calls, time_block, time_loss
 from sheaf.graph.cut import cut, opened
 from sheaf.graph.example import example, global_streams_kept, num_samples, precision
 from sheaf.graph.facts import LOSS, BlockFact, BlockTime, ModelFacts, Profile
+from sheaf.graph.gradients import rows_stepped, with_gradients
 from sheaf.graph.stopwatch import Clock, Stopwatch
 from sheaf.task import Order, Streams, Task, arguments, as_loss, fetch, key, moved
 from sheaf.task.blueprint import Blueprint
@@ -52,8 +53,9 @@ def profile(
         model = measure(task, facts, device)
         wait()
         blocks = model.times(0.7 * budget_seconds)
+        stepped = rows_stepped(task, facts, model.with_gradients())
         del model
-        sample = _Sample(task, facts, device)
+        sample = _Sample(task, facts, device, stepped)
         wait()
         optimizer_seconds, state_bytes, host_seconds = sample.times(0.2 * budget_seconds)
         wait()
@@ -115,6 +117,10 @@ class _WholeModel:
         forward = self._shared_out([item[0] for item in watched], statistics.median(item[0] for item in plain))
         backward = self._shared_out([item[1] for item in watched], statistics.median(item[1] for item in plain))
         return {block.name: BlockTime(forward[block.name], backward[block.name]) for block in self._facts.blocks}
+
+    def with_gradients(self) -> nn.Module:
+        """The model with the gradients that it was timed with."""
+        return self._model
 
     def _run(self, stopwatch: Stopwatch | None) -> tuple[Any, Any, Any]:
         task, clock = self._task, self._clock
@@ -188,6 +194,11 @@ class _Blocks:
         rates = _Rates(self._facts, measured, self._device)
         return {block.name: measured.get(block.signature) or rates.estimate(block) for block in self._facts.blocks}
 
+    def with_gradients(self) -> nn.Module:
+        """The model without memory, with gradients where a layer of it asks for rows."""
+        narrow = any(getattr(module, "sparse", False) for module in self._blueprint.model.modules())
+        return (with_gradients(self._task, self._facts.samples) if narrow else self._blueprint).model
+
     def _measured(self, block: BlockFact, share_seconds: float) -> BlockTime | None:
         call = self._calls.get(block.name)
         if call is None or not self._fits(block):
@@ -259,15 +270,16 @@ def _repeated(action: Callable[[], Any], device: torch.device, budget_seconds: f
 class _Sample:
     """The task's own optimizer on parameters of the model's shapes, as many as are needed to know its pace."""
 
-    def __init__(self, task: Task, facts: ModelFacts, device: torch.device) -> None:
+    def __init__(self, task: Task, facts: ModelFacts, device: torch.device, stepped: Mapping[str, int]) -> None:
         self._task, self._facts, self._device = task, facts, device
-        self._parameters = [
-            nn.Parameter(torch.zeros(shape, dtype=getattr(torch, dtype), device=device))
-            for shape, dtype in _sampled(facts, SAMPLE_BYTES)
-        ]
-        self._gradients = [torch.full_like(parameter, 1e-3) for parameter in self._parameters]
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            parameter.grad = gradient
+        self._parameters: list[nn.Parameter] = []
+        self._gradients: list[Tensor] = []  # of rows, what they hold
+        for shape, dtype, rows in _sampled(facts, SAMPLE_BYTES, stepped):
+            parameter = nn.Parameter(torch.zeros(shape, dtype=getattr(torch, dtype), device=device))
+            values = torch.full_like(parameter[:rows] if rows else parameter, 1e-3)
+            self._parameters.append(parameter)
+            self._gradients.append(values)
+            parameter.grad = _as_rows(values, shape) if rows else values
 
     def times(self, budget_seconds: float) -> tuple[float, float, float]:
         """Optimizer seconds per byte, its state bytes per byte, and seconds of all else a step does to gradients."""
@@ -293,23 +305,37 @@ class _Sample:
         """Divide by the weights of the batch, clip, and clear."""
         torch._foreach_mul_(self._gradients, 1.0)
         if self._task.clip is not None:
-            nn.utils.clip_grad_norm_(self._parameters, self._task.clip)
+            nn.utils.get_total_norm(self._gradients)
+            torch._foreach_mul_(self._gradients, 1.0)
         torch._foreach_zero_(self._gradients)
 
 
-def _sampled(facts: ModelFacts, limit_bytes: int) -> list[tuple[tuple[int, ...], str]]:
-    """Shapes and dtypes of trainable parameters up to a size; a first one that is larger is cut."""
-    chosen: list[tuple[tuple[int, ...], str]] = []
+def _sampled(facts: ModelFacts, limit_bytes: int, stepped: Mapping[str, int]) -> list[tuple[tuple[int, ...], str, int]]:
+    """Shapes and dtypes of trainable parameters up to a size, and how many of its rows a step has gradients of where
+    ``stepped`` says so, else 0; a first one that is larger is cut.
+    """
+    chosen: list[tuple[tuple[int, ...], str, int]] = []
     left = limit_bytes
     trainable = [parameter for parameter in facts.parameters if parameter.requires_grad]
     for parameter in trainable:
         if parameter.size_bytes <= left:
-            chosen.append((parameter.shape, parameter.dtype))
+            chosen.append((parameter.shape, parameter.dtype, stepped.get(parameter.name, 0)))
             left -= parameter.size_bytes
-    if trainable and not any(size for shape, _ in chosen for size in shape if size > 1):
+    if trainable and not any(size for shape, _, _ in chosen for size in shape if size > 1):
         first = max(trainable, key=lambda parameter: parameter.size_bytes)
-        chosen.append(((limit_bytes // first.itemsize_bytes,), first.dtype))
+        if rows := stepped.get(first.name, 0):
+            fitting = max(1, limit_bytes * first.shape[0] // first.size_bytes)
+            cut = (fitting, *first.shape[1:]), first.dtype, max(1, rows * fitting // first.shape[0])
+        else:
+            cut = (limit_bytes // first.itemsize_bytes,), first.dtype, 0
+        chosen.append(cut)
     return chosen
+
+
+def _as_rows(values: Tensor, shape: Sequence[int]) -> Tensor:
+    """A gradient of that shape, of rows that lie evenly apart."""
+    places = torch.arange(len(values), device=values.device) * shape[0] // len(values)
+    return torch.sparse_coo_tensor(places[None], values, tuple(shape), is_coalesced=True, check_invariants=True)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -107,9 +107,10 @@ def _lent(
 class _Failure(Exception):
     """What the user's code raised, and where."""
 
-    def __init__(self, error: Exception, part: str, module: str, shapes: str) -> None:
+    def __init__(self, error: Exception, part: str, module: str, batch: Any) -> None:
         super().__init__(str(error))
-        self.error, self.part, self.module, self.shapes = error, part, module, shapes
+        self.error, self.part, self.module, self.shapes = error, part, module, _shapes(batch)
+        self.hint = _hint(error, part, batch)
 
     def told(self) -> str:
         """The message for the user."""
@@ -117,6 +118,7 @@ class _Failure(Exception):
         first = text[0] if text else ""
         return (
             f"{self.where()} raised {type(self.error).__name__}: {first}{_at(self.error)}; the batch is {self.shapes}"
+            f"{self.hint}"
         )
 
     def where(self) -> str:
@@ -164,7 +166,7 @@ def _facts(
         except SheafError:
             raise
         except Exception as error:
-            raise _Failure(error, part, _module(model, counter.place), _shapes(batch)) from error
+            raise _Failure(error, part, _module(model, counter.place), batch) from error
         finally:
             model.zero_grad(set_to_none=True)
     updated = _updated(model, buffers, counter.changed)
@@ -330,6 +332,14 @@ def _shapes(batch: Any) -> str:
     texts = sum(isinstance(leaf, str | bytes) for leaf in tree_leaves(batch))
     shapes += [f"{texts} texts"] if texts and shapes else []
     return ", ".join(shapes) if shapes else f"a {type(batch).__name__} without tensors"
+
+
+def _hint(error: Exception, part: str, batch: Any) -> str:
+    """What a loss that was written for (output, target) is not told by what it raised."""
+    mistaken = isinstance(error, TypeError | AttributeError) and isinstance(batch, list | tuple) and len(batch) > 1
+    if part != "the loss function" or not mistaken:
+        return ""
+    return "; Sheaf calls loss(output, batch) with the whole batch: its target is batch[1]"
 
 
 def _at(error: BaseException) -> str:

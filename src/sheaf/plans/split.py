@@ -132,6 +132,11 @@ class SplitFacts:
         """By name a whole parameter, and as the worker that holds most has it, as far as somebody asked."""
         return {}
 
+    @cached_property
+    def done(self) -> dict[str, Any]:
+        """By name a whole block, and as the worker that does most of it has it, as far as somebody asked."""
+        return {}
+
     def to_dict(self) -> dict[str, Any]:
         """As values that JSON knows."""
         return {

@@ -1,5 +1,6 @@
 """Where a model is cut into the stages of a pipeline: runs of blocks, the most expensive as cheap as can be."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -235,6 +236,20 @@ def slowest(costs: Sequence[float], counts: Sequence[int], speeds: Sequence[floa
         most = max(most, sum(costs[start : start + count]) / (speeds[stage] if speeds else 1.0))
         start += count
     return most
+
+
+def dealable(costs: Sequence[float], most: float, speeds: Sequence[float]) -> bool:
+    """Whether stages at these speeds can share the blocks so that none costs more than ``most``, empty ones allowed.
+
+    Each takes as many as it can: then those after it have least to do.
+
+    >>> dealable((1, 2, 3), 3, (1, 1)), dealable((1, 2, 3), 2.9, (1, 1)), dealable((4, 1), 2, (1, 2))
+    (True, False, False)
+    """
+    sums, taken = [0.0, *accumulate(costs)], 0
+    for speed in speeds:
+        taken = bisect_right(sums, sums[taken] + most * speed) - 1
+    return taken == len(costs)
 
 
 def _operations(block: BlockFact) -> float:

@@ -4,7 +4,7 @@ Every bound is below the price, whatever the plan's other answers: computing of 
 send, a pipeline's filling and draining; parameters, what is kept for them, and for backward.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -119,29 +119,33 @@ class Bounds:
         seats = basis.seating.kinds(plan.workers)
 
         def fits(state: float) -> bool:
-            least = int(self._holds(plan, basis, state, cut=cut) * SAFE)
-            return any(needed_bytes(least, seat.device_kind) <= seat.available_bytes for seat in seats)
+            return all(
+                any(needed_bytes(int(least * SAFE), seat.device_kind) <= seat.available_bytes for seat in seats)
+                for least in self._holds(plan, basis, state, cut=cut)
+            )
 
-        return (True, True) if fits(basis.state) else (False, fits(0.0))
+        # Most of those that are asked about fit neither way.
+        return (fits(basis.state), True) if fits(0.0) else (False, False)
 
-    def _holds(self, plan: Plan, basis: Basis, state: float, *, cut: bool) -> float:
-        """Bytes that the fullest worker holds at least, with so many of optimizer state for a byte that is trained."""
+    def _holds(self, plan: Plan, basis: Basis, state: float, *, cut: bool) -> Iterator[float]:
+        """Bytes that the fullest worker holds at least, with so many of optimizer state for a byte that is trained: by
+        the whole model, then by its blocks, which takes longer to find.
+        """
         alike = plan.alike
         # Bytes by byte of parameters, and of those that are trained: gradients, the sent or sharded ones, and state.
         held = 1 / alike if plan.zero == 3 else 1.0
         trained = 1 + (alike > 1) + state if not plan.zero else (plan.zero == 1) + (1 + state) / alike
-        least = (basis.whole.parameter_bytes * held + basis.whole.trainable_bytes * trained) / plan.pp
+        yield (basis.whole.parameter_bytes * held + basis.whole.trainable_bytes * trained) / plan.pp
         if not cut and plan.pp > 1:
             each = self._blocks_hold(plan, basis)
-            least = max(least, slowest_of_any((each[:, 0] * held + each[:, 1] * trained).tolist(), plan.pp))
+            yield slowest_of_any((each[:, 0] * held + each[:, 1] * trained).tolist(), plan.pp)
         elif plan.pp > 1:
             key = (id(basis), "held", plan.num_stages, plan.pp, plan.stages, plan.again)
             parameters, stepped, saved = self._once(key, lambda: self._each_holds(plan, basis))
             size = min(self.size(plan), self.batch)
             often = ("kept", plan.schedule, plan.pp, plan.virtual, plan.dp, plan.shares, size, basis.facts.samples)
             kept = self._once(often, lambda: self._keeps(plan, size) * size / basis.facts.samples)
-            least = max(least, float((parameters * held + stepped * trained + saved * kept).max()))
-        return least
+            yield float((parameters * held + stepped * trained + saved * kept).max())
 
     def _on_device(self, plan: Plan) -> Basis:
         """What the plan has in common with others, wherever their optimizers step."""
@@ -187,19 +191,24 @@ class Bounds:
         return np.array(kept_stages(plan, -(-self.batch // size))) / plan.virtual
 
     def _each_holds(self, plan: Plan, basis: Basis) -> np.ndarray:
-        """By worker of a pipeline, what its blocks hold as ``_block_holds`` says it: (3, pp)."""
+        """By worker of a pipeline, what its blocks hold as ``_blocks_hold`` says it: (3, pp)."""
         blocks = self._blocks_hold(plan, basis)
         starts = [0, *accumulate(map(len, stage_names(plan, basis)))]
         stages = np.add.reduceat(blocks, starts[:-1])
         return np.ascontiguousarray(stages.reshape(plan.virtual, plan.pp, 3).sum(axis=0).T)
 
     def _blocks_hold(self, plan: Plan, basis: Basis) -> np.ndarray:
-        """By block what ``_block_holds`` says of it: (blocks, 3)."""
+        """By block: bytes of its parameters, of those trained, and of what a microbatch keeps of it: (blocks, 3)."""
+        whole = basis.whole.facts
+
+        def held() -> list[tuple[int, int]]:
+            sizes = {one.name: (one.size_bytes, one.size_bytes * one.requires_grad) for one in whole.parameters}
+            return [_parameters_hold(block, sizes) for block in placed(whole)]
 
         def made() -> np.ndarray:
-            whole = basis.whole.facts
-            sizes = {one.name: (one.size_bytes, one.size_bytes * one.requires_grad) for one in whole.parameters}
-            return np.array([_block_holds(block, sizes, again=plan.again) for block in placed(whole)], dtype=float)
+            mine = self._once((id(basis), "parameters"), held)
+            kept = [_keeps_once(block, again=plan.again) for block in placed(whole)]
+            return np.array([(*sizes, size) for sizes, size in zip(mine, kept, strict=True)], dtype=float)
 
         return self._once((id(basis), "blocks", plan.again), made)
 
@@ -209,11 +218,15 @@ class Bounds:
         return self._known[key]
 
 
-def _block_holds(block: BlockFact, sizes: Mapping[str, tuple[int, int]], *, again: bool) -> tuple[int, int, int]:
-    """Bytes of a block's parameters, of those trained, and of what a microbatch keeps of it; ``sizes`` by parameter."""
+def _parameters_hold(block: BlockFact, sizes: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+    """Bytes of a block's parameters, and of those trained; ``sizes`` by parameter."""
     mine = [sizes[name] for name in block.parameters]
-    kept = block.fresh_input_bytes if again and block.composite else block.saved_bytes + block.saved_input_bytes
-    return sum(size for size, _ in mine), sum(size for _, size in mine), kept
+    return sum(size for size, _ in mine), sum(size for _, size in mine)
+
+
+def _keeps_once(block: BlockFact, *, again: bool) -> int:
+    """Bytes that a microbatch keeps of a block."""
+    return block.fresh_input_bytes if again and block.composite else block.saved_bytes + block.saved_input_bytes
 
 
 def _times_as_long(first: Seat, seat: Seat, basis: Basis) -> float:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 from sheaf.cost import Price
@@ -78,9 +79,10 @@ def _needed(question: Question, runner: Price, best: Price) -> Needed:
         return Needed(text, "", 1.0, "nothing: it is as fast, and needs more workers or memory")
     solved: list[tuple[float, str, float]] = []
     for key, change in _figures(question):
-        factor = _crossing(question, runner, best, change, whole=key == "batch")
+        nearest = min(solved)[0] if solved else math.inf
+        factor = _crossing(question, runner, best, change, whole=key == "batch", nearest=nearest)
         if factor is not None:
-            solved.append((abs(math.log(factor)), key, factor))
+            solved.append((_far(factor), key, factor))
     if not solved:
         return Needed(text, "", 1.0, f"no bandwidth, speed or batch within {FARTHEST:.0f} times makes it win")
     _, key, factor = min(solved)
@@ -98,11 +100,12 @@ def _figures(question: Question) -> Iterator[tuple[str, Callable[[float], Change
 
 
 def _crossing(
-    question: Question, runner: Price, best: Price, change: Callable[[float], Change], *, whole: bool
+    question: Question, runner: Price, best: Price, change: Callable[[float], Change], *, whole: bool, nearest: float
 ) -> float | None:
     """The factor nearest to 1, up or down, from which the runner is faster; None within ``FARTHEST``.
 
-    ``whole`` looks at powers of two alone: between them a batch does not deal out evenly.
+    ``whole`` looks at powers of two alone: between them a batch does not deal out evenly. ``nearest`` is how far from 1
+    the factor is that was found for another figure, by its logarithm: one that is farther need not be the right one.
     """
 
     def gap(factor: float) -> float:
@@ -117,19 +120,26 @@ def _crossing(
             return math.inf
 
     found: list[float] = []
-    for sign in (1.0, -1.0):
-        near = 1.0
-        for reach in POWERS if whole else (2.0, 10.0, FARTHEST):
-            far = reach**sign
-            if gap(far) < 0:
-                found.append(far if whole else _bisected(gap, near, far))
-                break
-            near = far
-    return min(found, key=lambda factor: abs(math.log(factor)), default=None)
+    near = {1.0: 1.0, -1.0: 1.0}
+    for reach, sign in product(POWERS if whole else (2.0, 10.0, FARTHEST), near):
+        far = reach**sign
+        if _far(near[sign]) >= nearest or (whole and _far(far) > nearest):
+            break
+        if gap(far) < 0:
+            found.append(far if whole else _bisected(gap, near[sign], far, nearest))
+            nearest = min(nearest, _far(found[-1]))
+        near[sign] = far
+    return min(found, key=_far, default=None)
 
 
-def _bisected(gap: Callable[[float], float], losing: float, winning: float) -> float:
-    while max(losing / winning, winning / losing) > CLOSE:
+def _far(factor: float) -> float:
+    """How far a factor is from 1, up or down."""
+    return abs(math.log(factor))
+
+
+def _bisected(gap: Callable[[float], float], losing: float, winning: float, nearest: float) -> float:
+    """Where the gap is closed, or a factor beyond that where it is closed no nearer than ``nearest``."""
+    while max(losing / winning, winning / losing) > CLOSE and _far(losing) < nearest:
         middle = math.sqrt(losing * winning)
         if gap(middle) < 0:
             winning = middle

@@ -32,7 +32,7 @@ class Strategy:
     @cached_property
     def open(self) -> tuple[Plan, ...]:
         """The plan with each microbatch; its stages are those that it has by default."""
-        return tuple(self.plan if size is None else replace(self.plan, microbatch=size) for size in self.sizes)
+        return _sized(self.plan, self.sizes)
 
     def families(self, question: Question) -> Iterator[list[Plan]]:
         """Plans that differ in the microbatch only, together: with equal shares, and where workers differ others."""
@@ -224,11 +224,8 @@ def _replicas(question: Question, workers: int) -> Group:
         yield from _meetings(question, workers, sizes)
 
     relaxed = (Plan(dp=workers),) if question.allow_relaxed else ()
-    return Group(
-        (Plan(dp=workers, zero=3 if workers > 1 else 0), *relaxed),
-        strategies,
-        lambda: tuple(Plan(dp=workers, microbatch=size) for size in sizes),
-    )
+    leanest = Plan(dp=workers, zero=3 if workers > 1 else 0)
+    return Group((leanest, *relaxed), strategies, lambda: _sized(leanest, sizes))
 
 
 def _mesh(question: Question, mesh: tuple[int, int, int], kinds: Sequence[int], most_stages: int) -> Group:
@@ -240,13 +237,13 @@ def _mesh(question: Question, mesh: tuple[int, int, int], kinds: Sequence[int], 
         for plan in space.mesh_strategies(dp, tp, pp, kinds, most_stages):
             yield Strategy(plan, sizes)
 
-    return Group(
-        (Plan(dp=dp, tp=tp, pp=pp, zero=(1 if pp > 1 else 3) if dp > 1 else 0),),
-        strategies,
-        lambda: tuple(
-            Plan(dp=dp, tp=tp, pp=pp, sequence=kind, microbatch=size) for kind in sequences for size in sizes
-        ),
-    )
+    leanest = Plan(dp=dp, tp=tp, pp=pp, zero=(1 if pp > 1 else 3) if dp > 1 else 0)
+
+    def examples() -> tuple[Plan, ...]:
+        split = (replace(leanest, sequence=kind) if kind else leanest for kind in sequences)
+        return tuple(sized for plan in split for sized in _sized(plan, sizes))
+
+    return Group((leanest,), strategies, examples)
 
 
 def _sequences(question: Question, mesh: tuple[int, int, int]) -> Group:
@@ -257,8 +254,10 @@ def _sequences(question: Question, mesh: tuple[int, int, int]) -> Group:
         for plan in space.sequence_strategies(dp, cp, pp):
             yield Strategy(plan, sizes)
 
-    return Group(
-        (Plan(dp=dp, cp=cp, pp=pp, zero=1 if pp > 1 else 3),),
-        strategies,
-        lambda: tuple(Plan(dp=dp, cp=cp, pp=pp, microbatch=size) for size in sizes),
-    )
+    leanest = Plan(dp=dp, cp=cp, pp=pp, zero=1 if pp > 1 else 3)
+    return Group((leanest,), strategies, lambda: _sized(leanest, sizes))
+
+
+def _sized(plan: Plan, sizes: Sequence[int | None]) -> tuple[Plan, ...]:
+    """The plan with each of these microbatches; None is the task's."""
+    return tuple(plan if size is None else plan.with_microbatch(size) for size in sizes)

@@ -10,7 +10,9 @@ from sheaf.cost.estimate import holding, on_hosts, timed
 from sheaf.cost.seating import Seating
 from sheaf.graph.facts import GLUE, LOSS, ModelFacts, Profile
 from sheaf.plans import Plan
+from sheaf.plans.again import AGAIN
 from sheaf.plans.offload import ON_DEVICE, OPTIMIZER
+from sheaf.plans.rows import named
 from sheaf.plans.split import SplitFacts
 from sheaf.plans.stages import default_microbatch
 from sheaf.search.measured import Profiles, facts_for, profile_for
@@ -42,6 +44,7 @@ class Question:
     allow_relaxed: bool = False
     pieces: Mapping[tuple[str, ...], Pieces] = field(default_factory=dict[tuple[str, ...], Pieces])
     _bases: dict[object, Basis] = field(default_factory=dict[object, Basis], init=False, repr=False, compare=False)
+    _elsewhere: dict[object, Basis] = field(default_factory=dict[object, Basis], init=False, repr=False, compare=False)
     _found: dict[object, Basis] = field(default_factory=dict[object, Basis], init=False, repr=False, compare=False)
     _seatings: list[Seating] = field(default_factory=list[Seating], init=False, repr=False, compare=False)
 
@@ -109,26 +112,33 @@ class Question:
         measured = (size, self._busy(plan)) if self.profiles else None
         key = (facts.samples, measured, split, plan.parts, begins)
         if plan.offload == OPTIMIZER:
-            offloading = (*key, plan.offload)
-            if offloading not in self._bases:
-                self._bases[offloading] = self.basis(replace(plan, offload=ON_DEVICE)).offloading()
-            return self._bases[offloading]
+            key = (*key, plan.offload)
         if key not in self._bases:
-            self._bases[key] = Basis.of(
-                plan,
-                facts,
-                self.profile(plan) if pieces is None else pieces.profile(self.profile(plan)),
-                self.cluster,
-                precision=self.precision,
-                split=self.splits.get(split),
-                seating=self.seating,
-            )
+            known = self._elsewhere.get(key)
+            self._bases[key] = known.elsewhere(self.cluster, self.seating) if known else self._made(plan, facts, pieces)
         return self._bases[key]
 
+    def _made(self, plan: Plan, facts: ModelFacts, pieces: Pieces | None) -> Basis:
+        """A new basis: as far as it goes that of a plan with less to say."""
+        if plan.offload == OPTIMIZER:
+            return self.basis(replace(plan, offload=ON_DEVICE)).offloading()
+        if plan.parts and len(named(plan.parts, AGAIN)) == len(plan.parts):
+            return self.basis(replace(plan, parts=())).repeating(plan)
+        return Basis.of(
+            plan,
+            facts,
+            self.profile(plan) if pieces is None else pieces.profile(self.profile(plan)),
+            self.cluster,
+            precision=self.precision,
+            split=self.splits.get(self.split_key(plan)),
+            seating=self.seating,
+        )
+
     def take_over(self, other: "Question") -> None:
-        """Take from another question about the same model, without measured times, what its prices found out of it."""
-        for key, basis in other._bases.items():
-            self._bases[key] = basis.elsewhere(self.cluster, self.seating)
+        """Take from another question about the same model, without measured times, what its prices found out of it, as
+        far as it is asked for.
+        """
+        self._elsewhere.update(other._elsewhere | other._bases)
 
     @property
     def seating(self) -> Seating:

@@ -24,12 +24,13 @@ SAID = 3  # remedies that a refusal names
 class Remedies:
     """Finds remedies for the plans of one question; what several of them lead to is priced once.
 
-    ``priced`` are plans that fit, each the best of those that differ in the microbatch only.
+    ``priced`` are plans that fit, each the best of those that differ in the microbatch only; the ``bounds`` are the
+    question's.
     """
 
-    def __init__(self, question: Question, priced: Sequence[Price]) -> None:
+    def __init__(self, question: Question, priced: Sequence[Price], bounds: Bounds) -> None:
         self._question = question
-        self._bounds = Bounds(question.batch, question.basis, question.size)
+        self._bounds = bounds
         self._priced = priced
         self._fewer: dict[Plan, Price | None] = {}
         self._known: dict[Plan, Price | None] = {_open(one.plan): one for one in reversed(priced)}

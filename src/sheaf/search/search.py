@@ -1,10 +1,12 @@
 """Price every plan worth it, refuse what cannot run, rank the rest, and say why."""
 
+import gc
 import heapq
 import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from sheaf.cost import Price
@@ -60,19 +62,32 @@ def search(
     ``seconds`` the best so far counts, and the ranking says that it is not proven. With ``first`` the first plan that
     fits is enough.
     """
+    with _uncollected():
+        return _searched(question, seconds, heard, everything, first=first)
+
+
+def _searched(
+    question: Question,
+    seconds: float | None,
+    heard: Callable[[Progress], None] | None,
+    everything: bool | None,
+    *,
+    first: bool,
+) -> Ranking:
     took = _Taken(question, 0.0 if first else seconds, heard)
+    bounds = Bounds(question.batch, question.basis, question.size)
     if everything if everything is not None else question.available <= EVERYTHING_UP_TO:
         for choices in families(question):
             took.priced(choices)
             if took.late():
                 break
     else:
-        _best_first(question, took)
+        _best_first(question, took, bounds)
     over = first or (seconds is not None and took.seconds >= seconds)
     fewer = [] if over else instead(question, took.prices)
     prices, refused = [*took.prices, *fewer], took.refused
     ordered = _ordered(prices)
-    refused.extend(_starved(question, ordered, took.starved))
+    refused.extend(_starved(question, ordered, took.starved, bounds))
     drawn = set[int]()
     for place, found in enumerate(ordered):  # torchrun takes the best plan for as many workers as it started
         if found.plan.workers not in drawn and found.plan.pp > 1 and not took.wide:
@@ -92,17 +107,33 @@ def search(
     )
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without looking for garbage that refers to itself: a search makes none, and to look for it takes a
+    twentieth of its time.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 def exchanged(ranking: Ranking, plan: Plan, price: Price, asked: Question) -> Ranking:
     """The ranking with the price of one plan exchanged for that of another, in order again."""
     ordered = _ordered([price if entry.plan == plan else entry.price for entry in ranking.ranked])
     return replace(ranking, ranked=_explained(ordered), asked=asked)
 
 
-def _starved(question: Question, ordered: Sequence[Price], starved: Sequence[tuple[Price, str]]) -> list[Refusal]:
+def _starved(
+    question: Question, ordered: Sequence[Price], starved: Sequence[tuple[Price, str]], bounds: Bounds
+) -> list[Refusal]:
     """Plans that do not fit, each with what would make it fit."""
     if not ordered:
         return [Refusal(str(one.plan), why, rules.roomier(one)) for one, why in starved]
-    remedies = Remedies(question, ordered)
+    remedies = Remedies(question, ordered, bounds)
     found = [(one, why, remedies.of(one.plan)) for one, why in starved]
     return [Refusal(str(one.plan), why, told(best), best) for one, why, best in found]
 
@@ -195,15 +226,14 @@ class _Taken:
         return self._budget is not None and bool(self.prices) and self.seconds >= self._budget
 
 
-def _best_first(question: Question, took: _Taken) -> None:
+def _best_first(question: Question, took: _Taken, bounds: Bounds) -> None:
     """Price what could be fastest first, until the rest cannot be as fast as the best within 1 %.
 
     Groups of plans on one mesh go by the least of their mesh; opened, each strategy by the least that it takes with
     any stages; opened, each family by its own. What does not fit comes once more with its optimizers in the memory of
     the hosts, which makes it slower: when the best of the others is known, little of it is worth a look.
     """
-    took.wide = True
-    took.bounds = Bounds(question.batch, question.basis, question.size)
+    took.wide, took.bounds = True, bounds
     number = itertools.count()
     heap: list[_Left] = []
     for group in groups(question):
@@ -211,10 +241,10 @@ def _best_first(question: Question, took: _Taken) -> None:
     proven = _emptied(heap, question, took, number)
     put_off, took.put_off = took.put_off if question.offloadable else [], []
     if not proven:  # what is left may be faster than what was found: ``least`` says by how much at most
-        took.least = min((took.least or 0.0, *(_least(item, took.bounds) for item in put_off)))
+        took.least = min((took.least or 0.0, *(_least(item, bounds) for item in put_off)))
         return
     for item in put_off:
-        if _least(item, took.bounds) <= took.most_seconds:
+        if _least(item, bounds) <= took.most_seconds:
             for other in moved(question, item):
                 _push(heap, other, (next(number), 0), took)
     if not _emptied(heap, question, took, number):

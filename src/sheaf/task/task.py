@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from sheaf.errors import DataError, TaskError, nearest
+from sheaf.task.built import instead
 from sheaf.task.loss import Loss
 
 PRECISIONS: dict[str, torch.dtype] = {
@@ -72,6 +74,11 @@ class Task:
         broken = self._broken()
         if broken:
             raise TaskError(broken)
+        if isinstance(self.data, DataLoader):
+            raise DataError(
+                "data is a DataLoader, which makes batches of its own; Sheaf makes them: give its dataset as data, and "
+                "batch, shuffle and collate here"
+            )
         if not (hasattr(self.data, "__len__") and hasattr(self.data, "__getitem__")):
             raise DataError(
                 f"data is a {type(self.data).__name__} without len() and [i]; "
@@ -109,20 +116,22 @@ class Task:
         }
 
     def _uncallable(self) -> list[str]:
-        broken = [
-            f"{name} is {_shown(value)}; it must be callable: {want}"
-            for name, value, want in (
-                ("model", self.model, "a function that builds the model, such as lambda: Net()"),
-                ("loss", self.loss, "(output, batch) -> sheaf.Loss or a scalar mean"),
-                ("optimizer", self.optimizer, "(parameters) -> torch.optim.Optimizer"),
-            )
-            if not callable(value) or isinstance(value, nn.Module | torch.optim.Optimizer)
-        ]
-        broken += [
-            f"{name} is {_shown(value)}; it must be callable, or None"
-            for name, value in (("inputs", self.inputs), ("collate", self.collate), ("scheduler", self.scheduler))
-            if value is not None and not callable(value)
-        ]
+        """What is wrong with the fields that are functions."""
+        wanted = (
+            ("model", "a function that builds the model, such as lambda: Net()"),
+            ("loss", "(output, batch) -> sheaf.Loss or a scalar mean"),
+            ("optimizer", "(parameters) -> torch.optim.Optimizer"),
+            ("inputs", ""),
+            ("collate", ""),
+            ("scheduler", ""),
+        )
+        broken: list[str] = []
+        for name, want in wanted:
+            value: object = getattr(self, name)
+            if told := instead(name, value):
+                broken.append(told)
+            elif not callable(value) and (want or value is not None):
+                broken.append(f"{name} is {_shown(value)}; it must be callable{f': {want}' if want else ', or None'}")
         return broken
 
     def _contradicting(self, mistyped: Collection[str]) -> list[str]:

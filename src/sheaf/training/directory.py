@@ -9,6 +9,7 @@ from typing import Any
 
 from sheaf.errors import PlanError, RunError
 from sheaf.plans import Plan
+from sheaf.record import read_record
 from sheaf.training.description import differences, digest
 
 TASK, PLAN, RECORD, MODEL = "task.json", "plan.toml", "record.jsonl", "model.safetensors"
@@ -23,15 +24,21 @@ def in_use(out: Path) -> bool:
 def check(out: Path, values: dict[str, Any], *, resume: bool) -> None:
     """Refuse a directory that holds another run; touches nothing.
 
-    Raises RunError: for one in use without ``resume``, and with it for one whose task differs, listing what does, and
-    for one whose run is still going on.
+    Raises RunError: for one whose run is still going on; for one in use without ``resume``, saying how its run ended;
+    and with it for one whose task differs, listing what does.
     """
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file; choose another --out")
     if not in_use(out):
         return
+    if (out / RECORD).exists():
+        with claimed(out):
+            pass
     if not resume:
-        raise RunError(f"{out} already holds a run; choose another --out, or continue that run with --resume")
+        ended, further = _ended(out)
+        raise RunError(
+            f"{out} already holds a run{ended}; choose another --out, or continue that run with --resume{further}"
+        )
     saved = read_task(out)
     if saved is None:
         raise RunError(f"{out} holds files of a run but no {TASK}, so it cannot be resumed; choose another --out")
@@ -41,9 +48,6 @@ def check(out: Path, values: dict[str, Any], *, resume: bool) -> None:
             f"{out} holds a run of another task; resume with the same settings, or choose another --out:\n"
             + "\n".join(f"- {line}" for line in different)
         )
-    if (out / RECORD).exists():
-        with claimed(out):
-            return
 
 
 @contextmanager
@@ -57,7 +61,8 @@ def claimed(out: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(
-                f"{out} holds a run that is still going on; wait for its end, or choose another --out"
+                f"{out} holds a run that is still going on{_so_far(out)}; choose another --out, wait for its end, or "
+                "stop it (Ctrl-C where it was started, which saves) and continue it with --resume"
             ) from None
         except OSError:
             pass
@@ -108,6 +113,40 @@ def read_plan(out: Path) -> Plan | None:
         return Plan.from_toml((out / PLAN).read_text(encoding="utf-8"))
     except (OSError, PlanError):
         return None
+
+
+def _so_far(out: Path) -> str:
+    """How far a run came, in words, as far as its record tells."""
+    told = _last(out)
+    if "start" not in told:
+        return ""
+    done = told["step"]["step"] + 1 if "step" in told else told["start"]["step"]
+    return f", {done} of {told['start']['steps']} steps done"
+
+
+def _ended(out: Path) -> tuple[str, str]:
+    """How the run of a directory that nobody writes to ended, and what goes with --resume, in words."""
+    told, so_far = _last(out), _so_far(out)
+    if not so_far:
+        return "", ""
+    if "failed" in told:
+        message: str = told["failed"]["message"]
+        return f" that failed{so_far} ({message.partition(chr(10))[0]})", ""
+    if "end" not in told:
+        return f" that broke off{so_far}", ""
+    if told["end"]["stopped"]:
+        return f" that was stopped{so_far}", ""
+    return f" that came to its end{so_far}", " and more --steps"
+
+
+def _last(out: Path) -> dict[str, dict[str, Any]]:
+    """The last line of each kind that the record has since the run was started last."""
+    told: dict[str, dict[str, Any]] = {}
+    for line in read_record(out / RECORD) if (out / RECORD).exists() else ():
+        if line.get("kind") == "start":
+            told.clear()
+        told[str(line.get("kind"))] = line
+    return told
 
 
 def _whole(path: Path, text: str) -> None:

@@ -5,7 +5,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -239,15 +239,16 @@ def _multiple(every: int, index: int) -> int:
 class _Book:
     """Worker 0's record and observers; silent on the others."""
 
-    def __init__(self, record: Record | None) -> None:
-        self._record = record
+    def __init__(self, record: Record | None, claims: ExitStack) -> None:
+        self._record, self._claims = record, claims
         self._observers: list[Observer] = []
 
     @classmethod
     @contextmanager
     def opened(cls, out: Path, rank: int) -> "Iterator[_Book]":
         record = Record(out / RECORD) if rank == 0 else None
-        book = cls(record)
+        claims = ExitStack()
+        book = cls(record, claims)
         try:
             yield book
         except SheafError as error:
@@ -258,6 +259,7 @@ class _Book:
                 book._close(observer)
             if book._record is not None:
                 book._record.close()
+            claims.close()
 
     def begin(
         self,
@@ -275,8 +277,10 @@ class _Book:
                 self._guarded(make, lambda make=make: self._observers.append(make(step.index)))
 
     def inherit(self, out: Path) -> None:
-        """Write from here on: whoever did is lost."""
+        """Write from here on: whoever did is lost, and so is the claim to the directory."""
         if self._record is None:
+            with suppress(RunError):  # whoever did is about to be gone
+                self._claims.enter_context(claimed(out))
             self._record = Record(out / RECORD)
 
     def report(self, report: StepReport) -> None:

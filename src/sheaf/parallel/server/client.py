@@ -202,6 +202,7 @@ class Client:
             for link in self._links:
                 with contextlib.suppress(WorkerFailed, Fenced, Failed):
                     link.ask(self._head(Kind.LEAVE))
+                link.close()  # at once: shards wait for those that hang up, and the next may not answer for long
         finally:
             self.close()
 

@@ -99,6 +99,8 @@ class Door:
         changed: threading.Condition,
     ) -> None:
         try:
+            if self._closed:  # before this one was known as one that greets
+                raise ConnectionAbortedError("the door is closed")
             connection.settimeout(_GREETING_SECONDS)
             guest = receive(connection, self._keys.token, self._keys.digest)
         except (Refused, OSError) as error:

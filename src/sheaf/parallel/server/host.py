@@ -278,8 +278,10 @@ class Host(Seat):
             counted = self.peers.committed(self.shard.number, worker, incarnation)
         if staged is not None and counted >= staged.sequence:
             with self.changed:
+                self.own()
                 self.log(Entry(Kind.COMMIT, worker, incarnation, staged.sequence, meta={"settled": True}))
         with self.changed:
+            self.own()  # one that was closed meanwhile has not heard what counts
             self.log(Entry(Kind.LEAVE, worker, incarnation, meta={"given_up": True}))
             self._end(worker)
             self.changed.notify_all()

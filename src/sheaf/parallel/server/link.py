@@ -35,7 +35,7 @@ class Keys:
 
 
 class Link:
-    """One caller's line to shard ``number``, whose seats are at ``addresses``; for one thread at a time.
+    """One caller's line to shard ``number``, whose seats are at ``addresses``; for one thread at a time, but ``end``.
 
     A request may arrive twice; every request is such that this makes no difference. Raises WorkerFailed when no seat
     gives a sign of life for three leases, each asked meanwhile, PlanError when all refuse a caller that none has let in
@@ -184,6 +184,8 @@ class Link:
         return (head, meta) if self._coming is None else None
 
     def _connect(self) -> None:
+        if self._is_over:
+            raise ConnectionAbortedError("this line was closed")
         connection = socket.create_connection(self.addresses[self._seat], timeout=self._silence)
         try:
             greet(connection, self.guest, self._keys.token, self._keys.digest)
@@ -193,6 +195,8 @@ class Link:
         self._refusals.clear()
         self._is_known = True
         self._wire = Wire(connection, most_data_bytes=self._most, silence_seconds=self._silence)
+        if self._is_over:  # since it was connected: ``end`` saw no wire
+            self._wire.close()
         self._send(self._wire)
         self._quiet_since = time.monotonic()
 

@@ -54,6 +54,7 @@ class Peers:
             if (place, other) != (self.place, me):
                 link = self._link(me, place, other)
                 self._settling.add(link)
+                self._heed_end(link)
                 try:
                     head = Head(Kind.SETTLE, worker=worker, incarnation=incarnation)
                     found = max(found, int(link.ask(head)[1]["committed"]))
@@ -78,12 +79,15 @@ class Peers:
 
     def _to(self, me: int, place: int, other: int) -> Link:
         if (place, other) not in self._links:
-            self._links[place, other] = self._link(me, place, other)
+            link = self._links[place, other] = self._link(me, place, other)
+            self._heed_end(link)
         return self._links[place, other]
 
     def _link(self, me: int, place: int, other: int) -> Link:
         addresses, keys = self.elsewhere.get(place, (self.addresses, self._keys))
-        link = Link(other, addresses[other], Guest(SHARD, -1 - me, 0), keys, 0, self._lease)
+        return Link(other, addresses[other], Guest(SHARD, -1 - me, 0), keys, 0, self._lease)
+
+    def _heed_end(self, link: Link) -> None:
+        """``close`` may have come before this line was one of those that it ends."""
         if self._is_over:
             link.end()
-        return link

@@ -101,9 +101,9 @@ class Seat:
         if mirror is not None:
             mirror.close()
 
-    def join(self) -> bool:
-        """After ``close``: wait until nothing is done here any more; whether that came to be."""
-        return self.door.threads.join()
+    def join(self, until: float | None = None) -> bool:
+        """After ``close``: wait until nothing is done here any more, or until then; whether that came to be."""
+        return self.door.threads.join(until)
 
     def follow(self, wire: Wire) -> None:
         """Do what the primary did, in its order, until it is lost."""

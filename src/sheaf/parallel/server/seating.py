@@ -24,6 +24,7 @@ from sheaf.parallel.server.restore import part, restored, shared
 from sheaf.parallel.server.seats import BACKUP, PRIMARY, Throne
 from sheaf.parallel.server.shard import Shard
 from sheaf.parallel.server.spare import Spare
+from sheaf.parallel.server.threads import soon
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
 from sheaf.task import Task
@@ -49,8 +50,9 @@ class Seating:
         """Stop answering; nothing is done here any more once this returns, unless it takes very long."""
         for one in (*self.hosts, *self.spares):
             one.close()
+        until = soon()
         for one in (*self.hosts, *self.spares):
-            one.join()
+            one.join(until)
 
 
 def seated(number: int, workers: int, computing: int) -> list[int]:
@@ -104,8 +106,7 @@ def take_seats(
         addresses = [[at[rank][number] for rank in ranks] for number, ranks in enumerate(order)]
         _open(world, hosts, spares, addresses)
     except BaseException:
-        for one in (*hosts, *spares):
-            one.close()
+        Seating(keys, [], hosts, spares).close()
         for listener in listeners:
             listener.close()
         raise

@@ -155,9 +155,11 @@ class ServingStep(AbstractSeatedStep):
 
     def close(self) -> None:
         """Stay until the others have said good-bye."""
-        for host in self._live:
-            host.wait_until_left(3 * host.terms.lease_seconds)
-        self._rise()
+        try:
+            for host in self._live:
+                host.wait_until_left(3 * host.terms.lease_seconds)
+        finally:  # somebody may have had enough of waiting
+            self._rise()
         self._spread.close()
 
     @property

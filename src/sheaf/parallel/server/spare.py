@@ -56,15 +56,18 @@ class Spare:
 
     def close(self) -> None:
         """Stop answering."""
-        self._closed = True
+        with self._changed:
+            self._closed = True
+            host = self.host
+        if host is not None:
+            host.close()  # before its log breaks, or it would take that for the primary's loss
+            return
         self.door.close()
         self.peers.close()
-        if self.host is not None:
-            self.host.close()
 
-    def join(self) -> bool:
-        """After ``close``: wait until nothing is done here any more; whether that came to be."""
-        return self.door.threads.join()
+    def join(self, until: float | None = None) -> bool:
+        """After ``close``: wait until nothing is done here any more, or until then; whether that came to be."""
+        return self.door.threads.join(until)
 
     def _serve(self, wire: Wire, guest: Guest) -> None:
         if self.host is None and guest.role == LOG:

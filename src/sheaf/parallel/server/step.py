@@ -271,10 +271,12 @@ class ServedStep(AbstractSeatedStep):
 
     def close(self) -> None:
         """Say good-bye, and stay until the others have: this worker may hold their shards."""
-        self._leave()
-        for host in self.hosts:
-            host.wait_until_left(0.0 if self._is_over else 3 * host.terms.lease_seconds)
-        self._rise()
+        try:
+            self._leave()
+            for host in self.hosts:
+                host.wait_until_left(0.0 if self._is_over else 3 * host.terms.lease_seconds)
+        finally:  # somebody may have had enough of waiting
+            self._rise()
         super().close()
 
     def _leave(self) -> None:

@@ -12,6 +12,11 @@ from collections.abc import Callable
 _END_SECONDS = 5.0  # how long the end of all is waited for
 
 
+def soon() -> float:
+    """Until when the end of threads is waited for, as ``time.monotonic`` has it."""
+    return time.monotonic() + _END_SECONDS
+
+
 class Threads:
     """Threads of one owner, that end soon after it was closed; none keeps the process from ending."""
 
@@ -28,11 +33,19 @@ class Threads:
             thread.start()
             self._started.append(thread)
 
-    def join(self) -> bool:
-        """Wait for all of them, but the one that calls, some seconds at most; whether they are over."""
-        until = time.monotonic() + _END_SECONDS
+    def join(self, until: float | None = None) -> bool:
+        """Wait for all of them, but the one that calls, and for those that they start meanwhile; whether they are over.
+
+        Until that time (``time.monotonic``), or for some seconds.
+        """
+        until = soon() if until is None else until
+        while waited := self._living():
+            for one in waited:
+                one.join(max(0.0, until - time.monotonic()))
+            if time.monotonic() > until:
+                return not self._living()
+        return True
+
+    def _living(self) -> list[threading.Thread]:
         with self._lock:
-            waited = [one for one in self._started if one is not threading.current_thread()]
-        for one in waited:
-            one.join(max(0.0, until - time.monotonic()))
-        return not any(one.is_alive() for one in waited)
+            return [one for one in self._started if one.is_alive() and one is not threading.current_thread()]
