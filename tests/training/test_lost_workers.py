@@ -19,6 +19,7 @@ from sheaf import Loss, Task
 from sheaf.api.train import train as train_and_predict
 from sheaf.checkpoint import latest
 from sheaf.errors import RunError, WorkerFailed
+from sheaf.launch import lost
 from sheaf.parallel.server import points, wake
 from sheaf.record import read_record
 from sheaf.training.directory import check, read_task
@@ -205,7 +206,9 @@ def test_a_replica_of_several_workers_is_lost_with_one_and_every_sample_is_used_
 
 
 class Long(Indices):
-    """As Indices. Worker 0 makes ``marker`` when it has fetched 40; a step of worker ``long`` lasts until then."""
+    """As Indices. Worker 0 makes ``marker`` when it has fetched 40; a step of worker ``long`` lasts until then. Without
+    one, worker 0 waits there until it is known who died, and for those to say so who wait for them.
+    """
 
     def __init__(self, deaths, marker, long=None):
         super().__init__(deaths, marker)
@@ -214,6 +217,9 @@ class Long(Indices):
     def __getitem__(self, index):
         rank = os.environ.get("RANK")
         if rank == "0" and self.fetched == 40:
+            while self.long is None and not lost():
+                time.sleep(0.01)
+            time.sleep(1.0 if self.long is None else 0.0)
             self.marker.touch()
         while rank == str(self.long) and not self.marker.exists():
             time.sleep(0.01)
