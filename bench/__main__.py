@@ -22,6 +22,7 @@ from rich.table import Table as Drawn
 
 from bench import planner_kept, planner_report, report
 from bench.planner import NETWORKS
+from sheaf.cli import answer
 from sheaf.cluster.machine import available_cores, processor_name
 
 QUIET = 0.5  # load average at the start above which a warning is given
@@ -42,9 +43,7 @@ ROUNDS = dict.fromkeys(report.NAMES, "count") | {"planner": "rounds"}  # what ea
 def main(names: tuple[str, ...], rounds: int | None, out: Path, networks: tuple[str, ...]) -> None:
     """Measure Sheaf beside its peers, and the planner beside the clock (all, unless some are named)."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # so that hosts are taken down again
-    console = Console(highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = 120
+    console = answer.console()
     if networks and names != ("planner",):
         raise click.UsageError("--network is an option of `python -m bench planner` alone")
     for name in names or report.NAMES:
