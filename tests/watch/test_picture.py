@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
@@ -151,3 +152,16 @@ def test_bytes_that_were_predicted_stand_beside_those_that_were_sent(tmp_path):
     assert picture.sent_bytes(directory) == {"predicted": 1000.0, "measured": 1000.0}, "the first warms up"
     assert "sends 0.98 KiB a step (0.98 KiB predicted)" in picture._title(picture._read(directory))
     assert picture.sent_bytes(run_of(tmp_path, {"kind": "plan", "plan": "dp=3"}, *range(3))) == {}
+
+
+@pytest.mark.parametrize(
+    "plan", ["dp=2", "dp=2,pp=2:interleaved,virtual=2", "dp=2," + "blocks.{0-9}=tp," * 12 + "zero=1"]
+)
+def test_a_title_stays_inside_of_the_picture(tmp_path, plan):
+    run = picture._read(run_of(tmp_path, {"kind": "plan", "plan": "dp=2"}, *range(4)))
+    run.plan = plan
+    figure = Figure(figsize=(12, 6.4), dpi=130)
+    FigureCanvasAgg(figure)
+    drawn = figure.suptitle(picture._title(run), x=0.01, ha="left", fontsize=13, fontweight="bold")
+    assert drawn.get_window_extent().x1 < figure.bbox.x1
+    assert all(part in picture._title(run).replace("\n", "") for part in plan.split(","))

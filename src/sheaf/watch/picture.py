@@ -2,6 +2,7 @@
 
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from sheaf.units import pretty_bytes, pretty_number, pretty_seconds
 
 PICTURE = "picture.png"
 _DPI = 130
+_TITLE_WIDTH = 100  # characters that a line of the title has room for
 _NOTHING_SECONDS = 1e-7  # what a clock cannot tell from nothing
 MEASURED_TERMS = ("compute", "communicate", "wait", "optimizer", "host")
 # The planner names each collective; a step measures them together, recomputation within computing, and what comes
@@ -183,7 +185,11 @@ def _title(run: _Run) -> str:
     if (sent := _sent_bytes(run)) and len(run.plan) < 60:
         promised = f" ({pretty_bytes(run.predicted_sent_bytes)} predicted)" if run.predicted_sent_bytes else ""
         parts.append(f"sends {pretty_bytes(sent)} a step{promised}")
-    return "  ·  ".join(part for part in parts if part)
+    lines = [""]
+    for part in (line for one in parts if one for line in textwrap.wrap(one, _TITLE_WIDTH)):
+        joined = f"{lines[-1]}  ·  {part}" if lines[-1] else part
+        lines = [*lines[:-1], joined] if len(joined) <= _TITLE_WIDTH else [*lines, part]
+    return "\n".join(lines)
 
 
 def _loss(axes: Axes, run: _Run) -> None:
