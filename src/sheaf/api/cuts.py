@@ -36,12 +36,7 @@ def best_cut(
 
 
 def cut_inside(
-    task: Task,
-    ranking: Ranking,
-    say: Callable[[str], None],
-    *,
-    source: FromFile | None,
-    fresh: bool = False,
+    task: Task, ranking: Ranking, say: Callable[[str], None], *, source: FromFile | None, fresh: bool = False
 ) -> Ranking:
     """The ranking with its first pipeline cut as ``finer_cut`` does, where that might lead and is faster.
 
@@ -55,9 +50,9 @@ def cut_inside(
     plan = replace(price.plan, stages=":".join(str(count) for count in price.stages))
     basis = question.basis(plan)
     at_best = price.step_seconds * perfect_seconds(plan, basis) / cut_seconds(plan, basis)
-    busy = BusyNote(say, told=disturbed(ranking.cores_taken))
     if at_best > ranking.best.step_seconds:
         return ranking
+    busy = BusyNote(say, told=disturbed(ranking.cores_taken))
     cut = _inside(task, plan, question, say, source, busy, fresh=fresh)
     if cut is None:
         return ranking

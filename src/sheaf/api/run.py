@@ -23,8 +23,8 @@ class Run:
     """A run and what it left in its directory; of a resumed one all steps from the first.
 
     ``stopped`` when it was asked to end before its last step; ``added`` is how many of its steps were done this time,
-    none where a resumed run had as many already; ``predicted_seconds_per_step`` is what the planner
-    promised, None when nobody asked it; ``pipeline`` is the picture of a pipeline's step, where there is one.
+    none where a resumed run had as many already; ``predicted_seconds_per_step`` is what the planner promised, None when
+    nobody asked it; ``pipeline`` is the picture of a pipeline's step, where there is one.
     """
 
     directory: Path

@@ -23,8 +23,8 @@ def load(reference: str) -> Task:
     """The task called NAME (``task`` unless named) in a Python file: a Task, or a function that returns one.
 
     One without a name of its own takes the file's. The file's folder is put on ``sys.path``, so it may import its
-    neighbours. Raises TaskError: no such file, the file
-    or function raises (with the lines of the user's own code), nothing of that name, or a thing of another type.
+    neighbours. Raises TaskError: no such file, the file or function raises (with the lines of the user's own code),
+    nothing of that name, or a thing of another type.
     """
     path, name = _parts(reference)
     if not path.is_file():
