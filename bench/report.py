@@ -1,6 +1,7 @@
 """What the measurements say: rows for tables, goals met or not, and markdown for the README."""
 
 import json
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ UNEQUAL = {  # (where, shares): the best plan with those; at half the speed for 
     ("a worker stalls for a second", "stolen"): 1.3,
     ("a worker stalls for a second, long steps", "stolen"): 1.3,
 }
-SHARES = {"weighted": ("2:1", "balanced"), "stolen": ("stolen",)}  # written so, or found from measured speeds
+SHARES = {"weighted": r"shares=(\d+:\d+|balanced)", "stolen": "shares=stolen"}
 SEARCHED = {1024: 1.0, 100_000: 10.0}  # workers: seconds at most
 PLANNER_BYTES = 2 * 2**30
 PLAN_WIDTH = 60  # in a table
@@ -142,8 +143,8 @@ def unequal_goals(results: Sequence[dict[str, Any]]) -> list[Goal]:
     """The goals of shares for unequal workers: of plans with the same shares the best counts, and all are told."""
     goals: list[Goal] = []
     for (what, shares), least in UNEQUAL.items():
-        ends = tuple(f"shares={written}" for written in SHARES[shares])
-        alike = [one for one in results if one["what"] == what and one.get("sheaf", "").endswith(ends)]
+        written = re.compile(f",{SHARES[shares]}(,|$)")
+        alike = [one for one in results if one["what"] == what and written.search(one.get("sheaf", ""))]
         alike.sort(key=lambda one: one["median"], reverse=True)
         if alike:
             text = f"{what}, {shares} shares at least {least:g} times DDP"

@@ -1,17 +1,18 @@
 """Two workers that are not alike: one at half speed, or stalling now and then; shares beside DDP's equal halves.
 
 A worker at half speed is one whose control group gives it half a core (bench.quota), where its neighbour has a whole
-one. Stalls are real: another process stops the second worker for a second at random moments (bench.stalls), the same
-ones for every contender in a round, others in the next. Half of a step's microbatches take about as long as a stall, of
-a long step's three times as long: the longer, the more is left to steal when one comes. What nobody could do better is
-in ``bench.stall_limits``.
+one. Which weights its shares and shards get is measured in each run, in steps before the first round in which both
+compute: beside a busy neighbour it is slower than beside one that waits, as it does under DDP. Stalls are real: another
+process stops the second worker for a second at random moments (bench.stalls), the same ones for every contender in a
+round, others in the next. Half of a step's microbatches take about as long as a stall, of a long step's three times as
+long: the longer, the more is left to steal when one comes. What nobody could do better is in ``bench.stall_limits``.
 
 Each contender makes ``ROUNDS`` times 10 steps, 200, beside a worker at half speed: about 9 minutes, and 8 for stalls.
 Long steps, of three times as many microbatches, take 10 more, in a quarter of the rounds. Half of the rounds take half
 of that, and say as much with wider quartiles. The limit of 1.5 is that of computing: what each worker does in every
 step whoever computed what (laying out and summing gradients, the update) takes the slow one as long under every plan
-without ZeRO. With it each updates its shard alone: of weighted shares the slow one's is as much smaller as its share,
-of stolen ones half. The more microbatches a step has, the less that counts. ``terms`` of a row are what a step's
+without ZeRO. With it each updates its shard alone, and the slow one's is as much smaller as it is slower. The more
+microbatches a step has, the less that counts. ``terms`` of a row are what a step's
 seconds went to on each worker.
 """
 
@@ -33,13 +34,16 @@ from bench.interleaved import ratio, rounds
 from bench.quota import quota
 from bench.stalls import stalls as stalls_of
 from sheaf import Plan, Task, build, launch
+from sheaf.parallel.shares import REMEMBERED
 from sheaf.record import StepReport
+from sheaf.search.space import weighted_shares
 from sheaf.task import Order, fetch
 
 ROUNDS = 20
 PER_WORKER = 6  # microbatches of a step for each worker under equal shares
 LONGER = 3  # times as many in long steps
-HALF = ("dp=2,zero=1,shares=2:1", "dp=2,zero=1,shares=stolen")
+FINENESS = 24  # parts to which shards are rounded
+HALF = ("dp=2,shares={shares},zero=1", "dp=2,shares=stolen,zero=1,shards={shards}")  # by measured speeds
 STALLED = ("dp=2", "dp=2,shares=stolen")
 
 
@@ -87,6 +91,8 @@ def compared(
         if told < 2:
             return {"skipped": "making a control group needs root and the cpu controller"}
         given = small_task(*size)
+        found = by_speed(given) if share < 1 else {}
+        plans = tuple(plan.format(**found) for plan in plans)
         losses: dict[str, list[float]] = {"DDP": []}
         reports: dict[str, list[StepReport]] = {text: [] for text in plans}
         contenders: dict[str, Callable[[], object]] = {"DDP": ddp_loop(given, losses["DDP"])}
@@ -98,7 +104,20 @@ def compared(
         pairs = ((text, pair) for text in plans for pair in zip(losses[text], losses["DDP"], strict=True))
         apart = max(abs(one - other) / abs(other) for _, (one, other) in pairs)
     terms = {text: _terms(each[steps:]) for text, each in reports.items()}
-    return {"seconds": seconds, "apart": apart, "terms": terms}
+    return {"plans": plans, "seconds": seconds, "apart": apart, "terms": terms}
+
+
+def by_speed(given: Task) -> dict[str, str]:
+    """The shares of two workers and their shards, as a search weighs them, by how fast they are when both compute."""
+    step = build(given, Plan.parse("dp=2,shares=balanced"))
+    reports = [step() for _ in range(2 * REMEMBERED)][REMEMBERED:]
+    step.close()
+    seconds = [
+        statistics.median(report.computed[worker] / report.microbatches[worker] for report in reports)
+        for worker in range(2)
+    ]
+    count = given.batch // (given.microbatch or 1)
+    return {"shares": weighted_shares(seconds, count), "shards": weighted_shares(seconds, FINENESS)}
 
 
 def _terms(reports: list[StepReport]) -> dict[str, float]:
@@ -123,7 +142,7 @@ def run(count: int = ROUNDS) -> list[dict[str, Any]]:
         if "skipped" in found:
             results.append({"what": what, **found})
             continue
-        for text in plans:
+        for text in found["plans"]:
             beside = asdict(ratio(found["seconds"], text, "DDP"))
             told = {"steps": turns * steps, "losses_apart": found["apart"]}
             told["terms"] = [one["terms"][text] for one in both]

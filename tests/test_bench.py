@@ -42,11 +42,11 @@ def test_parts_count_bytes_and_say_why_they_were_not_measured():
 
 
 def test_unequal_workers_are_judged_by_the_best_plan_with_the_same_shares():
-    plans = {"dp=2,shares=2:1": 1.39, "dp=2,zero=1,shares=2:1": 1.46, "dp=2,shares=stolen": 1.41}
+    plans = {"dp=2,shares=2:1": 1.39, "dp=2,shares=69:31,zero=1": 1.46, "dp=2,shares=stolen,zero=1,shards=69:31": 1.41}
     rows = [ratio(plan, "DDP", median, what="one worker at half speed") for plan, median in plans.items()]
     weighted, stolen = report.unequal_goals(rows)
     assert (weighted.met, stolen.met) == (True, False)
-    assert weighted.found == "1.46 (`dp=2,zero=1,shares=2:1`), 1.39 (`dp=2,shares=2:1`)"
+    assert weighted.found == "1.46 (`dp=2,shares=69:31,zero=1`), 1.39 (`dp=2,shares=2:1`)"
 
 
 def test_what_stolen_shares_could_gain_beside_stalls_is_played():

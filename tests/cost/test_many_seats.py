@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from sheaf.cluster.cluster import Tier
+from sheaf.cost.deals import dealt
 from sheaf.cost.placement import seats
 from sheaf.cost.seating import Seating
 from sheaf.cost.sizes import Sizes, microbatch_sizes
-from sheaf.cost.step import dealt
 from sheaf.plans import Plan
 from sheaf.plans.layout import apportion
 from sheaf.plans.mesh import Mesh

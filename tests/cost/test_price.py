@@ -112,6 +112,11 @@ def test_weighted_shards_take_each_worker_as_long_and_fill_one_more():
     assert weighted.seconds["optimizer"] == pytest.approx(2 / 3 * even.seconds["optimizer"])
     assert weighted.seconds["all_gather"] > even.seconds["all_gather"]
     assert weighted.traffic_bytes == pytest.approx(even.traffic_bytes), "between two one sends what the other does not"
+    stolen, cut = (
+        priced(f"dp=2,zero=1,shares=stolen{more}", cluster=cluster, profile=profile) for more in ("", ",shards=2:1")
+    )
+    assert cut.seconds["optimizer"] == pytest.approx(2 / 3 * stolen.seconds["optimizer"])
+    assert cut.memory["optimizer_state"] == pytest.approx(4 / 3 * stolen.memory["optimizer_state"])
     for zero in (1, 2, 3):
         half, most = (priced(f"dp=2,zero={zero}{more}").memory for more in (",shares=balanced", ",shares=2:1"))
         assert most["optimizer_state"] == pytest.approx(4 / 3 * half["optimizer_state"])
@@ -138,8 +143,12 @@ def test_stolen_microbatches_go_to_whom_the_dealer_gives_them(speeds, count):
 
     counter, clock, waiting = Counted(), [0.0] * len(speeds), []
 
+    each = [(forward + backward) / speed + COUNTER_SECONDS for speed in speeds]
+
     def working(rank):
-        for _, last in Stolen(counter, "test", len(speeds)).deal(0, range(count)):
+        dealer = Stolen(counter, "test", len(speeds), rank)
+        dealer.learn(each, [1] * len(speeds))
+        for _, last in dealer.deal(0, range(count)):
             clock[rank] += forward / speeds[rank]
             yield
             last()

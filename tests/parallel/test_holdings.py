@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from plain import mlp_float64, planned
+from plain import mlp_float64, plain, planned
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -67,6 +67,27 @@ def test_a_member_that_comes_twice_does_not_stand_in_for_another():
     assert out == [0, 1]
 
 
+def test_what_is_complete_goes_when_it_is_open_or_the_pass_ends():
+    out: list[int] = []
+    doors = [False]
+    turnstile = Turnstile([["a"], ["b"], ["c"], ["d"]], out.append, lambda: doors[0])
+    turnstile.arm()
+    turnstile.ready("a")
+    assert out == []
+    with pytest.raises(PlanError, match="parameter a"):
+        turnstile.ready("a")  # as it would where it was open: all workers must find the same
+    doors[0] = True
+    turnstile.ready("c")
+    assert out == [0], "and no more: b has not come"
+    turnstile.ready("b")
+    assert out == [0, 1, 2]
+    doors[0] = False
+    turnstile.ready("d")
+    assert out == [0, 1, 2]
+    turnstile.flush()
+    assert out == [0, 1, 2, 3]
+
+
 class Sparse(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -116,3 +137,44 @@ def test_close_gives_blocks_their_own_forward_back(ranks):
     left, wrapped = ranks(own, 2)[0]
     assert wrapped
     assert not any(left)
+
+
+def through_its_last_backward(text: str) -> tuple[float, bool]:
+    """The loss of a step in which worker 1 tells its losses only when worker 0 is done with its last backward."""
+    import time
+
+    import torch.distributed as dist
+
+    from sheaf.parallel import build
+    from sheaf.plans import Plan
+
+    step = build(mlp_float64(), Plan.parse(text))
+    parts, counter = step._runner.parts, step._spread.world.counter
+    ended, send, key = parts.holding.end_backward, parts.exchange.send, f"early {text}"
+    theirs, early = parts.dealer.counts(-(-parts.task.batch // parts.task.microbatch))[0], True
+
+    def end_backward() -> None:
+        ended()
+        counter.add(key, 1)
+
+    def sends() -> None:
+        nonlocal early
+        limit = time.monotonic() + 20
+        while counter.add(key, 0) < theirs and time.monotonic() < limit:
+            time.sleep(0.001)
+        early = time.monotonic() < limit
+        send()
+
+    if dist.get_rank() == 0:
+        parts.holding.end_backward = end_backward
+    else:
+        parts.exchange.send = sends
+    loss = step().loss
+    step.close()
+    return loss, early
+
+
+@pytest.mark.parametrize("text", ["dp=2,bucket_bytes=1024", "dp=2,zero=1,shares=2:1,bucket_bytes=1024"])
+def test_a_worker_that_is_early_does_not_wait_in_its_last_backward(ranks, text):
+    found = ranks(through_its_last_backward, 2, text)
+    assert found == [(pytest.approx(plain(mlp_float64(), 1).losses[0], rel=1e-12), True)] * 2

@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from plain import mlp_float64
 from torch import nn
 
 import sheaf
-from sheaf.parallel.shares import REMEMBERED, Balanced, lifted
+from sheaf.parallel.shares import REMEMBERED, Balanced, Stolen, lifted
 from sheaf.plans import Plan
 
 
@@ -70,3 +72,61 @@ def test_nobody_is_forgotten():
     dealer.learn([0.1, 0.1, 0.0], [4, 4, 0])  # who had nothing is not timed
     assert dealer.counts(9)[2] == 1
     assert lifted((9, 0, 0), 1) == (7, 1, 1)
+
+
+class Drawn:
+    """A counter of one process."""
+
+    def __init__(self):
+        self.number = 0
+
+    def add(self, _key, amount, /):
+        self.number += amount
+        return self.number
+
+    def delete_key(self, _key, /):
+        return True
+
+
+@given(
+    st.lists(st.floats(0.1, 10.0), min_size=1, max_size=5),
+    st.integers(1, 30),
+    st.randoms(use_true_random=False),
+)
+def test_each_microbatch_is_stolen_once_whoever_leaves_some_to_others(paces, count, random):
+    counter, taken = Drawn(), []
+
+    def working(rank):
+        dealer = Stolen(counter, "it", len(paces), rank)
+        dealer.learn(paces, [1] * len(paces))
+        for microbatch, last in dealer.deal(0, range(count)):
+            taken.append(microbatch)
+            yield
+            last()
+            yield
+
+    workers = [working(rank) for rank in range(len(paces))]
+    while workers:  # in any order at all: they may be as fast as they like, whatever they were
+        worker = random.choice(workers)
+        if next(worker, "over") == "over":
+            workers.remove(worker)
+    assert sorted(taken) == list(range(count))
+
+
+def test_a_slow_worker_leaves_the_last_microbatch_to_a_faster_one():
+    def taken(paces, drawn):
+        counter = Drawn()
+        dealer = Stolen(counter, "it", 2, 1)
+        if paces:
+            dealer.learn(paces, [1, 1])
+        mine = dealer.deal(0, range(8))
+        first, _ = next(mine)
+        counter.number = drawn
+        return first, next(mine, (None, None))[0]
+
+    assert taken(None, 7) == (0, 7), "nobody knows in the first step"
+    assert taken([1.0, 2.3], 7) == (0, None)
+    assert taken([1.0, 2.3], 6) == (0, 6)
+    assert taken([1.0, 1.4], 7) == (0, 7)
+    assert taken([2.3, 1.0], 7) == (0, 7)
+    assert taken([1.0, 9.0], 1) == (0, None), "it has the first all the same, or nobody would see it become faster"

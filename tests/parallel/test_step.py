@@ -192,7 +192,7 @@ class OneCounter:
 
 def test_a_step_can_be_dealt_again_and_leaves_no_counter():
     counter = OneCounter()
-    dealer = Stolen(counter, "it", 1)
+    dealer = Stolen(counter, "it", 1, 0)
     microbatches = [Microbatch(index, (index,)) for index in range(3)]
     for _ in range(2):
         assert [microbatch.index for microbatch, last in dealer.deal(0, microbatches) if last() or True] == [0, 1, 2]

@@ -62,6 +62,9 @@ def kept(step):
         "dp=3,zero=1,shares=3:1:2",
         "dp=3,zero=2,shares=3:1:2,bucket_bytes=1024",
         "dp=3,zero=3,shares=0:2:1,bucket_bytes=1024",
+        "dp=2,shares=stolen,zero=1,shards=3:1",
+        "dp=3,shares=1:2:3,zero=1,shards=3:0:1",
+        "dp=2,shares=balanced,zero=3,shards=1:4,bucket_bytes=1024",
     ],
 )
 def test_weighted_shards_compute_the_serial_answer(ranks, text):
@@ -114,6 +117,7 @@ def gone_on(text, directory, steps):
             (1 / 2, 1 / 6, 1 / 3),
             "dp=2,zero=3,shares=balanced,bucket_bytes=1024",
         ),
+        ("dp=2,shares=stolen,zero=1,shards=3:1", (3 / 4, 1 / 4), "dp=3,shares=2:1:1,zero=2,shards=1:1:2"),
     ],
 )
 def test_a_run_goes_on_with_other_shards_to_the_last_bit(ranks, tmp_path, before, parts, after):

@@ -52,6 +52,13 @@ def test_text_and_toml_read_back(description):
         ("recompute=full,h.*=recompute", ["names blocks that recompute=full runs again anyway: drop one of the two"]),
         ("dp=3,shares=1:2", ["shares=1:2 gives 2 weights for dp=3 replicas: write one per replica"]),
         ("dp=2,shares=0:0", ["shares=0:0: at least one weight must be above zero"]),
+        (
+            "dp=3,shares=1:2,zero=1,shards=half",
+            ["shares=1:2 gives 2 weights", "shards=half: write one whole weight per replica such as 11:5"],
+        ),
+        ("dp=2,zero=1,shards=2:1:1", ["shards=2:1:1 gives 3 weights for dp=2 replicas: write one per replica"]),
+        ("dp=2,zero=1,shards=0:0", ["shards=0:0: at least one weight must be above zero"]),
+        ("dp=2,shards=2:1", ["zero=0 has none: raise zero or drop shards"]),
         ("zero=1", ["zero=1 shards state among dp workers, and dp=1: raise dp or drop zero"]),
         ("shares=stolen", ["shares=stolen needs someone to steal from, and dp=1: raise dp or drop shares"]),
         ("dp=2,microbatch=0,bucket_bytes=1", ["microbatch=0", "bucket_bytes=1: use at least 1024"]),

@@ -203,6 +203,16 @@ def test_unequal_workers_get_shares_by_speed():
     assert weighted_shares((1.0, 1.0, 2.0), 10) == "2:2:1"
 
 
+def test_shards_by_speed_are_looked_at_beside_stolen_shares_of_unequal_workers():
+    cluster = made.cluster(1, speeds=(1.0, 0.5))
+    ranking = search(question(cluster=cluster, microbatch=2))
+    even, cut = (ranking.entry(Plan.parse(f"dp=2,shares=stolen,zero=1{more}")) for more in ("", ",shards=2:1"))
+    assert cut.price.seconds["optimizer"] < 0.7 * even.price.seconds["optimizer"]
+    assert cut.price.seconds["all_gather"] > even.price.seconds["all_gather"], "so it is not always better"
+    alike = search(question(cluster=made.cluster(2), microbatch=2))
+    assert not any(entry.plan.shards for entry in alike.ranked)
+
+
 def test_where_shards_by_speed_do_not_fit_equal_ones_are_the_remedy():
     cluster = made.cluster(1, speeds=(1.0, 0.45), memory_bytes=18_500_000)
     ranking = search(question(cluster=cluster, microbatch=2))

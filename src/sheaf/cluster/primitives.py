@@ -33,6 +33,11 @@ class Pending:
         self._finish = both
         return self
 
+    @property
+    def done(self) -> bool:
+        """Whether ``wait`` would not block; of messages between pairs gloo knows that only afterwards."""
+        return all(work.is_completed() for work in self._works)
+
     def wait(self) -> None:
         """Block until it is done. Raises RuntimeError when a peer is gone or the time-out has passed."""
         for work in self._works:

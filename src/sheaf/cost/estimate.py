@@ -10,6 +10,7 @@ from sheaf.cost.basis import Basis
 from sheaf.cost.communication import Fabric
 from sheaf.cost.compute import Pace
 from sheaf.cost.copies import add_copies
+from sheaf.cost.deals import own_seconds
 from sheaf.cost.experts import expert_times, replicated
 from sheaf.cost.memory import host_bytes, memory
 from sheaf.cost.overheads import microbatch_seconds, uneven_seconds, with_meetings
@@ -19,7 +20,7 @@ from sheaf.cost.pipeline import Pipeline, kept_stages, stage_names, workers
 from sheaf.cost.placement import Seat
 from sheaf.cost.portion import Portion
 from sheaf.cost.price import Price
-from sheaf.cost.step import StepTimes, own_seconds, step_times
+from sheaf.cost.step import StepTimes, step_times
 from sheaf.graph.facts import ModelFacts, Profile
 from sheaf.plans import Plan
 from sheaf.plans.mesh import Mesh
@@ -135,6 +136,11 @@ def worker_seconds(plan: Plan, basis: Basis, size: int) -> tuple[float, ...]:
         max(pipeline.busy_seconds(replica, worker, [size]) for worker in pipeline.unlike_workers(replica))
         for replica in range(plan.dp)
     )
+
+
+def update_rates(plan: Plan, basis: Basis) -> tuple[float, ...]:
+    """Seconds in which each replica without stages updates a byte of parameters."""
+    return tuple(pace.optimizer_seconds_per_byte for pace in _paces(plan, basis))
 
 
 def _paces(plan: Plan, basis: Basis) -> list[Pace]:

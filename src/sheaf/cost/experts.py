@@ -9,8 +9,9 @@ from dataclasses import replace
 
 from sheaf.cost.basis import Basis
 from sheaf.cost.compute import Pace
+from sheaf.cost.deals import dealt, own_seconds, total_seconds
 from sheaf.cost.portion import Portion
-from sheaf.cost.step import StepTimes, backward_seconds, dealt, own_seconds, own_terms, reduced, told, total_seconds
+from sheaf.cost.step import StepTimes, backward_seconds, own_terms, reduced, told
 from sheaf.plans import Plan
 
 

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 from sheaf.cost.basis import Basis
 from sheaf.cost.communication import ALL_REDUCE, BROADCAST
+from sheaf.cost.deals import dealt, own_seconds, total_seconds
 from sheaf.cost.overheads import microbatch_seconds
 from sheaf.cost.portion import Portion, in_part, together
 from sheaf.cost.rows import kept
-from sheaf.cost.step import StepTimes, backward_seconds, dealt, own_seconds, own_terms, reduced, told, total_seconds
+from sheaf.cost.step import StepTimes, backward_seconds, own_terms, reduced, told
 from sheaf.graph.facts import BlockFact
 from sheaf.plans import Plan
 from sheaf.plans.split import Move

@@ -9,6 +9,7 @@ from sheaf.cost.basis import Basis
 from sheaf.cost.clock import Course, course_seconds, timeline
 from sheaf.cost.communication import ALL_REDUCE
 from sheaf.cost.copies import add_copies, waited
+from sheaf.cost.deals import by_speed, in_runs
 from sheaf.cost.pipeline import Pipeline
 from sheaf.cost.portion import Portion
 from sheaf.cost.step import (
@@ -16,8 +17,6 @@ from sheaf.cost.step import (
     after_rounds,
     alone,
     backward_seconds,
-    by_speed,
-    in_runs,
     own_terms,
     reduced,
     rounds_moved,
@@ -220,8 +219,8 @@ def _replicated(times: StepTimes, pipeline: Pipeline, basis: Basis, num_microbat
         window = backward_seconds(plan, paces[0], share[-1])
         reduced(times, plan, portion, fabric, window, overlap)
     _shared_between_stages(times, pipeline, basis, portions)
-    alike = basis.alike(plan.workers) and ":" not in plan.shares
-    replicas = [(1, pipeline.paces[0])] if alike else zip(plan.weights, pipeline.paces, strict=True)
+    alike = basis.alike(plan.workers) and plan.even_shards
+    replicas = [(1, pipeline.paces[0])] if alike else zip(plan.shard_weights, pipeline.paces, strict=True)
     unlike = {(weight, id(replica)): (weight, replica) for weight, replica in replicas}.values()
     every = [pace for _, replica in unlike for pace in replica]
     updating = 0.0

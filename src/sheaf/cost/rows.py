@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 
 from sheaf.cost.basis import Basis
 from sheaf.cost.communication import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, Fabric
+from sheaf.cost.deals import dealt
 from sheaf.cost.portion import Portion
-from sheaf.cost.step import StepTimes, dealt
+from sheaf.cost.step import StepTimes
 from sheaf.graph.facts import ModelFacts, ParameterFact, TableFact
 from sheaf.plans import Plan
 from sheaf.plans.rows import ANSWERS, ROWS, SPARSE

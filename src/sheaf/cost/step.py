@@ -4,11 +4,9 @@ Terms are those of the worker that is done first; ``wait`` is what it idles for 
 the step.
 """
 
-import heapq
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 
 from sheaf.cost.communication import (
     ALL_GATHER,
@@ -21,12 +19,11 @@ from sheaf.cost.communication import (
     sending,
 )
 from sheaf.cost.compute import Pace
+from sheaf.cost.deals import dealt, own_seconds, stolen, total_all, total_seconds
 from sheaf.cost.paced import until_met
 from sheaf.cost.portion import Portion
 from sheaf.cost.price import SECONDS_TERMS
-from sheaf.cost.sizes import Sizes
 from sheaf.plans import Plan
-from sheaf.plans.layout import apportion, soonest
 from sheaf.plans.shards import shard
 
 STATISTICS = 2  # times as wide as running statistics are those of a microbatch when they are summed, in float64
@@ -65,10 +62,10 @@ def step_times(
     """
     times, fabric = StepTimes(), sharing(plan, fabric)
     known = dict(zip(map(id, paces), paces, strict=True))
-    unlike = set(zip(plan.weights, map(id, paces), strict=True))
+    unlike = set(zip(plan.shard_weights, map(id, paces), strict=True))
     rates = [(weight, known[one].optimizer_seconds_per_byte) for weight, one in unlike]
     updating = update_seconds(plan, portion.trainable_bytes, rates)
-    shares = _stolen(plan, paces, sizes) if plan.stolen else dealt(plan, sizes, paces)
+    shares = stolen(plan, paces, sizes) if plan.stolen else dealt(plan, sizes, paces)
     everyone = total_all(plan, paces, shares) if plan.server and plan.serves.staleness is None else 0.0
     rounds = plan.meets_locally.rounds
     alone = [total_seconds(plan, pace, share) for pace, share in zip(paces, shares, strict=True)] if rounds else []
@@ -94,7 +91,7 @@ def step_times(
 
 def sharing(plan: Plan, fabric: Fabric) -> Fabric:
     """The links between replicas, which know how full the fullest shard is where shards differ."""
-    return replace(fabric, fullest=shard(plan, 1.0)) if plan.zero and ":" in plan.shares else fabric
+    return replace(fabric, fullest=shard(plan, 1.0)) if plan.zero and not plan.even_shards else fabric
 
 
 def update_seconds(plan: Plan, trained_bytes: int, rates: Iterable[tuple[int, float]]) -> float:
@@ -138,80 +135,6 @@ def told(times: StepTimes, plan: Plan, portion: Portion, fabric: Fabric, num_mic
         times.seconds["all_reduce"] += fabric.seconds(ALL_REDUCE, size)
         if fabric.gloo:  # elsewhere they are nothing beside gradients
             times.sends(fabric, ALL_REDUCE, size)
-
-
-def own_seconds(plan: Plan, pace: Pace, size: int) -> float:
-    """What one worker spends on one microbatch, fetching it and talking to those who split its layers included."""
-    again = pace.again.seconds(size) if plan.again else 0.0
-    counter = COUNTER_SECONDS if plan.stolen else 0.0
-    computing = pace.forward.seconds(size) + pace.backward.seconds(size) + again
-    fetching = pace.fetch.seconds(size) + pace.dispatch_seconds
-    return computing + fetching + counter + pace.crossing.seconds(size, again=bool(again))
-
-
-def total_seconds(plan: Plan, pace: Pace, sizes: Sequence[int]) -> float:
-    """``own_seconds`` of several microbatches."""
-    return sum(count * own_seconds(plan, pace, size) for size, count in Counter(sizes).items())
-
-
-def total_all(plan: Plan, paces: Sequence[Pace], shares: Sequence[Sequence[int]]) -> float:
-    """Seconds in which all workers together use as many samples as a batch has, each going on at its own pace."""
-    batch = sum(sum(share) for share in shares)
-    rates = (sum(share) / total_seconds(plan, pace, share) for pace, share in zip(paces, shares, strict=True) if share)
-    return batch / sum(rates)
-
-
-def dealt(plan: Plan, sizes: Sequence[int], paces: Sequence[Pace] = ()) -> list[list[int]]:
-    """Contiguous runs in proportion to the plan's weights, or to how fast the replicas' ``paces`` are."""
-    if not (plan.balanced and paces):
-        return [share for replicas, share in in_runs(plan, sizes) for _ in replicas]
-    return by_speed(sizes, [own_seconds(plan, pace, sizes[0]) for pace in paces])
-
-
-def by_speed(sizes: Sequence[int], seconds: Sequence[float]) -> list[list[int]]:
-    """Contiguous runs for replicas that take so long for a microbatch each, so that the last is done soonest."""
-    return _cut(sizes, soonest(len(sizes), seconds))
-
-
-def in_runs(plan: Plan, sizes: Sequence[int]) -> list[tuple[range, list[int]]]:
-    """Replicas in a row that are dealt the same by the plan's weights, and what each of them is dealt."""
-    first, last = sizes[0], sizes[-1]
-    if ":" in plan.shares or not Sizes.of(sizes).even:
-        shares = _cut(sizes, apportion(len(sizes), plan.weights))
-        return [(range(replica, replica + 1), share) for replica, share in enumerate(shares)]
-    each, more = divmod(len(sizes), plan.dp)
-    end = plan.dp if each else more  # of those that are dealt anything
-    runs = [(range(more), [first] * (each + 1)), (range(more, plan.dp), [first] * each)]
-    if last != first:
-        runs = [(range(replicas.start, min(replicas.stop, end - 1)), share) for replicas, share in runs]
-        runs += [(range(end - 1, end), [first] * (max(1, each) - 1) + [last]), (range(end, plan.dp), [])]
-    return [(replicas, share) for replicas, share in runs if replicas]
-
-
-def _cut(sizes: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
-    """The sizes in order, so many to each."""
-    ends = accumulate(counts)
-    return [list(sizes[end - count : end]) for count, end in zip(counts, ends, strict=True)]
-
-
-def _stolen(plan: Plan, paces: Sequence[Pace], sizes: Sequence[int]) -> list[list[int]]:
-    """Who takes which microbatch when each takes its next one as ``sheaf.parallel.shares.Stolen`` does: after the one
-    under way, or before the backward of that where fewer are left than there are workers.
-    """
-    taken: list[list[int]] = [[] for _ in paces]
-    asking = [(0.0, rank, 0.0) for rank in range(len(paces))]  # when, who, and when it is done with what it has
-    left = deque(sizes)
-    while left:
-        when, rank, free = heapq.heappop(asking)
-        if when < free and len(left) >= len(paces):
-            heapq.heappush(asking, (free, rank, free))
-            continue
-        size = left.popleft()
-        taken[rank].append(size)
-        begun = max(when, free)
-        after = begun + paces[rank].fetch.seconds(size) + paces[rank].forward.seconds(size)
-        heapq.heappush(asking, (after, rank, begun + own_seconds(plan, paces[rank], size)))
-    return taken
 
 
 def own_terms(times: StepTimes, plan: Plan, pace: Pace, sizes: Sequence[int]) -> None:

@@ -94,11 +94,7 @@ def _build(task: Task, plan: Plan, spread: Spread) -> Step:
     refuse_offloaded(task, plan, blueprint)
     expectation, scale = Expectation(float(task.batch)), LossScale(task)
     exchange = Losses(world) if plan.server else Exchange(world)
-
-    def factor() -> float:
-        weight = exchange.told().weight
-        return expectation.weight / (weight * scale.value) if weight else 0.0
-
+    factor = _factor(plan, world, exchange, expectation, scale)
     stages = placed(task, plan, blueprint, blocks, world) if plan.pp > 1 else None
     portion = _portion(blueprint, plan, spread, splits, stages, rows)
     if plan.server and plan.computing == plan.dp:
@@ -325,6 +321,18 @@ def _ties(
 def _partial(plan: Plan, splits: SplitFacts | None) -> tuple[str, ...]:
     """Whole parameters of which each worker that splits layers finds a part of the gradient."""
     return splits.partial if splits is not None and plan.tp > 1 else ()
+
+
+def _factor(plan: Plan, world: World, exchange: Exchange, expectation: Expectation, scale: LossScale) -> Factor:
+    def find() -> float:
+        weight = exchange.told().weight
+        return expectation.weight / (weight * scale.value) if weight else 0.0
+
+    # An accelerator's host is done with a backward long before the device: there it is right to wait. And where other
+    # things are sent in a backward, they must meet gradients in the same order everywhere.
+    if plan.computing > plan.dp or plan.parts or plan.zero >= 2 or world.device.type != "cpu":
+        return Factor(find)
+    return Factor(find, lambda: exchange.known)
 
 
 def _refuse_slices(task: Task, plan: Plan, blueprint: Blueprint, splits: SplitFacts | None, rows: Tables) -> None:

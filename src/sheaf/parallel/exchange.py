@@ -88,6 +88,11 @@ class Exchange:
         if self._world.workers > 1:
             self._pending = self._world.all_reduce(mine, "losses")
 
+    @property
+    def known(self) -> bool:
+        """Whether ``told`` would not wait for others."""
+        return self._told is not None or (self._sent is not None and (self._pending is None or self._pending.done))
+
     def told(self) -> Told:
         """Everyone's losses; waits for the last worker to have sent its own.
 

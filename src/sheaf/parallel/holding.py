@@ -14,7 +14,15 @@ from sheaf.parallel.offload import Offload
 from sheaf.parallel.portion import Portion
 from sheaf.plans.layout import Piece
 
-Factor = Callable[[], float]  # what a gradient sum is multiplied by to be the step's gradient; may wait for others
+
+class Factor:
+    """What a gradient sum is multiplied by to be the step's gradient; asking waits for others until it is ``known``."""
+
+    def __init__(self, find: Callable[[], float], known: Callable[[], bool] = lambda: True) -> None:
+        self._find, self.known = find, known
+
+    def __call__(self) -> float:
+        return self._find()
 
 
 class Touched:

@@ -18,6 +18,7 @@ from sheaf.errors import NonFiniteLoss, TaskError
 from sheaf.graph import cut
 from sheaf.parallel.board import Board, Closed
 from sheaf.parallel.exchange import Exchange
+from sheaf.parallel.holding import Factor
 from sheaf.parallel.optimizers import learning_rate, load_named_state, named_state
 from sheaf.parallel.own_pace import OwnPace
 from sheaf.parallel.portion import Portion
@@ -370,7 +371,7 @@ def pace(task: Task, plan: Plan, spread: Spread, portion: Portion) -> PacedStep:
         weight = exchange.own_weight
         return expectation.weight / weight if weight else 0.0
 
-    holding = OwnPace(portion, everyone, factor, plan)
+    holding = OwnPace(portion, everyone, Factor(factor), plan)
     streams = Streams(holding.model, task.seed, world.device)
     recompute(again(plan, cut(holding.model)).values(), streams)
     parts = Parts(

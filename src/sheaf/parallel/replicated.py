@@ -72,7 +72,8 @@ class Replicated(AbstractHolding):
             if compression is not None and compression.kind != "none"
         ]
         self._pending: list[Pending] = []
-        self._turnstile = Turnstile(self._buckets, self._launch)
+        # a worker that is done early does not wait in its last backward for the others to begin theirs
+        self._turnstile = Turnstile(self._buckets, self._launch, factor.known)
         self._touched = Touched(self.parameters.items(), self._ready)
 
     def pull(self, store: Store) -> None:

@@ -21,7 +21,7 @@ State = tuple[dict[str, Tensor], dict[str, Any]]  # as ``state`` of a step gives
 
 def is_reshardable(plan: Plan, saved: str) -> bool:
     """Whether a run of ``plan`` can go on from a checkpoint of the other: the same but for how many replicas there are,
-    which shares they have, and where the optimizer steps. Stages 1 and 2 of ZeRO keep the same.
+    which shares and shards they have, and where the optimizer steps. Stages 1 and 2 of ZeRO keep the same.
 
     >>> plan = Plan.parse("dp=2,zero=1")
     >>> [is_reshardable(plan, saved) for saved in ("dp=2,zero=1,shares=2:1", "dp=3,zero=2", "dp=2,zero=3", "dp=2")]
@@ -29,7 +29,7 @@ def is_reshardable(plan: Plan, saved: str) -> bool:
     """
     try:
         other = Plan.parse(saved)
-        alike = replace(other, dp=plan.dp, shares=plan.shares, zero=plan.zero, offload=plan.offload)
+        alike = replace(other, dp=plan.dp, shares=plan.shares, zero=plan.zero, shards=plan.shards, offload=plan.offload)
     except PlanError:
         return False
     return bool(plan.zero and other.zero) and (plan.zero == 3) == (other.zero == 3) and alike == plan
@@ -61,7 +61,7 @@ def resharded(plan: Plan, saved: str, holding: AbstractHolding, read: Callable[[
     made = {name: value for name, value in first.items() if not name.startswith(("optimizer/", "parameter/shard "))}
     plain: dict[str, Any] = {}
     for index, held in enumerate(holding.flats):
-        old, name = replace(held.flat, workers=other.dp, weights=other.weights), f"parameter/shard {index}"
+        old, name = replace(held.flat, workers=other.dp, weights=other.shard_weights), f"parameter/shard {index}"
         made[name] = _shard(held, old, lambda worker, name=name: kept(worker)[0][name])
         old_pieces = [old.pieces(worker) for worker in range(old.workers)]
         for piece in held.pieces if held.trained else ():

@@ -67,7 +67,8 @@ class Sharded(AbstractHolding):
         self._pending: deque[tuple[Pending, Tensor | None, Tensor]] = deque()
         self._launched = 0
         self._used: set[str] = set()
-        self._turnstile = Turnstile([flat.names for flat in self.flats], self._launch)
+        # a worker that is done early does not wait in its last backward for the others to begin theirs
+        self._turnstile = Turnstile([flat.names for flat in self.flats], self._launch, factor.known)
         self._touched = Touched(self.parameters.items(), self._turnstile.ready)
 
     @property

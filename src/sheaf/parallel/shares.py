@@ -9,7 +9,7 @@ from functools import partial
 from typing import Protocol, runtime_checkable
 
 from sheaf.plans import Plan
-from sheaf.plans.layout import apportion, soonest
+from sheaf.plans.layout import apportion, left_to_others, soonest
 from sheaf.task import Microbatch
 
 REMEMBERED = 5  # steps
@@ -73,28 +73,42 @@ class Dealt(AbstractDealer):
         """Nothing: nothing is shared."""
 
 
+class Paces:
+    """How long each replica takes for a microbatch: the median of its last steps."""
+
+    def __init__(self, replicas: int) -> None:
+        self._seen = [deque[float](maxlen=REMEMBERED) for _ in range(replicas)]
+
+    @property
+    def seconds(self) -> tuple[float, ...] | None:
+        """Of each replica; None until all were seen."""
+        return tuple(map(statistics.median, self._seen)) if all(self._seen) else None
+
+    def learn(self, seconds: Sequence[float], counts: Sequence[int]) -> None:
+        """How long each computed in a step, and how many microbatches; who had none is as it was."""
+        for seen, spent, count in zip(self._seen, seconds, counts, strict=True):
+            if count and spent > 0:
+                seen.append(spent / count)
+
+
 class Balanced(Dealt):
-    """Contiguous shares by the speed of each replica: the median of its last steps. Equal in the first step.
+    """Contiguous shares by the pace of each replica. Equal in the first step.
 
     Nobody goes without while there are enough, or it would never be seen to have become faster.
     """
 
     def __init__(self, replicas: int, worker: int) -> None:
         super().__init__((1,) * replicas, worker)
-        self._seen = [deque[float](maxlen=REMEMBERED) for _ in range(replicas)]
+        self._paces = Paces(replicas)
 
     def counts(self, microbatches: int) -> tuple[int, ...]:
-        if not all(self._seen):
+        seconds = self._paces.seconds
+        if seconds is None:
             return super().counts(microbatches)
-        replicas = len(self._seen)
-        least = 1 if microbatches >= replicas else 0
-        seconds = [statistics.median(seen) for seen in self._seen]
-        return lifted(soonest(microbatches, seconds), least)
+        return lifted(soonest(microbatches, seconds), 1 if microbatches >= len(seconds) else 0)
 
     def learn(self, seconds: Sequence[float], counts: Sequence[int]) -> None:
-        for seen, spent, count in zip(self._seen, seconds, counts, strict=True):
-            if count and spent > 0:
-                seen.append(spent / count)
+        self._paces.learn(seconds, counts)
 
 
 def lifted(counts: Sequence[int], least: int) -> tuple[int, ...]:
@@ -115,13 +129,18 @@ class Stolen(AbstractDealer):
     """The next microbatch from a shared counter, until none is left.
 
     A worker takes its next one after the current one, so that nothing else waits with it when it stands still. When
-    fewer are left than there are ``workers``, it does so before backward: it then knows which is its last, and sends
-    gradients while that one still runs. Each deal has a counter of its own, also where a step is dealt again (after
-    ``load``, or after a refused step); the worker that ``sweeps`` deletes it afterwards.
+    fewer are left than there are ``replicas``, it does so before backward: it then knows which is its last, and sends
+    gradients while that one still runs. After its first, it leaves the last ones to replicas that would be done with
+    them before it with one more, by the pace of the last steps; all know the same paces, and the fastest leaves none.
+
+    Each deal has a counter of its own, also where a step is dealt again (after ``load``, or after a refused step); the
+    ``worker`` 0 deletes it afterwards.
     """
 
-    def __init__(self, counter: Counter, name: str, workers: int, *, sweeps: bool = True) -> None:
-        self._counter, self._name, self._workers, self._sweeps = counter, name, workers, sweeps
+    def __init__(self, counter: Counter, name: str, replicas: int, worker: int) -> None:
+        self._counter, self._name, self._replicas, self._worker = counter, name, replicas, worker
+        self._paces = Paces(replicas)
+        self._leaves = 0
         self._deals = 0
 
     def deal(
@@ -131,23 +150,31 @@ class Stolen(AbstractDealer):
     ) -> Iterator[tuple[Microbatch, Callable[[], bool]]]:
         """Microbatches as they are won."""
         self._deals += 1
+        count = len(microbatches)
         tickets = [self._ticket()]
 
         def last() -> bool:
-            if len(microbatches) - self._drawn() >= self._workers:
+            left = count - self._drawn()
+            if left >= self._replicas:
                 return False
-            tickets.append(self._ticket())
-            return tickets[-1] >= len(microbatches)
+            tickets.append(count if left <= self._leaves else self._ticket())
+            return tickets[-1] >= count
 
-        while (ticket := tickets.pop()) < len(microbatches):
+        while (ticket := tickets.pop()) < count:
             yield microbatches[ticket], last
             if not tickets:
-                tickets.append(self._ticket())
+                leaves = self._leaves and count - self._drawn() <= self._leaves
+                tickets.append(count if leaves else self._ticket())
 
     def finished(self) -> None:
         """Delete the counter: every worker has drawn its last ticket."""
-        if self._sweeps:
+        if self._worker == 0:
             self._counter.delete_key(f"{self._name}/{self._deals}")
+
+    def learn(self, seconds: Sequence[float], counts: Sequence[int]) -> None:
+        self._paces.learn(seconds, counts)
+        if (paces := self._paces.seconds) is not None:
+            self._leaves = left_to_others(paces)[self._worker]
 
     def _ticket(self) -> int:
         return self._counter.add(f"{self._name}/{self._deals}", 1) - 1
@@ -160,7 +187,7 @@ def dealer(plan: Plan, worker: int, counter: Counter | None, name: str = "stolen
     """The dealer that a plan asks for; stolen shares need a ``counter`` shared by all workers."""
     if plan.stolen:
         assert counter is not None
-        return Stolen(counter, name, plan.dp, sweeps=worker == 0)
+        return Stolen(counter, name, plan.dp, worker)
     if plan.balanced:
         return Balanced(plan.dp, worker)
     return Dealt(plan.weights, worker)

@@ -36,8 +36,8 @@ class Spread:
         # gradients found on parts of a sequence add up as those of parts of a batch do
         alike = groups.stage_groups if self.lengthwise else groups.dp_groups
         self.replicas = among(alike, gathers_apart=plan.zero == 3)
-        # what each of them has of the batch, and so of what ZeRO shards
-        weights = (plan.weights[self.mesh.place(rank).dp] for rank in self.replicas.ranks)
+        # what each of them has of what ZeRO shards
+        weights = (plan.shard_weights[self.mesh.place(rank).dp] for rank in self.replicas.ranks)
         self.weights = tuple(weights) if plan.zero and known else ()
         self._layers = among(groups.tp_groups)
         self.stages = among(groups.pp_groups)

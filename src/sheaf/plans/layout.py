@@ -5,6 +5,7 @@ The executors move these slices, the memory estimate counts them, and checkpoint
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -182,6 +183,22 @@ def soonest(count: int, seconds: Sequence[float]) -> tuple[int, ...]:
         counts[rank] += 1
         heapq.heappush(done, (when + seconds[rank], rank))
     return tuple(counts)
+
+
+def left_to_others(seconds: Sequence[float]) -> tuple[int, ...]:
+    """How many of the last microbatches each worker leaves to the others, who are sooner done with them than it with
+    one more. Workers need ``seconds`` for one, and a faster one is on average half-way through what it has. The fastest
+    leaves none.
+
+    >>> left_to_others((1.0, 1.4)), left_to_others((1.0, 2.2, 4.0))
+    ((0, 0), (0, 1, 4))
+    """
+    kinds = Counter(seconds)
+    leaves = {
+        mine: sum(count * max(0, math.ceil(mine / each - 0.5) - 1) for each, count in kinds.items() if each < mine)
+        for mine in kinds
+    }
+    return tuple(leaves[mine] for mine in seconds)
 
 
 def in_turn(count: int, seconds: Sequence[float]) -> tuple[int, ...]:

@@ -1,6 +1,5 @@
 """The plan: one frozen, readable value that says who computes what, and how gradients meet."""
 
-import re
 import tomllib
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -16,11 +15,9 @@ from sheaf.plans.local import Local, unmeetable
 from sheaf.plans.offload import ON_DEVICE, unoffloadable
 from sheaf.plans.rows import ROWS, named, unmixable
 from sheaf.plans.server import Server, unservable
+from sheaf.plans.shares import BALANCED, EQUAL, STOLEN, undealable, weights_of
 from sheaf.plans.text import DEFAULT_SCHEDULE
 
-EQUAL = "equal"
-STOLEN = "stolen"
-BALANCED = "balanced"
 RECOMPUTE = ("none", "full")
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
 DEFAULT_BUCKET_BYTES = 8 * 2**20
@@ -42,7 +39,7 @@ class Plan:
     ``shares``      how the batch is split: ``equal``, weights such as ``11:5`` (one per replica), ``stolen`` from a
                     common queue, or ``balanced``: dealt by how fast each replica was in the last steps
     ``zero``        0: all state on every worker; 1: optimizer state sharded; 2: gradients too; 3: parameters too.
-                    Shards are as large as weighted shares, and equal under all others
+    ``shards``      how large they are: weights such as ``2:1``; open: those of weighted shares, equal under all others
     ``recompute``   ``none``, or ``full``: each block keeps only its input and runs forward again in backward
     ``offload``     ``none``, or ``optimizer``: its state is in the host's memory, and it steps there
     ``local``       steps between meetings of weights, and how they meet: ``16``, ``16:diloco``, ``1:adasum``,
@@ -84,6 +81,7 @@ class Plan:
     sequence: int = 0
     shares: str = EQUAL
     zero: int = 0
+    shards: str = ""
     recompute: str = "none"
     offload: str = ON_DEVICE
     local: str = ""
@@ -182,7 +180,23 @@ class Plan:
     @cached_property
     def weights(self) -> tuple[int, ...]:
         """The share of each replica, for equal and weighted shares."""
-        return tuple(int(part) for part in self.shares.split(":")) if ":" in self.shares else (1,) * self.dp
+        return weights_of(self.shares, self.dp)
+
+    @cached_property
+    def shard_weights(self) -> tuple[int, ...]:
+        """How large the shards of each replica are beside those of others.
+
+        >>> Plan.parse("dp=2,zero=1,shares=2:1").shard_weights
+        (2, 1)
+        >>> Plan.parse("dp=2,shares=stolen,zero=1,shards=3:1").shard_weights
+        (3, 1)
+        """
+        return weights_of(self.shards or self.shares, self.dp)
+
+    @property
+    def even_shards(self) -> bool:
+        """Whether nothing is said of how large shards are."""
+        return ":" not in (self.shards or self.shares)
 
     @property
     def stolen(self) -> bool:
@@ -300,21 +314,8 @@ class Plan:
             broken.append(f"microbatch={self.microbatch}: at least one sample is needed")
         if self.bucket_bytes < 1024:
             broken.append(f"bucket_bytes={self.bucket_bytes}: use at least 1024")
-        if self.shares not in (EQUAL, STOLEN, BALANCED):
-            if not re.fullmatch(r"\d+(:\d+)*", self.shares):
-                broken.append(
-                    f"shares={self.shares}: write {EQUAL}, {STOLEN}, {BALANCED}, or one whole weight per replica such "
-                    "as 11:5"
-                )
-            elif len(self.shares.split(":")) != self.dp:
-                broken.append(
-                    f"shares={self.shares} gives {len(self.shares.split(':'))} weights for dp={self.dp} replicas: "
-                    "write one per replica"
-                )
-            elif not any(int(part) for part in self.shares.split(":")):
-                broken.append(f"shares={self.shares}: at least one weight must be above zero")
         broken += (unmixable(self) + unrepeatable(self) if self.parts else []) + unoffloadable(self)
-        return broken + _broken_pipeline(self) + _broken_relaxed(self) + _illegal_mixes(self)
+        return broken + undealable(self) + _broken_pipeline(self) + _broken_relaxed(self) + _illegal_mixes(self)
 
 
 def _broken_pipeline(plan: Plan) -> list[str]:
@@ -353,16 +354,6 @@ def _broken_server(plan: Plan) -> list[str]:
 def _illegal_mixes(plan: Plan) -> list[str]:
     """Combinations that cannot work, each with the reason and the nearest one that does."""
     broken: list[str] = []
-    if plan.zero >= 2 and plan.stolen:
-        broken.append(
-            f"zero={plan.zero} moves every worker through the layers in lockstep, so there is nothing to steal: "
-            f"use zero=1,shares=stolen, or zero={plan.zero} with weighted shares"
-        )
-    if plan.stolen and plan.computing > plan.dp:
-        broken.append(
-            f"shares=stolen lets single workers take microbatches, and {plan} computes each with several: use weighted "
-            "shares, or drop tp and pp"
-        )
     if plan.sequence not in (0, 1) or (plan.sequence and plan.tp == 1):
         broken.append(f"sequence={plan.sequence} splits along the sequence between split layers: use 0, or 1 with tp")
     split = next((glob for glob, answer in plan.parts if answer == "tp"), None) if plan.parts else None
@@ -389,11 +380,4 @@ def _illegal_mixes(plan: Plan) -> list[str]:
         )
     if plan.dp * plan.cp == 1 and plan.zero:
         broken.append(f"zero={plan.zero} shards state among dp workers, and dp=1: raise dp or drop zero")
-    if plan.balanced and (plan.dp == 1 or plan.by_parts or plan.server):
-        broken.append(
-            "shares=balanced deals a step by how fast replicas were, each alone: use it with dp=2 or more, without "
-            "split parts and servers, or write weights such as shares=11:5"
-        )
-    if plan.dp == 1 and plan.stolen:
-        broken.append("shares=stolen needs someone to steal from, and dp=1: raise dp or drop shares")
     return broken

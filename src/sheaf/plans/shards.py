@@ -1,7 +1,7 @@
-"""How large ZeRO's shards are: equal, or in proportion to weighted shares of the batch, so that updates take as long.
+"""How large ZeRO's shards are: as the plan says, in proportion to weighted shares of the batch, or equal.
 
 A worker at half speed that computes half as much would need as long as the others for half of the update. Where shares
-are ``stolen`` or ``balanced`` nobody knows them when state is cut, and shards are equal.
+are ``stolen`` or ``balanced`` they are not known when state is cut: shards are equal unless the plan gives ``shards``.
 """
 
 from sheaf.plans.plan import Plan
@@ -14,7 +14,9 @@ def shard(plan: Plan, whole: float, weight: float | None = None) -> float:
     (3.0, 6.0)
     >>> shard(Plan.parse("dp=2,cp=2,zero=1,shares=2:1"), 12, weight=1)
     2.0
+    >>> shard(Plan.parse("dp=2,shares=stolen,zero=1,shards=3:1"), 12)
+    9.0
     """
-    if ":" not in plan.shares:  # the same, quicker for many
+    if plan.even_shards:  # the same, quicker for many
         return whole * (1 if weight is None else weight) / plan.alike
-    return whole * (max(plan.weights) if weight is None else weight) / (sum(plan.weights) * plan.cp)
+    return whole * (max(plan.shard_weights) if weight is None else weight) / (sum(plan.shard_weights) * plan.cp)

@@ -9,7 +9,7 @@ from sheaf.plans.again import AGAIN
 PARTS = ("tp", "whole", "ep", "sparse", "rows", AGAIN)  # what a plan may say of a part of the model
 DEFAULT_SCHEDULE = "1f1b"
 # all others are numbers
-_WORDS = ("shares", "recompute", "offload", "schedule", "stages", "local", "compress", "server", "late")
+_WORDS = ("shares", "shards", "recompute", "offload", "schedule", "stages", "local", "compress", "server", "late")
 
 Value = int | str | tuple[tuple[str, str], ...]
 

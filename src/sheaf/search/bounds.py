@@ -13,11 +13,11 @@ import numpy as np
 
 from sheaf.cost.basis import Basis
 from sheaf.cost.communication import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER
+from sheaf.cost.deals import own_seconds
 from sheaf.cost.memory import needed_bytes
 from sheaf.cost.overheads import meeting_seconds
 from sheaf.cost.pipeline import kept_stages, slowest_of_any, stage_names, workers
 from sheaf.cost.placement import Seat
-from sheaf.cost.step import own_seconds
 from sheaf.graph.facts import BlockFact
 from sheaf.plans import Plan
 from sheaf.plans.offload import ON_DEVICE, OPTIMIZER

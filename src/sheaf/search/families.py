@@ -4,16 +4,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from sheaf.cost import worker_seconds
+from sheaf.cost import update_rates, worker_seconds
 from sheaf.cost.pipeline import measured_stages
 from sheaf.plans import Plan
-from sheaf.plans.plan import BALANCED, EQUAL
+from sheaf.plans.shares import BALANCED, EQUAL
 from sheaf.plans.split import holders
 from sheaf.plans.stages import placed
 from sheaf.search import rules, space
 from sheaf.search.measured import facts_for
 from sheaf.search.question import Question
 from sheaf.search.tables import table_plans
+
+SHARDS_OF = 12  # parts of a shard of average size to which shards are rounded
 
 
 def candidates(question: Question) -> Iterator[Plan]:
@@ -48,6 +50,8 @@ class Strategy:
                 yield weighted
             if weighted and self.plan.zero and self.plan.pp == 1:  # as many microbatches each, shards of equal size
                 yield [replace(plan, shares=BALANCED) for plan in weighted]
+        if self.plan.stolen and self.plan.zero and (shards := _sharded(question, self.plan)):
+            yield [replace(plan, shards=shards) for plan in same]
 
 
 def families(question: Question) -> Iterator[list[Plan]]:
@@ -166,6 +170,13 @@ def _weighted(question: Question, plan: Plan) -> Plan | None:
     basis, size = question.basis(plan), question.size(plan)
     shares = space.weighted_shares(worker_seconds(plan, basis, size), -(-question.batch // size))
     return None if shares in (EQUAL, "") else replace(plan, shares=shares)
+
+
+def _sharded(question: Question, plan: Plan) -> str:
+    """Shards with which all are done with their updates at once; none where equal ones do as well."""
+    rates = update_rates(plan, question.basis(plan))
+    found = space.weighted_shares(rates, SHARDS_OF * plan.dp)
+    return "" if found == EQUAL else found
 
 
 @dataclass(frozen=True)

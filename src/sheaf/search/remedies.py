@@ -9,7 +9,7 @@ from sheaf.errors import PlanError
 from sheaf.graph.facts import ModelFacts
 from sheaf.plans import Plan
 from sheaf.plans.offload import OPTIMIZER
-from sheaf.plans.plan import BALANCED
+from sheaf.plans.shares import BALANCED
 from sheaf.search import rules, space
 from sheaf.search.bounds import Bounds
 from sheaf.search.fewest import fewest
@@ -63,14 +63,17 @@ class Remedies:
         again = (plan.recompute, "full") if self._question.may_repeat(plan) else (plan.recompute,)
         stages = range(plan.zero, MOST_ZERO + 1) if plan.alike > 1 else (plan.zero,)
         hosts = (plan.offload, OPTIMIZER) if self._question.offloadable else (plan.offload,)
-        even = (BALANCED,) if ":" in plan.shares and plan.pp == 1 else ()  # dealt by speed too, shards of equal size
+        # dealt by speed too, shards of equal size
+        even = ((BALANCED if ":" in plan.shares else plan.shares, ""),) if plan.pp == 1 and not plan.even_shards else ()
         for zero, recompute, offload in product(stages, dict.fromkeys(again), dict.fromkeys(hosts)):
-            for shares in (plan.shares, *(even if zero else ())):
-                if (zero, recompute, offload, shares) != (plan.zero, plan.recompute, plan.offload, plan.shares):
-                    try:
-                        yield replace(plan, zero=zero, recompute=recompute, offload=offload, shares=shares)
-                    except PlanError:
-                        continue
+            for shares, shards in ((plan.shares, plan.shards), *(even if zero else ())):
+                try:
+                    change = replace(plan, zero=zero, recompute=recompute, offload=offload)
+                    change = replace(change, shares=shares, shards=shards)
+                except PlanError:
+                    continue
+                if change != plan:
+                    yield change
 
     def _of_fewer(self, plan: Plan, found: Sequence[Price]) -> list[Price]:
         """The fastest of these that recompute all blocks, with as few of them as will do."""

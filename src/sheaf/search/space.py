@@ -9,8 +9,9 @@ from sheaf.errors import PlanError
 from sheaf.graph.facts import ModelFacts
 from sheaf.plans import Plan
 from sheaf.plans.layout import soonest
-from sheaf.plans.plan import DEFAULT_SCHEDULE, EQUAL, RECOMPUTE, SCHEDULES, STOLEN
+from sheaf.plans.plan import DEFAULT_SCHEDULE, RECOMPUTE, SCHEDULES
 from sheaf.plans.server import APART
+from sheaf.plans.shares import EQUAL, STOLEN
 from sheaf.plans.stages import placed
 
 ALL_DEGREES_UP_TO = 16  # workers; beyond, powers of two, divisors of the batch, and all of them

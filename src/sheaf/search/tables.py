@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
+from sheaf.cost.deals import dealt
 from sheaf.cost.rows import cheapest
-from sheaf.cost.step import dealt
 from sheaf.graph.facts import GLUE, LOSS, ModelFacts
 from sheaf.plans import Plan
 from sheaf.search import space
