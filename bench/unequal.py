@@ -117,7 +117,8 @@ def by_speed(given: Task) -> dict[str, str]:
         for worker in range(2)
     ]
     count = given.batch // (given.microbatch or 1)
-    return {"shares": weighted_shares(seconds, count), "shards": weighted_shares(seconds, FINENESS)}
+    found = {"shares": weighted_shares(seconds, count), "shards": weighted_shares(seconds, FINENESS)}
+    return {key: weights if ":" in weights else "1:1" for key, weights in found.items()}
 
 
 def _terms(reports: list[StepReport]) -> dict[str, float]:

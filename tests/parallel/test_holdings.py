@@ -178,3 +178,56 @@ def through_its_last_backward(text: str) -> tuple[float, bool]:
 def test_a_worker_that_is_early_does_not_wait_in_its_last_backward(ranks, text):
     found = ranks(through_its_last_backward, 2, text)
     assert found == [(pytest.approx(plain(mlp_float64(), 1).losses[0], rel=1e-12), True)] * 2
+
+
+class Fails(torch.autograd.Function):
+    """Nothing forward; backward it fails."""
+
+    @staticmethod
+    def forward(ctx, given):
+        return given.clone()
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise ArithmeticError("this backward fails")
+
+
+class Failing(nn.Module):
+    """A model whose backward fails half-way, when some buckets are complete."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.middle, self.out = nn.Linear(12, 20), nn.Linear(20, 20), nn.Linear(20, 5)
+
+    def forward(self, given: Tensor) -> Tensor:
+        return self.out(self.middle(Fails.apply(self.into(given))).tanh())
+
+
+def failed_and_gone_on(text: str):
+    import time
+
+    from sheaf.parallel import build
+    from sheaf.plans import Plan
+
+    step = build(mlp_float64(model=Failing, batch=14, microbatch=7), Plan.parse(text))
+    send = step._runner.parts.exchange.send
+
+    def late() -> None:
+        time.sleep(0.2 * torch.distributed.get_rank())  # the other one's backward fails before this
+        send()
+        time.sleep(0.2 * torch.distributed.get_rank())  # and this one's knows the losses from its beginning
+
+    step._runner.parts.exchange.send = late
+    with pytest.raises(ArithmeticError, match="this backward fails"):
+        step()
+    step.close()
+    other = build(mlp_float64(), Plan.parse(text))
+    loss = other().loss
+    other.close()
+    return loss
+
+
+@pytest.mark.parametrize("text", ["dp=2,bucket_bytes=1024", "dp=2,zero=1,bucket_bytes=1024"])
+def test_workers_whose_backwards_fail_go_on_together(ranks, text):
+    wanted = plain(mlp_float64(), 1).losses[0]
+    assert ranks(failed_and_gone_on, 2, text) == [pytest.approx(wanted, rel=1e-12)] * 2

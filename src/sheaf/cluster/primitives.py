@@ -35,7 +35,7 @@ class Pending:
 
     @property
     def done(self) -> bool:
-        """Whether ``wait`` would not block; of messages between pairs gloo knows that only afterwards."""
+        """Whether its messages have come; of those between pairs gloo knows that only after ``wait``."""
         return all(work.is_completed() for work in self._works)
 
     def wait(self) -> None:

@@ -74,7 +74,7 @@ def stolen(plan: Plan, paces: Sequence[Pace], sizes: Sequence[int]) -> list[list
     """
     taken: list[list[int]] = [[] for _ in paces]
     each = [own_seconds(plan, pace, sizes[0]) for pace in paces]
-    leaves = (0,) * len(paces) if plan.server else left_to_others(each)
+    leaves = {mine: 0 if plan.server else left_to_others(mine, each) for mine in set(each)}
     asking = [(0.0, rank, 0.0) for rank in range(len(paces))]  # when, who, and when it is done with what it has
     left = deque(sizes)
     while left:
@@ -82,7 +82,7 @@ def stolen(plan: Plan, paces: Sequence[Pace], sizes: Sequence[int]) -> list[list
         if when < free and len(left) >= len(paces):
             heapq.heappush(asking, (free, rank, free))
             continue
-        if taken[rank] and len(left) <= leaves[rank]:
+        if taken[rank] and len(left) <= leaves[each[rank]]:
             continue
         size = left.popleft()
         taken[rank].append(size)

@@ -108,6 +108,11 @@ class AbstractHolding(ABC):
     def end_backward(self) -> None:
         """That backward has run."""
 
+    def gave_up(self) -> None:  # noqa: B027 - most have sent what was complete
+        """That backward failed: send what was complete until then, so that all workers on which it did have sent as
+        much, and whatever they go on with meets the same.
+        """
+
     def idle_round(self) -> None:
         """Take part in a round in which this worker has no microbatch."""
         raise AssertionError("only holdings in lockstep have rounds")

@@ -101,6 +101,9 @@ class Replicated(AbstractHolding):
     def end_backward(self) -> None:
         """Nothing: what is not ready may still become so."""
 
+    def gave_up(self) -> None:
+        self._turnstile.catch_up()
+
     def flush(self) -> None:
         if not self._turnstile.armed:
             self._turnstile.arm()

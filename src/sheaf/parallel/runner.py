@@ -3,13 +3,14 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from sheaf.errors import WorkerFailed
 from sheaf.parallel.calls import Calling
 from sheaf.parallel.exchange import Exchange
 from sheaf.parallel.holding import AbstractHolding
@@ -174,7 +175,12 @@ class WholeModel(AbstractRunner):
                 parts.exchange.send()
             holding.arm(last=last)
             if loss.sum.requires_grad:
-                torch.autograd.backward([loss.sum], [parts.seed(loss.sum)])
+                try:
+                    torch.autograd.backward([loss.sum], [parts.seed(loss.sum)])
+                except Exception:
+                    with suppress(WorkerFailed):  # what was wrong here counts more than who is gone since
+                        holding.gave_up()
+                    raise
             holding.end_backward()
 
     def forward(self, step: int, microbatch: Microbatch, batch: Any, *, counts: bool = True) -> Loss:

@@ -96,6 +96,9 @@ class Sharded(AbstractHolding):
         self._turnstile.arm()
         self._turnstile.flush()
 
+    def gave_up(self) -> None:
+        self._turnstile.catch_up()
+
     def flush(self) -> None:
         if self._turnstile.armed or self._launched < len(self.flats):
             if not self._turnstile.armed:

@@ -174,7 +174,7 @@ class Stolen(AbstractDealer):
     def learn(self, seconds: Sequence[float], counts: Sequence[int]) -> None:
         self._paces.learn(seconds, counts)
         if (paces := self._paces.seconds) is not None:
-            self._leaves = left_to_others(paces)[self._worker]
+            self._leaves = left_to_others(paces[self._worker], paces)
 
     def _ticket(self) -> int:
         return self._counter.add(f"{self._name}/{self._deals}", 1) - 1

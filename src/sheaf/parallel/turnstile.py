@@ -66,6 +66,10 @@ class Turnstile:
         while self._next < self._complete and self._is_open():
             self._go()
 
+    def catch_up(self) -> None:
+        """Launch what is complete, open or not: where a backward fails, all workers have then started the same."""
+        self.let_through(self._complete)
+
     def let_through(self, count: int) -> None:
         """Launch the first ``count`` groups now, ready or not (what is missing counts as zero)."""
         while self.armed and self._next < count:
@@ -83,4 +87,8 @@ class Turnstile:
     def _go(self) -> None:
         group, self._next = self._next, self._next + 1
         self._complete = max(self._complete, self._next)
-        self._launch(group)
+        try:
+            self._launch(group)
+        except BaseException:
+            self.forget()
+            raise

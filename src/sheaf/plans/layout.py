@@ -5,7 +5,6 @@ The executors move these slices, the memory estimate counts them, and checkpoint
 
 import heapq
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -185,20 +184,17 @@ def soonest(count: int, seconds: Sequence[float]) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def left_to_others(seconds: Sequence[float]) -> tuple[int, ...]:
-    """How many of the last microbatches each worker leaves to the others, who are sooner done with them than it with
-    one more. Workers need ``seconds`` for one, and a faster one is on average half-way through what it has. The fastest
-    leaves none.
+def left_to_others(mine: float, everyone: Iterable[float]) -> int:
+    """How many of the last microbatches a worker leaves to others, who are sooner done with them than it with one more.
 
-    >>> left_to_others((1.0, 1.4)), left_to_others((1.0, 2.2, 4.0))
-    ((0, 0), (0, 1, 4))
+    It needs so many seconds for ``mine``, each of ``everyone`` as many as given; one that is faster is on average
+    half-way through what it has. The fastest leaves none.
+
+    >>> everyone = (1.0, 1.4, 2.2, 4.0)
+    >>> [left_to_others(mine, everyone) for mine in everyone]
+    [0, 0, 2, 7]
     """
-    kinds = Counter(seconds)
-    leaves = {
-        mine: sum(count * max(0, math.ceil(mine / each - 0.5) - 1) for each, count in kinds.items() if each < mine)
-        for mine in kinds
-    }
-    return tuple(leaves[mine] for mine in seconds)
+    return sum(max(0, math.ceil(mine / each - 0.5) - 1) for each in everyone if each < mine)
 
 
 def in_turn(count: int, seconds: Sequence[float]) -> tuple[int, ...]:

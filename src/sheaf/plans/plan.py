@@ -292,9 +292,13 @@ class Plan:
         Plan(dp=4,local=16:diloco)
         >>> Plan.parse("dp=2,h.*=tp").with_text("h.*=recompute")
         Plan(dp=2,h.*=tp,h.*=recompute)
+        >>> Plan.parse("dp=2,zero=1,shards=2:1").with_text("zero=0,server=2")
+        Plan(dp=2,server=2)
         """
         said = text.pairs(written)
         anew = {text.said_of(pair) for pair in said}
+        if ("zero", "0") in said:
+            anew.add(("shards", False))  # there are none any more
         return self.from_pairs([pair for pair in text.pairs(str(self)) if text.said_of(pair) not in anew] + said)
 
     def with_microbatch(self, microbatch: int) -> "Plan":
