@@ -192,7 +192,7 @@ def left_to_others(mine: float, everyone: Iterable[float]) -> int:
 
     >>> everyone = (1.0, 1.4, 2.2, 4.0)
     >>> [left_to_others(mine, everyone) for mine in everyone]
-    [0, 0, 2, 7]
+    [0, 0, 2, 6]
     """
     return sum(max(0, math.ceil(mine / each - 0.5) - 1) for each in everyone if each < mine)
 
