@@ -114,11 +114,11 @@ def test_each_microbatch_is_stolen_once_whoever_leaves_some_to_others(paces, cou
 
 
 def test_a_slow_worker_leaves_the_last_microbatch_to_a_faster_one():
-    def taken(paces, drawn):
+    def taken(paces, drawn, *more):
         counter = Drawn()
         dealer = Stolen(counter, "it", 2, 1)
-        if paces:
-            dealer.learn(paces, [1, 1])
+        for each in [paces, paces, *more] if paces else ():
+            dealer.learn(each, [1, 1])
         mine = dealer.deal(0, range(8))
         first, _ = next(mine)
         counter.number = drawn
@@ -127,6 +127,7 @@ def test_a_slow_worker_leaves_the_last_microbatch_to_a_faster_one():
     assert taken(None, 7) == (0, 7), "nobody knows in the first step"
     assert taken([1.0, 2.3], 7) == (0, None)
     assert taken([1.0, 2.3], 6) == (0, 6)
+    assert taken([1.0, 2.3], 7, (1.0, 1.1)) == (0, 7), "it stalled in other steps, and is not slow"
     assert taken([1.0, 1.4], 7) == (0, 7)
     assert taken([2.3, 1.0], 7) == (0, 7)
     assert taken([1.0, 9.0], 1) == (0, None), "it has the first all the same, or nobody would see it become faster"

@@ -84,6 +84,11 @@ class Paces:
         """Of each replica; None until all were seen."""
         return tuple(map(statistics.median, self._seen)) if all(self._seen) else None
 
+    @property
+    def least_seconds(self) -> tuple[float, ...] | None:
+        """As ``seconds``, of each replica's best step: what it takes where nothing holds it up."""
+        return tuple(map(min, self._seen)) if all(self._seen) else None
+
     def learn(self, seconds: Sequence[float], counts: Sequence[int]) -> None:
         """How long each computed in a step, and how many microbatches; who had none is as it was."""
         for seen, spent, count in zip(self._seen, seconds, counts, strict=True):
@@ -131,7 +136,8 @@ class Stolen(AbstractDealer):
     A worker takes its next one after the current one, so that nothing else waits with it when it stands still. When
     fewer are left than there are ``replicas``, it does so before backward: it then knows which is its last, and sends
     gradients while that one still runs. After its first, it leaves the last ones to replicas that would be done with
-    them before it with one more, by the pace of the last steps; all know the same paces, and the fastest leaves none.
+    them before it with one more, by the best pace of the last steps: one that stalls now and then is not slow. All know
+    the same paces, and the fastest leaves none.
 
     Each deal has a counter of its own, also where a step is dealt again (after ``load``, or after a refused step); the
     ``worker`` 0 deletes it afterwards.
@@ -173,7 +179,7 @@ class Stolen(AbstractDealer):
 
     def learn(self, seconds: Sequence[float], counts: Sequence[int]) -> None:
         self._paces.learn(seconds, counts)
-        if (paces := self._paces.seconds) is not None:
+        if (paces := self._paces.least_seconds) is not None:
             self._leaves = left_to_others(paces[self._worker], paces)
 
     def _ticket(self) -> int:
