@@ -22,7 +22,7 @@ GOALS = {("serial", "hand-written loop"): 0.99, ("dp=2", "DDP"): 0.98, ("dp=2,ze
 AIM = {("dp=2,zero=3", "fully_shard"): 1.2}  # on gloo
 BEST_DTENSOR, AIM_DTENSOR = 1.0, 1.2
 BALANCE = 1.2  # of a pipeline with balanced stages over one with equally many layers in each
-UNEQUAL = {  # (where, shares): the best plan with those; at half the speed for all, 1.5 is the most there can be
+UNEQUAL = {  # (where, shares): the best plan with those; were only computing to count, 1.5 is the most at half speed
     ("one worker at half speed", "weighted"): 1.45,
     ("one worker at half speed", "stolen"): 1.45,
     ("one worker at half speed, long steps", "weighted"): 1.45,

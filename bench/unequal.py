@@ -9,11 +9,11 @@ long: the longer, the more is left to steal when one comes. What nobody could do
 
 Each contender makes ``ROUNDS`` times 10 steps, 200, beside a worker at half speed: about 9 minutes, and 8 for stalls.
 Long steps, of three times as many microbatches, take 10 more, in a quarter of the rounds. Half of the rounds take half
-of that, and say as much with wider quartiles. The limit of 1.5 is that of computing: what each worker does in every
-step whoever computed what (laying out and summing gradients, the update) takes the slow one as long under every plan
-without ZeRO. With it each updates its shard alone, and the slow one's is as much smaller as it is slower. The more
-microbatches a step has, the less that counts. ``terms`` of a row are what a step's
-seconds went to on each worker.
+of that, and say as much with wider quartiles. Were there only computing, at twice the speed for one wherever it
+computes, no shares could gain more than 1.5. What each worker does in every step whoever computed what (laying out and
+summing gradients, the update) takes the slow one as long under every plan without ZeRO; with it each updates its shard
+alone, and the slow one's is as much smaller as it is slower, so that more may be gained. The more microbatches a step
+has, the less that counts. ``terms`` of a row are what a step's seconds went to on each worker.
 """
 
 import os
