@@ -34,15 +34,15 @@ from bench.interleaved import ratio, rounds
 from bench.quota import quota
 from bench.stalls import stalls as stalls_of
 from sheaf import Plan, Task, build, launch
-from sheaf.parallel.shares import REMEMBERED
+from sheaf.parallel.shares import REMEMBERED, Paces
 from sheaf.record import StepReport
+from sheaf.search.families import SHARDS_OF
 from sheaf.search.space import weighted_shares
 from sheaf.task import Order, fetch
 
 ROUNDS = 20
 PER_WORKER = 6  # microbatches of a step for each worker under equal shares
 LONGER = 3  # times as many in long steps
-FINENESS = 24  # parts to which shards are rounded
 HALF = ("dp=2,shares={shares},zero=1", "dp=2,shares=stolen,zero=1,shards={shards}")  # by measured speeds
 STALLED = ("dp=2", "dp=2,shares=stolen")
 
@@ -110,14 +110,14 @@ def compared(
 def by_speed(given: Task) -> dict[str, str]:
     """The shares of two workers and their shards, as a search weighs them, by how fast they are when both compute."""
     step = build(given, Plan.parse("dp=2,shares=balanced"))
-    reports = [step() for _ in range(2 * REMEMBERED)][REMEMBERED:]
+    paces = Paces(2)
+    for _ in range(2 * REMEMBERED):
+        report = step()
+        paces.learn(report.computed, report.microbatches)
     step.close()
-    seconds = [
-        statistics.median(report.computed[worker] / report.microbatches[worker] for report in reports)
-        for worker in range(2)
-    ]
+    seconds = paces.seconds or (1.0, 1.0)
     count = given.batch // (given.microbatch or 1)
-    found = {"shares": weighted_shares(seconds, count), "shards": weighted_shares(seconds, FINENESS)}
+    found = {"shares": weighted_shares(seconds, count), "shards": weighted_shares(seconds, 2 * SHARDS_OF)}
     return {key: weights if ":" in weights else "1:1" for key, weights in found.items()}
 
 

@@ -68,8 +68,9 @@ class Remedies:
         for zero, recompute, offload in product(stages, dict.fromkeys(again), dict.fromkeys(hosts)):
             for shares, shards in ((plan.shares, plan.shards), *(even if zero else ())):
                 try:
-                    change = replace(plan, zero=zero, recompute=recompute, offload=offload)
-                    change = replace(change, shares=shares, shards=shards)
+                    change = replace(
+                        plan, zero=zero, recompute=recompute, offload=offload, shares=shares, shards=shards
+                    )
                 except PlanError:
                     continue
                 if change != plan:
