@@ -2,7 +2,8 @@
 
 A worker at half speed is one whose control group gives it half a core (bench.quota), where its neighbour has a whole
 one. Which weights its shares and shards get is measured in each run, in steps before the first round in which both
-compute: beside a busy neighbour it is slower than beside one that waits, as it does under DDP. Stalls are real: another
+compute: beside a busy neighbour it is slower than beside one that waits, as it does under DDP. Shares reckon with its
+update as well, which without ZeRO nobody waits for: it begins its next step so much later. Stalls are real: another
 process stops the second worker for a second at random moments (bench.stalls), the same ones for every contender in a
 round, others in the next. Half of a step's microbatches take about as long as a stall, of a long step's three times as
 long: the longer, the more is left to steal when one comes. What nobody could do better is in ``bench.stall_limits``.
@@ -43,7 +44,7 @@ from sheaf.task import Order, fetch
 ROUNDS = 20
 PER_WORKER = 6  # microbatches of a step for each worker under equal shares
 LONGER = 3  # times as many in long steps
-HALF = ("dp=2,shares={shares},zero=1", "dp=2,shares=stolen,zero=1,shards={shards}")  # by measured speeds
+HALF = ("dp=2,shares={shares}", "dp=2,shares=stolen,zero=1,shards={shards}")  # by measured speeds
 STALLED = ("dp=2", "dp=2,shares=stolen")
 
 
@@ -111,14 +112,17 @@ def by_speed(given: Task) -> dict[str, str]:
     """The shares of two workers and their shards, as a search weighs them, by how fast they are when both compute."""
     step = build(given, Plan.parse("dp=2,shares=balanced"))
     paces = Paces(2)
+    updates = torch.zeros(2)
     for _ in range(2 * REMEMBERED):
         report = step()
-        paces.learn(report.computed, report.microbatches)
+        paces.learn(report.computed, report.microbatches, updates.tolist())
+        updates.zero_()[dist.get_rank()] = report.terms["optimizer"]
+        dist.all_reduce(updates)
     step.close()
     seconds = paces.seconds or (1.0, 1.0)
-    count = given.batch // (given.microbatch or 1)
-    found = {"shares": weighted_shares(seconds, count), "shards": weighted_shares(seconds, 2 * SHARDS_OF)}
-    return {key: weights if ":" in weights else "1:1" for key, weights in found.items()}
+    shares = weighted_shares(seconds, given.batch // (given.microbatch or 1), paces.updates)
+    found = {"shares": shares, "shards": weighted_shares(seconds, 2 * SHARDS_OF)}
+    return {key: weights or "1:1" for key, weights in found.items()}
 
 
 def _terms(reports: list[StepReport]) -> dict[str, float]:

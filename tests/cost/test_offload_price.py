@@ -129,8 +129,14 @@ def test_the_host_that_steps_slowest_is_waited_for_wherever_it_stands():
         found = [
             priced(f"{text},offload=optimizer", replace(there, hosts=hosts)) for hosts in ((fast, slow), (slow, slow))
         ]
-        assert found[0].seconds == pytest.approx(found[1].seconds), text
-        assert found[0].seconds["offload"] > priced(f"{text},offload=optimizer").seconds["offload"], text
+        alike = priced(f"{text},offload=optimizer").seconds
+        assert found[0].step_seconds == pytest.approx(found[1].step_seconds), text
+        if text == "dp=2":  # nobody waits for its update, but for what it computes after it
+            assert found[0].seconds["offload"] == pytest.approx(alike["offload"])
+            assert found[0].seconds["wait"] > alike["wait"]
+        else:
+            assert found[0].seconds == pytest.approx(found[1].seconds), text
+            assert found[0].seconds["offload"] > alike["offload"], text
 
 
 def test_on_cpus_the_fullest_of_a_pipeline_has_what_it_steps_itself():

@@ -33,7 +33,7 @@ def test_small_messages_cost_what_gloo_and_the_network_say_about_them():
         for backend in ("nccl", "gloo")
     )
     sums = sum(map(len, meetings(facts, plan, 4))) + 2  # losses and parameters used are summed too
-    small = 2 * 3 / 4 * (8 * (2 * len(SIZES) + 5) + 4 * (len(facts.parameters) + 4))
+    small = 2 * 3 / 4 * (8 * (2 * len(SIZES) + 5) + 4 * (len(facts.parameters) + 2 * 4))
     assert (quiet.messages, told.messages) == (0, sums * 12)
     assert told.traffic_bytes == pytest.approx(quiet.traffic_bytes + small + sums * 12 * 144)
     # as 44 packets were counted for 12 messages between network namespaces

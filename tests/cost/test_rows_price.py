@@ -49,6 +49,17 @@ def test_a_dealt_table_is_held_once_over_all_workers() -> None:
     assert shared["parameters"] == dense["parameters"]
 
 
+def test_replicas_do_not_wait_for_a_slow_worker_to_update_its_copy_of_a_table() -> None:
+    unlike = made.cluster(1, speeds=(1.0, 0.5))
+    one, two = (
+        price(Plan.parse(f"dp=2,b0={answer}"), facts(), unlike, made.profile(facts()), microbatches=[4] * 4)
+        for answer in ("sparse", "rows")
+    )
+    whole = sum(each.size_bytes for each in facts().parameters) * made.profile(facts()).optimizer_seconds_per_byte
+    assert one.seconds["optimizer"] == pytest.approx(whole), "of the fast worker, table and all"
+    assert one.seconds["wait"] == pytest.approx(two.seconds["wait"] + whole), "and for as long the slow one is late"
+
+
 def test_a_table_that_is_used_whole_sends_every_row() -> None:
     assert priced("dp=4,b0=sparse", whole=True).step_seconds > priced("dp=4").step_seconds
 

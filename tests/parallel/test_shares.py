@@ -1,5 +1,6 @@
 """Who is dealt how much when workers are not alike."""
 
+import pathlib
 import time
 from dataclasses import replace
 
@@ -11,8 +12,9 @@ from plain import mlp_float64
 from torch import nn
 
 import sheaf
-from sheaf.parallel.shares import REMEMBERED, Balanced, Stolen, lifted
+from sheaf.parallel.shares import REMEMBERED, Balanced, Stolen
 from sheaf.plans import Plan
+from sheaf.plans.layout import lifted
 
 
 class Slowed(nn.Module):
@@ -49,6 +51,89 @@ def test_a_slow_worker_is_dealt_less_after_the_first_step(ranks, text):
     assert all(fast > slow for fast, slow in counts[2:])
     assert all(sum(step) == 15 and min(step) >= 1 for step in counts)
     assert all(slow > 0.02 for _, slow in computed)
+
+
+class Even(Slowed):
+    """Takes as long on every worker."""
+
+    def forward(self, inputs):
+        Slowed.slept_seconds += 1 / 32
+        return self.inner(inputs)
+
+
+class SlowUpdate(torch.optim.SGD):
+    """Takes as long as ten microbatches on one worker."""
+
+    def step(self, closure=None):
+        if torch.distributed.get_rank() == 1:
+            Slowed.slept_seconds += 10 / 32
+        return super().step(closure)
+
+
+def updated(text, steps):
+    clock, time.perf_counter = time.perf_counter, lambda: Slowed.slept_seconds  # nothing else takes time
+    try:
+        given = replace(mlp_float64(batch=45), model=Even, optimizer=lambda parameters: SlowUpdate(parameters, lr=0.1))
+        step = sheaf.build(given, Plan.parse(text))
+        reports = [step() for _ in range(steps)]
+        step.close()
+    finally:
+        time.perf_counter = clock
+    return [report.microbatches for report in reports], [report.terms for report in reports]
+
+
+@pytest.mark.parametrize(
+    ("text", "dealt"),
+    [
+        ("dp=2,shares=balanced", (13, 2)),  # done at 13/32 s and, 10 of them for the update before, at 12/32
+        ("dp=2,zero=1,shares=balanced", (8, 7)),  # both begin when both have updated
+    ],
+)
+def test_who_updates_slowly_is_dealt_less_where_the_others_do_not_wait_for_that(ranks, text, dealt):
+    (counts, _), (others, terms) = ranks(updated, 2, text, 4)
+    assert counts == others == [(8, 7), (8, 7), dealt, dealt], "an update is known with the step after it"
+    assert terms[-1]["compute"] == dealt[1] / 32
+    assert terms[-1]["optimizer"] == 10 / 32
+
+
+class Normed(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(12, 5), nn.BatchNorm1d(5))
+
+
+class UpdateAfterTheOther(torch.optim.SGD):
+    """On worker 1 it ends when worker 0 has returned from its step."""
+
+    returned = pathlib.Path()
+
+    def step(self, closure=None):
+        until = time.monotonic() + 30
+        while torch.distributed.get_rank() == 1 and not self.returned.exists():
+            assert time.monotonic() < until, "worker 0 waits for this update"
+            time.sleep(0.01)
+        return super().step(closure)
+
+
+def one_after_the_other(text, returned):
+    UpdateAfterTheOther.returned = pathlib.Path(returned)
+    given = replace(
+        mlp_float64(batch=45),
+        model=Normed,
+        clip=1.0,
+        optimizer=lambda parameters: UpdateAfterTheOther(parameters, lr=0.1),
+    )
+    step = sheaf.build(given, Plan.parse(text))
+    step()
+    pathlib.Path(returned).touch()
+    step()  # for which both wait
+    step.close()
+    return step.model[1].running_mean.tolist()
+
+
+@pytest.mark.parametrize("text", ["dp=2", "dp=2,shares=stolen", "dp=2,compress=int8"])
+def test_a_worker_goes_on_though_another_still_updates_also_with_batch_statistics(ranks, text, tmp_path):
+    first, second = ranks(one_after_the_other, 2, text, str(tmp_path / "returned"))
+    assert first == second
 
 
 def test_speeds_are_medians_of_the_last_steps():

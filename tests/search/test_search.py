@@ -203,6 +203,16 @@ def test_unequal_workers_get_shares_by_speed():
     assert weighted_shares((1.0, 1.0, 2.0), 10) == "2:2:1"
 
 
+def test_shares_reckon_with_updates_that_the_others_do_not_wait_for():
+    facts = made.facts(block_elements=20_000_000, samples=1)
+    asked = question(facts={1: facts}, cluster=made.cluster(1, speeds=(1.0, 0.45)), batch=12, microbatch=1)
+    ranked = {str(entry.plan) for entry in search(asked).ranked}
+    assert {"dp=2,shares=3:1", "dp=2,shares=2:1,zero=1"} <= ranked
+    two, three = (asked.price(Plan.parse(f"dp=2,shares={weights}")) for weights in ("2:1", "3:1"))
+    busy = [sum(one.seconds[term] for term in ("compute", "wait", "host", "optimizer")) for one in (two, three)]
+    assert busy[1] < busy[0], "though less of what travels hides beside the last backward of the fast worker"
+
+
 def test_shards_by_speed_are_looked_at_beside_stolen_shares_of_unequal_workers():
     cluster = made.cluster(1, speeds=(1.0, 0.5))
     ranking = search(question(cluster=cluster, microbatch=2))

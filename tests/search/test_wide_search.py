@@ -146,6 +146,14 @@ def test_a_bound_is_of_as_many_busy_workers_as_the_plan_has():
         assert bounds.seconds(plan) <= question.rough(plan).step_seconds * (1 + 1e-9)
 
 
+def test_where_nobody_waits_a_microbatch_too_many_for_one_binds_nobody():
+    question = Question(batch=5, facts={4: made.facts()}, cluster=made.cluster(2), microbatch=1)
+    bounds, plan = Bounds(question.batch, question.basis, question.size), Plan.parse("dp=2,server=2:async")
+    assert bounds.seconds(plan) <= question.rough(plan).step_seconds * (1 + 1e-9)
+    waiting = plan.with_text("server=2")
+    assert bounds.seconds(plan) < bounds.seconds(waiting) <= question.rough(waiting).step_seconds * (1 + 1e-9)
+
+
 def test_a_search_that_is_cut_short_says_what_it_found_and_what_is_left():
     question = asked(
         {"blocks": 4, "elements": 250_000, "flops": 1e9, "saved_bytes": 10_000, "workers": 4, "hosts": 2, "speeds": (),

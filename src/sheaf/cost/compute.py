@@ -40,6 +40,7 @@ class Pace:
     host_seconds: float
     crossing: Crossing = NOTHING  # with the workers that split its layers
     dispatch_seconds: float = 0.0  # of executors, for each microbatch
+    update_seconds: float = 0.0  # of its own update, where workers are unlike and the others do not wait for that
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from sheaf.cost.communication import COUNTER_SECONDS
 from sheaf.cost.compute import Pace
 from sheaf.cost.sizes import Sizes
 from sheaf.plans import Plan
-from sheaf.plans.layout import apportion, left_to_others, soonest
+from sheaf.plans.layout import apportion, left_to_others, soonest_for_all
 
 
 def own_seconds(plan: Plan, pace: Pace, size: int) -> float:
@@ -22,8 +22,8 @@ def own_seconds(plan: Plan, pace: Pace, size: int) -> float:
 
 
 def total_seconds(plan: Plan, pace: Pace, sizes: Sequence[int]) -> float:
-    """``own_seconds`` of several microbatches."""
-    return sum(count * own_seconds(plan, pace, size) for size, count in Counter(sizes).items())
+    """``own_seconds`` of several microbatches, and of the update before them where the others do not wait for that."""
+    return pace.update_seconds + sum(count * own_seconds(plan, pace, size) for size, count in Counter(sizes).items())
 
 
 def total_all(plan: Plan, paces: Sequence[Pace], shares: Sequence[Sequence[int]]) -> float:
@@ -37,12 +37,13 @@ def dealt(plan: Plan, sizes: Sequence[int], paces: Sequence[Pace] = ()) -> list[
     """Contiguous runs in proportion to the plan's weights, or to how fast the replicas' ``paces`` are."""
     if not (plan.balanced and paces):
         return [share for replicas, share in in_runs(plan, sizes) for _ in replicas]
-    return by_speed(sizes, [own_seconds(plan, pace, sizes[0]) for pace in paces])
+    begins = [pace.update_seconds for pace in paces]
+    return by_speed(sizes, [own_seconds(plan, pace, sizes[0]) for pace in paces], begins)
 
 
-def by_speed(sizes: Sequence[int], seconds: Sequence[float]) -> list[list[int]]:
-    """Contiguous runs for replicas that take so long for a microbatch each, so that the last is done soonest."""
-    return _cut(sizes, soonest(len(sizes), seconds))
+def by_speed(sizes: Sequence[int], seconds: Sequence[float], begins: Sequence[float] = ()) -> list[list[int]]:
+    """Contiguous runs for replicas that take so long for a microbatch each, as balanced shares are dealt."""
+    return _cut(sizes, soonest_for_all(len(sizes), seconds, begins))
 
 
 def in_runs(plan: Plan, sizes: Sequence[int]) -> list[tuple[range, list[int]]]:
@@ -75,7 +76,9 @@ def stolen(plan: Plan, paces: Sequence[Pace], sizes: Sequence[int]) -> list[list
     taken: list[list[int]] = [[] for _ in paces]
     each = [own_seconds(plan, pace, sizes[0]) for pace in paces]
     leaves = {mine: 0 if plan.server else left_to_others(mine, each) for mine in set(each)}
-    asking = [(0.0, rank, 0.0) for rank in range(len(paces))]  # when, who, and when it is done with what it has
+    begins = [pace.update_seconds for pace in paces]
+    asking = [(begin, rank, begin) for rank, begin in enumerate(begins)]  # when, who, when done with what it has
+    heapq.heapify(asking)
     left = deque(sizes)
     while left:
         when, rank, free = heapq.heappop(asking)

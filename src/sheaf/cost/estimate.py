@@ -25,6 +25,7 @@ from sheaf.graph.facts import ModelFacts, Profile
 from sheaf.plans import Plan
 from sheaf.plans.mesh import Mesh
 from sheaf.plans.offload import OPTIMIZER
+from sheaf.plans.shares import updates_alone
 from sheaf.plans.split import SplitFacts
 
 
@@ -138,6 +139,11 @@ def worker_seconds(plan: Plan, basis: Basis, size: int) -> tuple[float, ...]:
     )
 
 
+def begin_seconds(plan: Plan, basis: Basis) -> tuple[float, ...]:
+    """When each replica begins a step: after its own update, where the others do not wait for that."""
+    return tuple(pace.update_seconds for pace in _paces(plan, basis)) if plan.pp == 1 else ()
+
+
 def update_rates(plan: Plan, basis: Basis) -> tuple[float, ...]:
     """Seconds in which each replica without stages updates a byte of parameters."""
     return tuple(pace.optimizer_seconds_per_byte for pace in _paces(plan, basis))
@@ -147,13 +153,18 @@ def _paces(plan: Plan, basis: Basis) -> list[Pace]:
     """By replica, the pace of the slowest of the workers that split its layers."""
     seats, mesh = basis.seats(plan.workers), Mesh.of(plan)
     crossing = basis.crossing(basis.whole, basis.fabric(plan, "dp" if plan.expert_parts else "tp"))
+    alike = basis.alike(plan.workers)
+    alone = updates_alone(plan) and not alike
+    updated = basis.whole.trainable_bytes if alone else 0  # tables whose gradients are rows included
 
     @cache
     def paced(seat: Seat) -> Pace:
         adding = microbatch_seconds(basis.profile, plan, speed=seat.speed)
-        return replace(basis.pace(basis.whole, seat), crossing=crossing, dispatch_seconds=adding)
+        pace = basis.pace(basis.whole, seat)
+        updating = updated * pace.optimizer_seconds_per_byte
+        return replace(pace, crossing=crossing, dispatch_seconds=adding, update_seconds=updating)
 
-    if basis.alike(plan.workers):
+    if alike:
         return [paced(seats[0])] * plan.dp
 
     @cache
@@ -167,12 +178,14 @@ def _paces(plan: Plan, basis: Basis) -> list[Pace]:
 
 
 def _copying(plan: Plan, basis: Basis) -> float:
-    """The share of stepping in the host's memory that copies take, on the seat that it takes longest."""
+    """The share of stepping in the host's memory that copies take: on the seat that it takes longest, and where
+    replicas update alone on the quickest, which stands for the one that is done first.
+    """
     paces = [
         (basis.pace(basis.whole, seat).optimizer_seconds_per_byte, seat) for seat in basis.seating.kinds(plan.workers)
     ]
-    longest, seat = max(paces, key=lambda one: one[0])
-    return basis.stepping(seat, 0.0).copying / longest
+    took, seat = (min if updates_alone(plan) else max)(paces, key=lambda one: one[0])
+    return basis.stepping(seat, 0.0).copying / took
 
 
 def _price(plan: Plan, basis: Basis, times: StepTimes) -> Price:

@@ -81,7 +81,7 @@ def step_times(
         _by_own_pace(times, plan, alone)
     if plan.server:  # shards update, and workers wait for them
         times.seconds["server"] += updating / plan.serves.shards / max(1, plan.meets_locally.every)
-    if plan.local or not plan.server:
+    if (plan.local or not plan.server) and not any(pace.update_seconds for pace in paces):
         times.seconds["optimizer"] = updating
     times.seconds["host"] += max(pace.host_seconds for pace in paces)
     if not rounds:
@@ -127,7 +127,7 @@ def told(times: StepTimes, plan: Plan, portion: Portion, fabric: Fabric, num_mic
     facts, replicas = portion.facts, fabric.workers
     sizes: list[int] = []
     if not plan.server:
-        sizes += [8 * (2 * num_microbatches + replicas + 1), 4 * (len(facts.parameters) + replicas)]
+        sizes += [8 * (2 * num_microbatches + replicas + 1), 4 * (len(facts.parameters) + 2 * replicas)]
     merged = sum(buffer.size_bytes for buffer in facts.buffers if buffer.updated)
     if merged and plan.serves.exact:
         sizes.append(num_microbatches * STATISTICS * merged)
@@ -160,12 +160,18 @@ def _accumulated(
     overlap: float,
     shares: Sequence[Sequence[int]],
 ) -> None:
-    """ZeRO 0 and 1: everyone works alone; buckets travel beside the slowest worker's last backward."""
+    """ZeRO 0 and 1: everyone works alone; buckets travel beside the slowest worker's last backward.
+
+    Where each updates alone, the slowest is the one that is last with its update and what it computes after it.
+    """
     totals = [total_seconds(plan, pace, share) for pace, share in zip(paces, shares, strict=True)]
     first, slowest = totals.index(min(totals)), totals.index(max(totals))
     own_terms(times, plan, paces[first], shares[first])
     times.seconds["wait"] = totals[slowest] - totals[first]
-    reduced(times, plan, portion, fabric, backward_seconds(plan, paces[slowest], shares[slowest][-1]), overlap)
+    times.seconds["optimizer"] = paces[first].update_seconds
+    last = shares[slowest][-1:]  # none where it only updates
+    window = backward_seconds(plan, paces[slowest], last[0]) if last else 0.0
+    reduced(times, plan, portion, fabric, window, overlap)
 
 
 def reduced(

@@ -1,6 +1,7 @@
-"""Which device a worker computes on, and whether its process group carries tensors of it."""
+"""Which device a worker computes on, whether its process group carries tensors of it, and how full it has been."""
 
 import os
+import resource
 
 import torch
 import torch.distributed as dist
@@ -41,3 +42,10 @@ def refuse_uncarried(device: torch.device) -> None:
             f"device {device} was given, and the process group has gloo only, which is for the hosts' tensors: give "
             f"device=torch.device('cpu'), or start one worker per accelerator with 'cpu:gloo,{kind}:nccl'"
         )
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The most memory that this worker has held: of its process, or on its accelerator."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(torch.accelerator.max_memory_allocated(device))

@@ -217,7 +217,7 @@ class LocalSteps(Replicated):
         if self._spread.alone:
             return self._exchange.own_weight
         told, replica = self._exchange.told(), self._spread.place.dp
-        _, dealt = self._spread.by_replica([0.0] * len(told.counts), told.counts)
+        dealt = self._spread.dealt(told.counts)
         start = sum(dealt[:replica])
         return math.fsum(told.weights[start : start + dealt[replica]])
 

@@ -17,6 +17,7 @@ from sheaf.cluster.traffic import traffic
 from sheaf.errors import NonFiniteLoss, TaskError
 from sheaf.graph import cut
 from sheaf.parallel.board import Board, Closed
+from sheaf.parallel.devices import memory_bytes
 from sheaf.parallel.exchange import Exchange
 from sheaf.parallel.holding import Factor
 from sheaf.parallel.optimizers import learning_rate, load_named_state, named_state
@@ -28,7 +29,7 @@ from sheaf.parallel.runner import AbstractRunner, Expectation, Parts, WholeModel
 from sheaf.parallel.shares import REMEMBERED, Dealt
 from sheaf.parallel.spread import Spread
 from sheaf.parallel.statistics import BatchStatistics
-from sheaf.parallel.step import Step, memory_bytes
+from sheaf.parallel.step import Step
 from sheaf.parallel.supply import Part, Supply
 from sheaf.parallel.wants import refuse_looking
 from sheaf.parallel.world import World

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Protocol, runtime_checkable
 
 from sheaf.plans import Plan
-from sheaf.plans.layout import apportion, left_to_others, soonest
+from sheaf.plans.layout import apportion, left_to_others, soonest_for_all
 from sheaf.task import Microbatch
 
 REMEMBERED = 5  # steps
@@ -39,8 +39,13 @@ class AbstractDealer(ABC):
     def finished(self) -> None:
         """Every worker has had all of the deal under way."""
 
-    def learn(self, seconds: Sequence[float], counts: Sequence[int]) -> None:  # noqa: B027 - most know all they need
-        """How long each replica computed in the step, and how many microbatches; the same on every worker."""
+    def learn(  # noqa: B027 - most know all they need
+        self, seconds: Sequence[float], counts: Sequence[int], updates: Sequence[float] = ()
+    ) -> None:
+        """How long each replica computed in the step, and how many microbatches; the same on every worker.
+
+        ``updates``: how long its own update took it before, where the others went on without it; 0 if there was none.
+        """
 
 
 class Dealt(AbstractDealer):
@@ -74,10 +79,11 @@ class Dealt(AbstractDealer):
 
 
 class Paces:
-    """How long each replica takes for a microbatch: the median of its last steps."""
+    """How long each replica takes for a microbatch, and for its update: the median of its last steps."""
 
     def __init__(self, replicas: int) -> None:
         self._seen = [deque[float](maxlen=REMEMBERED) for _ in range(replicas)]
+        self._updates = [deque[float](maxlen=REMEMBERED) for _ in range(replicas)]
 
     @property
     def seconds(self) -> tuple[float, ...] | None:
@@ -89,11 +95,19 @@ class Paces:
         """As ``seconds``, of each replica's best step: what it takes where nothing holds it up."""
         return tuple(map(min, self._seen)) if all(self._seen) else None
 
-    def learn(self, seconds: Sequence[float], counts: Sequence[int]) -> None:
+    @property
+    def updates(self) -> tuple[float, ...]:
+        """What each spent on its update before a step, where the others did not wait for that; empty if unknown."""
+        return tuple(map(statistics.median, self._updates)) if all(self._updates) else ()
+
+    def learn(self, seconds: Sequence[float], counts: Sequence[int], updates: Sequence[float] = ()) -> None:
         """How long each computed in a step, and how many microbatches; who had none is as it was."""
         for seen, spent, count in zip(self._seen, seconds, counts, strict=True):
             if count and spent > 0:
                 seen.append(spent / count)
+        if any(updates):  # there is none before the first step
+            for update, spent in zip(self._updates, updates, strict=True):
+                update.append(spent)
 
 
 class Balanced(Dealt):
@@ -110,24 +124,10 @@ class Balanced(Dealt):
         seconds = self._paces.seconds
         if seconds is None:
             return super().counts(microbatches)
-        return lifted(soonest(microbatches, seconds), 1 if microbatches >= len(seconds) else 0)
+        return soonest_for_all(microbatches, seconds, self._paces.updates)
 
-    def learn(self, seconds: Sequence[float], counts: Sequence[int]) -> None:
-        self._paces.learn(seconds, counts)
-
-
-def lifted(counts: Sequence[int], least: int) -> tuple[int, ...]:
-    """The same sum, with at least so many for each: taken from those who have most.
-
-    >>> lifted((7, 1, 0), 1)
-    (6, 1, 1)
-    """
-    found = list(counts)
-    for place, count in enumerate(found):
-        for _ in range(least - count):
-            found[found.index(max(found))] -= 1
-            found[place] += 1
-    return tuple(found)
+    def learn(self, seconds: Sequence[float], counts: Sequence[int], updates: Sequence[float] = ()) -> None:
+        self._paces.learn(seconds, counts, updates)
 
 
 class Stolen(AbstractDealer):
@@ -177,8 +177,8 @@ class Stolen(AbstractDealer):
         if self._worker == 0:
             self._counter.delete_key(f"{self._name}/{self._deals}")
 
-    def learn(self, seconds: Sequence[float], counts: Sequence[int]) -> None:
-        self._paces.learn(seconds, counts)
+    def learn(self, seconds: Sequence[float], counts: Sequence[int], updates: Sequence[float] = ()) -> None:
+        self._paces.learn(seconds, counts, updates)
         if (paces := self._paces.least_seconds) is not None:
             self._leaves = left_to_others(paces[self._worker], paces)
 

@@ -126,22 +126,33 @@ class Spread:
             whole[name] = made
         return whole
 
-    def by_replica(self, seconds: Sequence[float], counts: tuple[int, ...]) -> tuple[list[float], list[int]]:
-        """How long the busiest worker of each replica computed, and how many microbatches the replica had."""
-        slowest, dealt = [0.0] * self.mesh.dp, [0] * self.mesh.dp
-        for rank, (spent, count) in enumerate(zip(seconds, counts, strict=True)):
+    def by_replica(
+        self, computed: Sequence[float], counts: tuple[int, ...], updated: Sequence[float]
+    ) -> tuple[list[float], list[int], list[float]]:
+        """How long the busiest worker of each replica computed, how many microbatches the replica had, and how long its
+        slowest worker updated.
+        """
+        return self._slowest(computed), self.dealt(counts), self._slowest(updated)
+
+    def _slowest(self, seconds: Sequence[float]) -> list[float]:
+        found = [0.0] * self.mesh.dp
+        for rank, spent in enumerate(seconds):
             replica = self.mesh.place(rank).dp
-            slowest[replica] = max(slowest[replica], spent)
-            dealt[replica] += count
-        return slowest, dealt
+            found[replica] = max(found[replica], spent)
+        return found
+
+    def dealt(self, counts: tuple[int, ...]) -> list[int]:
+        """By replica, how many microbatches it had, from those that each worker has told."""
+        found = [0] * self.mesh.dp
+        for rank, count in enumerate(counts):
+            found[self.mesh.place(rank).dp] += count
+        return found
 
     def shared(self, counts: tuple[int, ...]) -> tuple[int, ...]:
         """By worker, the microbatches of its replica, from those that each worker has told."""
         if self.mesh.tp == 1 and self.mesh.pp == 1:
             return counts
-        by_replica = [0] * self.mesh.dp
-        for rank, count in enumerate(counts):
-            by_replica[self.mesh.place(rank).dp] += count
+        by_replica = self.dealt(counts)
         return tuple(by_replica[self.mesh.place(rank).dp] for rank in range(len(counts)))
 
 

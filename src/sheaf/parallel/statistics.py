@@ -165,6 +165,8 @@ class BatchStatistics:
             if world.workers > 1 and isinstance(module, nn.SyncBatchNorm):
                 module.register_forward_pre_hook(_refuse_synchronised)
         self._traces = Traces(model)
+        self._widths = [2 * layer.size + 2 for layer in self._layers]
+        self._summed: Callable[[], Tensor] = torch.Tensor
         self._found: dict[int, tuple[Tensor, Tensor]] = {}  # by microbatch, what the layers' calls left, and how many
         self._steps = 0
 
@@ -227,15 +229,25 @@ class BatchStatistics:
 
     def apply(self, microbatches: int) -> None:
         """Update the running statistics by every worker's microbatches, in order (collective)."""
+        self.start(microbatches)
+        self.finish()
+
+    def start(self, microbatches: int) -> None:
+        """Begin to sum what every worker's microbatches left; until ``finish`` nothing is updated (collective)."""
         if not self._layers:
             return
-        widths = [2 * layer.size + 2 for layer in self._layers]
-        table = torch.zeros(microbatches, sum(widths), dtype=torch.float64)
+        table = torch.zeros(microbatches, sum(self._widths), dtype=torch.float64)
         for index, (left, calls) in self._found.items() if self._tells else ():
             moments = left.cpu().split([2 * layer.size for layer in self._layers])
             table[index] = torch.cat([part for pair in zip(moments, calls, strict=True) for part in pair])
-        table = self._world.summed(table, "running statistics")
-        for layer, statistics in zip(self._layers, table.split(widths, dim=1), strict=True):
+        self._summed = self._world.start_sum(table, "running statistics")
+
+    def finish(self) -> None:
+        """Update the running statistics by what was summed, in the order of microbatches."""
+        if not self._layers:
+            return
+        table = self._summed()
+        for layer, statistics in zip(self._layers, table.split(self._widths, dim=1), strict=True):
             layer.update(statistics)
 
 

@@ -1,6 +1,5 @@
 """One global step under any plan: fetch, forward, backward, gradients meet, clip, update. The same call for all."""
 
-import resource
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from sheaf.cluster.traffic import traffic
 from sheaf.errors import NonFiniteLoss, PlanError, TaskError
 from sheaf.parallel.agreement import Agreement
+from sheaf.parallel.devices import memory_bytes
 from sheaf.parallel.exchange import Told
 from sheaf.parallel.optimizers import learning_rate, load_named_state, named_state
 from sheaf.parallel.portion import Portion
@@ -19,6 +19,7 @@ from sheaf.parallel.runner import AbstractRunner
 from sheaf.parallel.ties import Ties
 from sheaf.parallel.values import decoded, encoded
 from sheaf.plans import Plan
+from sheaf.plans.shares import updates_alone
 from sheaf.record import StepReport
 from sheaf.task import Microbatch, Order
 
@@ -55,6 +56,7 @@ class Step:
         self._statistics = parts.statistics
         self._observer: Observer | None = None
         self._trained = self._names()
+        self._updated = 0.0  # seconds, in the step before, where the other replicas went on without it
 
     @property
     def model(self) -> nn.Module:
@@ -143,15 +145,18 @@ class Step:
             self._observer.gradients(
                 self.index, self._spread.assembled(self._holding.full_gradients(), self._portion, names)
             )
-        updating = self._world.now()
+        if self._statistics is not None:  # before the update: nobody is to wait for another's
+            self._statistics.start(len(microbatches))
+        updating, waiting = self._world.now(), self._spread.waited_seconds
         norm, skipped = self._update()
-        optimizer_seconds = self._world.now() - updating
+        optimizer_seconds = self._world.now() - updating - (self._spread.waited_seconds - waiting)
+        self._updated = optimizer_seconds if updates_alone(self.plan) else 0.0
         self._holding.after_update()
         if self._statistics is not None:
-            self._statistics.apply(len(microbatches))
-        _, _, computed = agreed.wait()
+            self._statistics.finish()
+        _, _, (computed, updated) = agreed.wait()
         self._expectation.weight = told.weight
-        self._runner.parts.dealer.learn(*self._spread.by_replica(computed, told.counts))
+        self._runner.parts.dealer.learn(*self._spread.by_replica(computed, told.counts, updated))
         report = self._report(
             microbatches,
             told,
@@ -160,6 +165,7 @@ class Step:
             staged=self._spread.stages.waited_seconds - staged,
             optimizer_seconds=optimizer_seconds,
             computed=computed,
+            updated=updated,
             norm=norm,
             skipped=skipped,
             sent=traffic.sent_bytes - sent,
@@ -279,7 +285,7 @@ class Step:
     def _agree(self) -> Agreement:
         alone = self._holding.meets_weights  # each replica, with gradients of its own
         return Agreement(
-            *(self._world, self._trained, self._holding.touched, self._runner.compute_seconds),
+            *(self._world, self._trained, self._holding.touched, (self._runner.compute_seconds, self._updated)),
             rows=self._spread.mesh.dp if alone else 1,
             row=self._spread.place.dp if alone else 0,
         )
@@ -362,11 +368,13 @@ class Step:
         staged: float,
         optimizer_seconds: float,
         computed: list[float],
+        updated: list[float],
         norm: float | None,
         skipped: bool,
         sent: float,
     ) -> StepReport:
-        idle = min(max(staged, max(computed) - self._runner.compute_seconds), waited)
+        busy = [sum(one) for one in zip(computed, updated, strict=True)]
+        idle = min(max(staged, max(busy) - busy[self.rank]), waited)
         terms = {
             "compute": self._runner.compute_seconds,
             "wait": idle,
@@ -390,10 +398,3 @@ class Step:
             stop=told.stop,
             sent_bytes=sent,
         )
-
-
-def memory_bytes(device: torch.device) -> int:
-    """The most memory that this worker has held: of its process, or on its accelerator."""
-    if device.type == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return int(torch.accelerator.max_memory_allocated(device))

@@ -174,11 +174,20 @@ class World:
 
     def summed(self, values: Tensor, what: str) -> Tensor:
         """The sum of a small CPU tensor over all workers, at once."""
+        return self.start_sum(values, what)()
+
+    def start_sum(self, values: Tensor, what: str) -> Callable[[], Tensor]:
+        """Start summing a small CPU tensor over all workers; what is returned waits for the sum."""
         if self.workers == 1:
-            return values
+            return lambda: values
         moved = values.to(self.device)
-        self.wait(self.all_reduce(moved, what))
-        return moved.cpu()
+        pending = self.all_reduce(moved, what)
+
+        def summed() -> Tensor:
+            self.wait(pending)
+            return moved.cpu()
+
+        return summed
 
     def barrier(self) -> None:
         """Wait for every worker."""

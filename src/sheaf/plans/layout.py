@@ -166,22 +166,47 @@ def apportion(count: int, weights: Sequence[int | float]) -> tuple[int, ...]:
     return tuple(shares)
 
 
-def soonest(count: int, seconds: Sequence[float]) -> tuple[int, ...]:
+def soonest(count: int, seconds: Sequence[float], begins: Sequence[float] = ()) -> tuple[int, ...]:
     """``count`` microbatches among workers that need ``seconds`` for one, so that the last is done soonest.
 
-    Each goes to the worker that would be done with it first, which is best for microbatches of one size.
+    Each goes to the worker that would be done with it first, which is best for microbatches of one size. ``begins``:
+    when each begins with its first, in seconds; together where not given.
 
-    >>> soonest(16, (1.0, 2.2)), soonest(4, (1.0, 9.0))
-    ((11, 5), (4, 0))
+    >>> soonest(16, (1.0, 2.2)), soonest(16, (1.0, 2.2), (0.5, 2.0)), soonest(4, (1.0, 9.0))
+    ((11, 5), (12, 4), (4, 0))
     """
     counts = [0] * len(seconds)
-    done = [(each, rank) for rank, each in enumerate(seconds)]
+    done = [(begin + each, rank) for rank, (begin, each) in enumerate(zip(begins or counts, seconds, strict=True))]
     heapq.heapify(done)
     for _ in range(count):
         when, rank = heapq.heappop(done)
         counts[rank] += 1
         heapq.heappush(done, (when + seconds[rank], rank))
     return tuple(counts)
+
+
+def soonest_for_all(count: int, seconds: Sequence[float], begins: Sequence[float] = ()) -> tuple[int, ...]:
+    """As ``soonest``, but nobody goes without while there are enough: one comes from those who have most.
+
+    >>> soonest_for_all(4, (1.0, 9.0)), soonest_for_all(1, (1.0, 9.0))
+    ((3, 1), (1, 0))
+    """
+    counts = soonest(count, seconds, begins)
+    return lifted(counts, 1) if count >= len(seconds) else counts
+
+
+def lifted(counts: Sequence[int], least: int) -> tuple[int, ...]:
+    """The same sum, with at least so many for each: taken from those who have most.
+
+    >>> lifted((7, 1, 0), 1)
+    (6, 1, 1)
+    """
+    found = list(counts)
+    for place, count in enumerate(found):
+        for _ in range(least - count):
+            found[found.index(max(found))] -= 1
+            found[place] += 1
+    return tuple(found)
 
 
 def left_to_others(mine: float, everyone: Iterable[float]) -> int:

@@ -17,6 +17,16 @@ def weights_of(written: str, replicas: int) -> tuple[int, ...]:
     return tuple(int(part) for part in written.split(":")) if ":" in written else (1,) * replicas
 
 
+def updates_alone(plan: Any) -> bool:
+    """Whether a replica goes on as soon as its own update is done, which the others do not wait for.
+
+    They do under ZeRO, for what it has updated, before a server, for shards, and where its part of a layer or table is
+    used by them, or weights meet. In a pipeline stages fill one after the other, and all but the first have that long
+    for their updates: it counts as if they were waited for.
+    """
+    return not (plan.zero or plan.server or plan.local or plan.pp > 1 or plan.by_parts)
+
+
 def undealable(plan: Any) -> list[str]:
     """Every rule that a ``Plan`` with these ``shares`` and ``shards`` breaks, each with what works in its place."""
     broken: list[str] = []

@@ -60,7 +60,8 @@ class Bounds:
     def _computing(self, plan: Plan, *, cut: bool) -> float:
         basis, size = self._on_device(plan), self.size(plan)
         full = self.batch // size
-        if self.basis(plan).alike(plan.workers) and not plan.stolen and ":" not in plan.shares:
+        apace = plan.server and plan.serves.staleness is None  # each goes on at its own pace, whoever has more
+        if self.basis(plan).alike(plan.workers) and not plan.stolen and ":" not in plan.shares and not apace:
             count = -(-self.batch // size)
             turns = float(max(0, -(-count // plan.dp) - (1 if self.batch % size else 0)))
         else:

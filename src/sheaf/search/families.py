@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from sheaf.cost import update_rates, worker_seconds
+from sheaf.cost import begin_seconds, update_rates, worker_seconds
 from sheaf.cost.pipeline import measured_stages
 from sheaf.plans import Plan
-from sheaf.plans.shares import BALANCED, EQUAL
+from sheaf.plans.shares import BALANCED
 from sheaf.plans.split import holders
 from sheaf.plans.stages import placed
 from sheaf.search import rules, space
@@ -168,15 +168,14 @@ def _staged(question: Question, plan: Plan) -> Plan:
 
 def _weighted(question: Question, plan: Plan) -> Plan | None:
     basis, size = question.basis(plan), question.size(plan)
-    shares = space.weighted_shares(worker_seconds(plan, basis, size), -(-question.batch // size))
-    return None if shares in (EQUAL, "") else replace(plan, shares=shares)
+    count, begins = -(-question.batch // size), begin_seconds(plan, basis)
+    shares = space.weighted_shares(worker_seconds(plan, basis, size), count, begins)
+    return replace(plan, shares=shares) if shares else None
 
 
-def _sharded(question: Question, plan: Plan) -> str:
+def _sharded(question: Question, plan: Plan) -> str | None:
     """Shards with which all are done with their updates at once; none where equal ones do as well."""
-    rates = update_rates(plan, question.basis(plan))
-    found = space.weighted_shares(rates, SHARDS_OF * plan.dp)
-    return "" if found == EQUAL else found
+    return space.weighted_shares(update_rates(plan, question.basis(plan)), SHARDS_OF * plan.dp)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from sheaf.plans import Plan
 from sheaf.plans.layout import soonest
 from sheaf.plans.plan import DEFAULT_SCHEDULE, RECOMPUTE, SCHEDULES
 from sheaf.plans.server import APART
-from sheaf.plans.shares import EQUAL, STOLEN
+from sheaf.plans.shares import STOLEN
 from sheaf.plans.stages import placed
 
 ALL_DEGREES_UP_TO = 16  # workers; beyond, powers of two, divisors of the batch, and all of them
@@ -230,21 +230,23 @@ def heavy_part(facts: ModelFacts) -> str | None:
     return None
 
 
-def weighted_shares(seconds: Sequence[float], num_microbatches: int) -> str:
-    """The shares with which workers that need ``seconds`` per microbatch are done soonest; ``equal`` if they are.
+def weighted_shares(seconds: Sequence[float], num_microbatches: int, begins: Sequence[float] = ()) -> str | None:
+    """The weights with which workers that need ``seconds`` per microbatch are done soonest; None if equal ones do.
 
-    Empty when a worker would get nothing: then fewer workers do as well.
+    None as well where a worker would get nothing: then fewer workers do. ``begins``: when each begins with its first.
 
-    >>> weighted_shares((1.0, 2.2), 16), weighted_shares((1.0, 1.0), 4), weighted_shares((1.0, 9.0), 4)
-    ('11:5', 'equal', '')
+    >>> weighted_shares((1.0, 2.2), 16), weighted_shares((1.0, 1.0), 8), weighted_shares((1.0, 1.0), 8, (0.0, 4.0))
+    ('11:5', None, '3:1')
+    >>> weighted_shares((1.0, 9.0), 4)
     """
-    if max(seconds) <= UNEQUAL * min(seconds):
-        return EQUAL
-    counts = soonest(num_microbatches, seconds)
-    if not all(counts):
-        return ""
+    together = not begins or max(begins) - min(begins) < max(seconds)
+    if together and max(seconds) <= UNEQUAL * min(seconds):
+        return None
+    counts = soonest(num_microbatches, seconds, begins)
+    if not all(counts) or len(set(counts)) == 1:
+        return None
     common = reduce(math.gcd, counts)
-    return EQUAL if len(set(counts)) == 1 else ":".join(str(count // common) for count in counts)
+    return ":".join(str(count // common) for count in counts)
 
 
 def _powers(largest: int) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from sheaf.cluster.traffic import traffic
+from sheaf.parallel.devices import memory_bytes
 from sheaf.parallel.optimizers import learning_rate
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.runner import AbstractRunner
@@ -20,7 +21,7 @@ from sheaf.parallel.server.relaying import State
 from sheaf.parallel.server.scheduled import Scheduled
 from sheaf.parallel.server.seating import Seating, reload
 from sheaf.parallel.server.step import ServedStep
-from sheaf.parallel.step import Step, memory_bytes
+from sheaf.parallel.step import Step
 from sheaf.plans import Plan
 from sheaf.record import StepReport
 from sheaf.task import Microbatch

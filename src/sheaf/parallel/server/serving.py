@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sheaf.cluster.traffic import traffic
 from sheaf.errors import WorkerFailed
+from sheaf.parallel.devices import memory_bytes
 from sheaf.parallel.optimizers import learning_rate
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.server.failed import explained
@@ -21,7 +22,7 @@ from sheaf.parallel.server.seated import AbstractSeatedStep
 from sheaf.parallel.server.seating import Seating, reload
 from sheaf.parallel.server.seats import RETIRED
 from sheaf.parallel.spread import Spread
-from sheaf.parallel.step import Observer, memory_bytes
+from sheaf.parallel.step import Observer
 from sheaf.plans import Plan
 from sheaf.record import StepReport
 from sheaf.task import Task

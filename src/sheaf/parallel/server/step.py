@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sheaf.cluster.traffic import traffic
 from sheaf.errors import NonFiniteLoss, WorkerFailed
+from sheaf.parallel.devices import memory_bytes
 from sheaf.parallel.portion import Portion
 from sheaf.parallel.runner import AbstractRunner
 from sheaf.parallel.server.beside import Beside, whole
@@ -24,7 +25,6 @@ from sheaf.parallel.server.relaying import State, is_relayable, relaid
 from sheaf.parallel.server.restore import numbered
 from sheaf.parallel.server.seated import AbstractSeatedStep
 from sheaf.parallel.server.seating import Seating, reload
-from sheaf.parallel.step import memory_bytes
 from sheaf.parallel.supply import Supply
 from sheaf.parallel.world import World
 from sheaf.plans import Plan
