@@ -3,10 +3,14 @@
 A worker at half speed is one whose control group gives it half a core (bench.quota), where its neighbour has a whole
 one. Which weights its shares and shards get is measured in each run, in steps before the first round in which both
 compute: beside a busy neighbour it is slower than beside one that waits, as it does under DDP. Shares reckon with its
-update as well, which without ZeRO nobody waits for: it begins its next step so much later. Stalls are real: another
-process stops the second worker for a second at random moments (bench.stalls), the same ones for every contender in a
-round, others in the next. Half of a step's microbatches take about as long as a stall, of a long step's three times as
-long: the longer, the more is left to steal when one comes. What nobody could do better is in ``bench.stall_limits``.
+update as well, which without ZeRO nobody waits for: it begins its next step so much later. And a worker with a quota is
+the faster the more it waits, so one microbatch more and one less for it are tried there as well (``tried``, seconds of
+a step).
+
+Stalls are real: another process stops the second worker for a second at random moments (bench.stalls), the same ones
+for every contender in a round, others in the next. Half of a step's microbatches take about as long as a stall, of a
+long step's three times as long: the longer, the more is left to steal when one comes. What nobody could do better is in
+``bench.stall_limits``.
 
 Each contender makes ``ROUNDS`` times 10 steps, 200, beside a worker at half speed: about 9 minutes, and 8 for stalls.
 Long steps, of three times as many microbatches, take 10 more, in a quarter of the rounds. Half of the rounds take half
@@ -17,6 +21,7 @@ alone, and the slow one's is as much smaller as it is slower, so that more may b
 has, the less that counts. ``terms`` of a row are what a step's seconds went to on each worker.
 """
 
+import math
 import os
 import statistics
 from collections.abc import Callable, Iterator
@@ -36,12 +41,14 @@ from bench.quota import quota
 from bench.stalls import stalls as stalls_of
 from sheaf import Plan, Task, build, launch
 from sheaf.parallel.shares import REMEMBERED, Paces
+from sheaf.plans.layout import soonest
 from sheaf.record import StepReport
 from sheaf.search.families import SHARDS_OF
 from sheaf.search.space import weighted_shares
 from sheaf.task import Order, fetch
 
 ROUNDS = 20
+TRIED = 12  # steps of each dealing that may be the fastest, before the first round
 PER_WORKER = 6  # microbatches of a step for each worker under equal shares
 LONGER = 3  # times as many in long steps
 HALF = ("dp=2,shares={shares}", "dp=2,shares=stolen,zero=1,shards={shards}")  # by measured speeds
@@ -92,7 +99,7 @@ def compared(
         if told < 2:
             return {"skipped": "making a control group needs root and the cpu controller"}
         given = small_task(*size)
-        found = by_speed(given) if share < 1 else {}
+        found, tried = by_speed(given) if share < 1 else ({}, {})
         plans = tuple(plan.format(**found) for plan in plans)
         losses: dict[str, list[float]] = {"DDP": []}
         reports: dict[str, list[StepReport]] = {text: [] for text in plans}
@@ -105,24 +112,37 @@ def compared(
         pairs = ((text, pair) for text in plans for pair in zip(losses[text], losses["DDP"], strict=True))
         apart = max(abs(one - other) / abs(other) for _, (one, other) in pairs)
     terms = {text: _terms(each[steps:]) for text, each in reports.items()}
-    return {"plans": plans, "seconds": seconds, "apart": apart, "terms": terms}
+    return {"plans": plans, "seconds": seconds, "apart": apart, "terms": terms, "tried": tried}
 
 
-def by_speed(given: Task) -> dict[str, str]:
-    """The shares of two workers and their shards, as a search weighs them, by how fast they are when both compute."""
+def by_speed(given: Task) -> tuple[dict[str, str], dict[str, float]]:
+    """The shares of two workers and their shards, by how fast they are when both compute.
+
+    Shares are the fastest of those that a search would weigh by these speeds, and of one microbatch more and less for
+    the slower worker, each tried in whole steps; the seconds of these are told as well.
+    """
     step = build(given, Plan.parse("dp=2,shares=balanced"))
-    paces = Paces(2)
-    updates = torch.zeros(2)
-    for _ in range(2 * REMEMBERED):
+    paces, updates = Paces(2), torch.zeros(2)
+    for _ in range(4 * REMEMBERED):
         report = step()
         paces.learn(report.computed, report.microbatches, updates.tolist())
         updates.zero_()[dist.get_rank()] = report.terms["optimizer"]
         dist.all_reduce(updates)
     step.close()
     seconds = paces.seconds or (1.0, 1.0)
-    shares = weighted_shares(seconds, given.batch // (given.microbatch or 1), paces.updates)
-    found = {"shares": shares, "shards": weighted_shares(seconds, 2 * SHARDS_OF)}
-    return {key: weights or "1:1" for key, weights in found.items()}
+    count = given.batch // (given.microbatch or 1)
+    fast, slow = soonest(count, seconds, paces.updates)
+    shards = weighted_shares(seconds, 2 * SHARDS_OF) or "1:1"
+    dealings = [(fast + more, slow - more) for more in (0, 1, -1) if min(fast + more, slow - more) > 0]
+    shares = [f"{one // math.gcd(one, other)}:{other // math.gcd(one, other)}" for one, other in dealings]
+    steps = {weights: build(given, Plan.parse(HALF[0].format(shares=weights))) for weights in shares}
+    found = rounds(steps, count=TRIED // 4, steps=4)
+    took = torch.tensor([statistics.median(found[weights]) for weights in shares])
+    dist.all_reduce(took, dist.ReduceOp.MAX)
+    for one in steps.values():
+        one.close()
+    tried = dict(zip(shares, took.tolist(), strict=True))
+    return {"shares": min(shares, key=lambda weights: tried[weights]), "shards": shards}, tried
 
 
 def _terms(reports: list[StepReport]) -> dict[str, float]:
@@ -149,7 +169,9 @@ def run(count: int = ROUNDS) -> list[dict[str, Any]]:
             continue
         for text in found["plans"]:
             beside = asdict(ratio(found["seconds"], text, "DDP"))
-            told = {"steps": turns * steps, "losses_apart": found["apart"]}
+            told: dict[str, Any] = {"steps": turns * steps, "losses_apart": found["apart"]}
+            if found["tried"]:
+                told["tried"] = found["tried"]
             told["terms"] = [one["terms"][text] for one in both]
             results.append({"what": what, **beside, **told})
     return results
