@@ -166,7 +166,7 @@ class BatchStatistics:
                 module.register_forward_pre_hook(_refuse_synchronised)
         self._traces = Traces(model)
         self._widths = [2 * layer.size + 2 for layer in self._layers]
-        self._summed: Callable[[], Tensor] = torch.Tensor
+        self._summed: Callable[[], Tensor] | None = None  # between start and finish
         self._found: dict[int, tuple[Tensor, Tensor]] = {}  # by microbatch, what the layers' calls left, and how many
         self._steps = 0
 
@@ -244,9 +244,9 @@ class BatchStatistics:
 
     def finish(self) -> None:
         """Update the running statistics by what was summed, in the order of microbatches."""
-        if not self._layers:
+        if self._summed is None:
             return
-        table = self._summed()
+        table, self._summed = self._summed(), None
         for layer, statistics in zip(self._layers, table.split(self._widths, dim=1), strict=True):
             layer.update(statistics)
 
