@@ -1,6 +1,7 @@
 """What was measured while other programs ran is told of as such, and measured again when the machine is quiet."""
 
 import io
+import re
 from dataclasses import replace
 
 import made
@@ -38,8 +39,10 @@ def test_what_a_busy_machine_took_is_measured_again_once_it_is_quiet(machine):
     taken, asked, machine_is = machine
     task = small.SMALL["mlp"]()
 
+    said = []
+
     def measured():
-        (found,) = measured_profiles(task, [FACTS], 2)
+        (found,) = measured_profiles(task, [FACTS], 2, say=said.append)
         return found.cores_taken
 
     taken += [1.0]
@@ -52,6 +55,22 @@ def test_what_a_busy_machine_took_is_measured_again_once_it_is_quiet(machine):
     assert measured() == 0.1
     assert measured() == 0.1
     assert asked == [1, 1, 1]
+    new = "measuring the model's blocks on 2 workers"
+    again = f"{new} again, as other programs kept the cores busy before"
+    kept = r"the model's blocks on 2 workers: measured \d.* s ago \(`sheaf plan --fresh` measures again\)"
+    expected = [new, kept, kept, again, kept, again, kept]
+    assert len(said) == len(expected)
+    assert all(map(re.fullmatch, expected, said)), said
+
+
+def test_what_is_kept_is_measured_again_when_that_is_asked_for(machine):
+    taken, asked, _ = machine
+    taken += [0.0, 0.0]
+    said = []
+    for fresh in (False, False, True):
+        measured_profiles(small.SMALL["mlp"](), [FACTS], 2, fresh=fresh, say=said.append)
+    assert asked == [1, 1]
+    assert [line.startswith("measuring ") for line in said] == [True, False, True]
 
 
 def test_a_plan_of_a_busy_machine_says_so():

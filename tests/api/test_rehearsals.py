@@ -116,4 +116,4 @@ def test_planning_goes_on_when_a_rehearsal_fails(asked, monkeypatch):
         small.SMALL["mlp"](), question, {(4, 2): PROFILE}, PLANS, source=None, say=said.append
     )
     assert found == {(4, 2): PROFILE}
-    assert said == ["nothing was rehearsed: worker 1 died"]
+    assert said == ["rehearsing executors on 2 workers", "nothing was rehearsed: worker 1 died"]

@@ -10,7 +10,8 @@ import numpy as np
 from sheaf import launch
 from sheaf.api.choice import Checked, balanced, checked
 from sheaf.api.run import Run
-from sheaf.api.train import folder_name, say, say_nothing, train
+from sheaf.api.saying import say, say_nothing
+from sheaf.api.train import folder_name, train
 from sheaf.checkpoint import from_first
 from sheaf.errors import PlanError, RunError, SheafError
 from sheaf.launch import FromFile

@@ -12,6 +12,7 @@ from sheaf.api.measure import measure
 from sheaf.api.profiles import BusyNote, busy_note, measured_profiles
 from sheaf.api.rehearsals import WORKERS as REHEARSING
 from sheaf.api.rehearsals import carried, kept_rehearsals, overheads, wanted
+from sheaf.api.saying import say_nothing
 from sheaf.api.splits import described, rehearsed, splits
 from sheaf.api.verdicts import finished
 from sheaf.cluster import Cluster, read
@@ -74,7 +75,7 @@ def plan(
     Raises TaskError for a model that cannot be traced, and for an open microbatch where its size decides the answer;
     ClusterError, DataError, and WorkerFailed when measuring fails.
     """
-    say = note or _nothing
+    say = note or say_nothing
     drawn = Drawn(task)
     question = ask(task, workers=workers, cluster=cluster, quick=quick, fresh=fresh, note=note, drawn=drawn)
     question = replace(question, allow_relaxed=allow_relaxed)
@@ -90,12 +91,9 @@ def plan(
     for busy in _company(question, roofline):
         sizes = _sizes(task, question.batch, busy)
         facts = [question.facts[size] for size in sizes if size in question.facts] or list(question.facts.values())
-        say(f"measuring the model's blocks on {busy} worker{'s' if busy > 1 else ''}")
-        found = measured_profiles(task, facts, busy, source=source, fresh=fresh)
+        found = measured_profiles(task, facts, busy, source=source, fresh=fresh, say=say)
         profiles.update({(one.samples, busy): one for one in found})
     plans = [entry.plan for entry in roofline.ranked]
-    if wanted(plans):
-        say("rehearsing executors on 2 workers")
     profiles = _with_overheads(task, question, profiles, plans, source=source, fresh=fresh, say=say)
     if note is None and (busy := busy_note(profiles.values())):
         warnings.warn(busy, RuntimeWarning, stacklevel=2)
@@ -119,7 +117,7 @@ def _with_overheads(
     (samples, nearest), start = min(profiles.items(), key=lambda one: abs(one[0][1] - REHEARSING))
     facts, found = facts_for(question.facts, samples), None
     try:
-        found = kept_rehearsals(task, facts, start, wanted(plans), source=source, fresh=fresh)
+        found = kept_rehearsals(task, facts, start, wanted(plans), source=source, fresh=fresh, say=say)
     except SheafError as error:  # planning goes on without
         say(f"nothing was rehearsed: {first_line(error)}")
     if found is None:
@@ -206,7 +204,7 @@ def ask(
     drawn = drawn or Drawn(task)
     if workers is not None and workers < 1:
         raise PlanError(f"workers={workers}: at least one worker is needed")
-    say = note or _nothing
+    say = note or say_nothing
     batch = min(task.batch, task.num_samples)
     say("tracing the model")
     first = trace(task, task.microbatch or batch, drawn=drawn)
@@ -313,7 +311,7 @@ def predicted(
     ``recut`` its stages are cut anew by what was measured, inside of blocks where that is clearly better, and the
     price's plan has these. Raises ClusterError, DataError and WorkerFailed when measuring fails.
     """
-    say = note or _nothing
+    say = note or say_nothing
     say(f"predicting a step of {plan} from what was measured, measuring what was not")
     question, found = _measured_here(task, plan, facts, split, source)
     busy = BusyNote(say)
@@ -341,7 +339,7 @@ def cut_here(
     note: Callable[[str], None] | None = None,
 ) -> Plan:
     """The plan with its stages cut anew by what was measured, as ``predicted`` cuts them; arguments and errors too."""
-    say = note or _nothing
+    say = note or say_nothing
     say(f"balancing the stages of {plan} by what was measured, measuring what was not")
     question, found = _measured_here(task, plan, facts, split, source)
     if not found:
@@ -391,7 +389,3 @@ def _sizes(task: Task, batch: int, busy: int) -> Sequence[int]:
         return [min(task.microbatch, batch)]
     choices = microbatch_choices(batch, busy)
     return sorted({choices[0], choices[len(choices) // 2], choices[-1]})[:SIZES_MEASURED]
-
-
-def _nothing(_line: str) -> None:
-    """Tell nobody."""

@@ -2,6 +2,7 @@
 
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from sheaf import launch
+from sheaf.api.saying import say_nothing
 from sheaf.cluster import others
 from sheaf.cluster.machine import available_cores
 from sheaf.cluster.others import disturbed, quiet
@@ -21,6 +23,7 @@ from sheaf.launch import FromFile
 from sheaf.parallel import build
 from sheaf.plans import Plan
 from sheaf.task import Task
+from sheaf.units import pretty_seconds
 
 BUDGET_SECONDS = 6.0  # for all sizes measured with one number of workers
 LEAST_SECONDS = 1.5  # for one size
@@ -31,14 +34,22 @@ MOST_STEPS = (3, 20)  # fewest and most real steps
 
 
 def measured_profiles(
-    task: Task, facts: Sequence[ModelFacts], workers: int, *, source: FromFile | None = None, fresh: bool = False
+    task: Task,
+    facts: Sequence[ModelFacts],
+    workers: int,
+    *,
+    source: FromFile | None = None,
+    fresh: bool = False,
+    say: Callable[[str], None] = say_nothing,
 ) -> list[Profile]:
     """One profile for each of ``facts``, while ``workers`` workers of this machine measure at the same time.
 
     Each worker has its share of the cores; times are the median over workers. Kept beside ``sheaf.graph``'s own
     profiles, by the same key; ``fresh`` measures again. What was measured while other programs kept the cores busy
-    (``cores_taken``) is measured again as soon as they do not: at once, or when it is asked for the next time.
+    (``cores_taken``) is measured again as soon as they do not: at once, or when it is asked for the next time. ``say``
+    is told in a line whether it is measured now, or when it was.
     """
+    what = f"the model's blocks on {workers} worker{'s' if workers > 1 else ''}"
     threads = max(1, available_cores() // workers)
 
     def measured(some: list[ModelFacts]) -> dict[int, Profile]:
@@ -53,9 +64,13 @@ def measured_profiles(
     kept = {} if fresh else {one.samples: cache._read(paths[one.samples], one) for one in facts}
     known = {samples: one for samples, one in kept.items() if one is not None}
     if missing := [one for one in facts if one.samples not in known]:
+        say(f"measuring {what}")
         known |= measured(missing)
+    else:
+        say(f"{what}: measured {ago(paths.values())}")
     unsure = [one for one in facts if disturbed(known[one.samples].cores_taken)]
     if unsure and quiet():
+        say(f"measuring {what} again, as other programs kept the cores busy before")
         with suppress(SheafError):  # what was measured first stays
             for samples, again in measured(unsure).items():
                 known[samples] = min(again, known[samples], key=lambda one: one.cores_taken)
@@ -64,6 +79,12 @@ def measured_profiles(
             with suppress(OSError):  # a folder that cannot be written to is done without
                 cache._write(paths[samples], one)
     return [known[one.samples] for one in facts]
+
+
+def ago(paths: Iterable[Path]) -> str:
+    """When the oldest of these files was written, and how to measure again what is in them."""
+    ages = [time.time() - path.stat().st_mtime for path in paths if path.is_file()]
+    return f"{pretty_seconds(max([1.0, *ages]))} ago (`sheaf plan --fresh` measures again)"
 
 
 def busy_note(profiles: Iterable[Profile]) -> str:

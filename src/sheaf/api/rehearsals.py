@@ -3,7 +3,7 @@
 import json
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from sheaf import launch
-from sheaf.api.profiles import REAL_STEP_BYTES, TIMEOUT_SECONDS, in_a_real_step, loaded, median
+from sheaf.api.profiles import REAL_STEP_BYTES, TIMEOUT_SECONDS, ago, in_a_real_step, loaded, median
+from sheaf.api.saying import say_nothing
 from sheaf.cluster import others
 from sheaf.cluster.machine import available_cores
 from sheaf.cost.overheads import MEETING, REPLICAS, each, goes_on, in_microbatches, in_steps, without
@@ -86,11 +87,13 @@ def kept_rehearsals(
     *,
     source: FromFile | None = None,
     fresh: bool = False,
+    say: Callable[[str], None] = say_nothing,
 ) -> Rehearsals | None:
     """What two new workers of this machine take for these plans, or took before; None where nothing can be rehearsed.
 
     Kept beside the profiles; of what is rehearsed again, because others kept the cores busy, what was taken while they
-    were calmer. A model whose training state does not fit comfortably twice is not rehearsed.
+    were calmer. A model whose training state does not fit comfortably twice is not rehearsed. ``say`` is told in a line
+    whether they are rehearsed now, or when they were.
     """
     if _state_bytes(facts, profile) > REAL_STEP_BYTES:
         return None
@@ -101,7 +104,9 @@ def kept_rehearsals(
     told = frozenset[str]() if known is None or again else known.seconds.keys() | set(known.refused)
     missing = [plan for plan in plans if str(plan) not in told]
     if not missing:
+        say(f"executors on {WORKERS} workers: rehearsed {ago([path])}")
         return known
+    say(f"rehearsing executors on {WORKERS} workers")
     rows = launch.run(
         _rehearse_rank,
         WORKERS,

@@ -10,6 +10,7 @@ from sheaf import launch, training
 from sheaf.api.choice import AUTO, checked, choose, foretold
 from sheaf.api.feedback import figures, measured_for
 from sheaf.api.run import Run
+from sheaf.api.saying import say, say_nothing
 from sheaf.checkpoint import from_first, latest
 from sheaf.cost.price import Price
 from sheaf.errors import RunError, SheafError, TaskError, WorkerFailed
@@ -208,15 +209,6 @@ def _progress(steps: int, title: str, first_step: int) -> Callable[[StepReport],
     from sheaf.watch import Progress
 
     return Progress(steps, title=title, first_step=first_step)
-
-
-def say(line: str) -> None:
-    """Tell on standard error what is under way."""
-    print(f"{line} ...", file=sys.stderr, flush=True)
-
-
-def say_nothing(_line: str) -> None:
-    """Tell nobody."""
 
 
 def _foretold(price: Price | None, measured: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from sheaf import launch
 from sheaf.api.choice import Checked, balanced, checked
-from sheaf.api.train import say_nothing
+from sheaf.api.saying import say_nothing
 from sheaf.errors import PlanError, RunError, SheafError
 from sheaf.parallel import with_microbatch
 from sheaf.parity.observation import Observation

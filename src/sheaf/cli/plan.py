@@ -51,6 +51,7 @@ _NUMBERS, _REASON = 30, 20  # columns that a plan's numbers take, and that what 
               help="Also rank by time to a loss: what `sheaf train --compare` left; with --allow-relaxed.")  # fmt: skip
 @click.option("--target-loss", type=float, metavar="X", help="That loss (default: the trial's exact run's last).")
 @click.option("--all", "everything", is_flag=True, help="Show every plan, and every reason for refusing one.")
+@click.option("--fresh", is_flag=True, help="Measure this machine and the model again, even what was measured before.")
 @json_option
 def plan(
     file: str,
@@ -65,6 +66,7 @@ def plan(
     trial: Path | None,
     target_loss: float | None,
     everything: bool,
+    fresh: bool,
     as_json: bool,
 ) -> None:
     """Rank the plans for a task, with the step time and memory that each is expected to take, and why."""
@@ -81,7 +83,7 @@ def plan(
         gc.freeze()  # torch stays: looking for garbage in it takes a fifth of a long search
         to_loss = None if trial is None else _timed_by(trial, task, target_loss)
         note(f"the cluster: {source or 'this machine, measured'}")
-        cluster = measure(workers) if source is None else read(source)
+        cluster = measure(workers, fresh=fresh) if source is None else read(source)
         if changes is not None:
             parse(changes, cluster)  # what is wrong with it is told before anything else is done
         target = target_samples or (-(-target_tokens // tokens_per_sample(task)) if target_tokens else 0)
@@ -96,6 +98,7 @@ def plan(
                 heard=heard,
                 seconds=seconds,
                 target_samples=target,
+                fresh=fresh,
             )
         other = what_if(ranking, changes) if changes is not None else None
         drawn = None

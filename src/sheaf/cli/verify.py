@@ -22,7 +22,7 @@ def verify(context: click.Context, file: str, plan_text: str, steps: int, no_pre
     relaxed, of a plan that is not meant to give the same.
     """
     with Answer(as_json=as_json) as answer:
-        from sheaf.api.train import say
+        from sheaf.api.saying import say
         from sheaf.api.verify import verify as run
         from sheaf.cli.files import load
 
