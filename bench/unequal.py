@@ -21,7 +21,6 @@ alone, and the slow one's is as much smaller as it is slower, so that more may b
 has, the less that counts. ``terms`` of a row are what a step's seconds went to on each worker.
 """
 
-import math
 import os
 import statistics
 from collections.abc import Callable, Iterator
@@ -42,6 +41,7 @@ from bench.stalls import stalls as stalls_of
 from sheaf import Plan, Task, build, launch
 from sheaf.parallel.shares import REMEMBERED, Paces
 from sheaf.plans.layout import soonest
+from sheaf.plans.shares import weights_text
 from sheaf.record import StepReport
 from sheaf.search.families import SHARDS_OF
 from sheaf.search.space import weighted_shares
@@ -133,8 +133,7 @@ def by_speed(given: Task) -> tuple[dict[str, str], dict[str, float]]:
     count = given.batch // (given.microbatch or 1)
     fast, slow = soonest(count, seconds, paces.updates)
     shards = weighted_shares(seconds, 2 * SHARDS_OF) or "1:1"
-    dealings = [(fast + more, slow - more) for more in (0, 1, -1) if min(fast + more, slow - more) > 0]
-    shares = [f"{one // math.gcd(one, other)}:{other // math.gcd(one, other)}" for one, other in dealings]
+    shares = [weights_text((fast + more, slow - more)) for more in (0, 1, -1) if min(fast + more, slow - more) > 0]
     steps = {weights: build(given, Plan.parse(HALF[0].format(shares=weights))) for weights in shares}
     found = rounds(steps, count=TRIED // 4, steps=4)
     took = torch.tensor([statistics.median(found[weights]) for weights in shares])

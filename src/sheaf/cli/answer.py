@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console, ConsoleDimensions
 
+from sheaf.api.saying import say
 from sheaf.errors import SheafError
 
 _WIDEST = 1_000_000  # columns: more than any table takes, which is then as wide as what it holds
@@ -43,7 +44,7 @@ def console(*, stderr: bool = False) -> Console:
 def note(line: str) -> None:
     """Say on standard error what is being done; on worker 0 only."""
     if leads():
-        print(f"{line} ...", file=sys.stderr, flush=True)
+        say(line)
 
 
 class Answer:

@@ -19,6 +19,7 @@ from sheaf.graph.facts import GLUE, LOSS, BlockFact, ModelFacts, Profile
 from sheaf.plans import Plan
 from sheaf.plans.mesh import Mesh
 from sheaf.plans.offload import OPTIMIZER
+from sheaf.plans.shares import updates_alone
 from sheaf.plans.split import Move, SplitFacts
 from sheaf.plans.stages import passed_on, placed
 
@@ -89,6 +90,10 @@ class Basis:
     def alike(self, workers: int) -> bool:
         """Whether so many workers are equally fast, and none is slower than the first where optimizers step."""
         return self.seating.alike(workers, offloaded=self.offloaded)
+
+    def updates_apart(self, plan: Plan) -> bool:
+        """Whether replicas update in unlike times that the others do not wait for: the pace of each has its own."""
+        return updates_alone(plan) and not self.alike(plan.workers)
 
     def fabric(self, plan: Plan, kind: str) -> Fabric:
         """The links among the plan's workers of one ``kind`` of group: ``dp``, ``tp`` or ``pp``.

@@ -25,7 +25,6 @@ from sheaf.graph.facts import ModelFacts, Profile
 from sheaf.plans import Plan
 from sheaf.plans.mesh import Mesh
 from sheaf.plans.offload import OPTIMIZER
-from sheaf.plans.shares import updates_alone
 from sheaf.plans.split import SplitFacts
 
 
@@ -125,23 +124,22 @@ def _holders(plan: Plan, basis: Basis, sizes: Sequence[int]) -> list[tuple[Porti
     return [(rows.held(plan, basis.whole, basis.facts), rows.kept(plan, basis.whole, basis.facts), 1.0)]
 
 
-def worker_seconds(plan: Plan, basis: Basis, size: int) -> tuple[float, ...]:
+def worker_seconds(plan: Plan, basis: Basis, size: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Seconds each replica spends on one microbatch of ``size`` samples: of its slowest worker, or its busiest stage.
 
-    What is sent between replicas is not in it.
+    What is sent between replicas is not in it. And when each begins with its first: after its own update, where the
+    others do not wait for that; none where all begin together.
     """
     if plan.pp == 1:
-        return tuple(own_seconds(plan, pace, size) for pace in _paces(plan, basis))
+        paces = _paces(plan, basis)
+        begins = tuple(pace.update_seconds for pace in paces)
+        return tuple(own_seconds(plan, pace, size) for pace in paces), begins if any(begins) else ()
     pipeline = Pipeline.of(plan, basis)
-    return tuple(
+    seconds = tuple(
         max(pipeline.busy_seconds(replica, worker, [size]) for worker in pipeline.unlike_workers(replica))
         for replica in range(plan.dp)
     )
-
-
-def begin_seconds(plan: Plan, basis: Basis) -> tuple[float, ...]:
-    """When each replica begins a step: after its own update, where the others do not wait for that."""
-    return tuple(pace.update_seconds for pace in _paces(plan, basis)) if plan.pp == 1 else ()
+    return seconds, ()
 
 
 def update_rates(plan: Plan, basis: Basis) -> tuple[float, ...]:
@@ -153,9 +151,8 @@ def _paces(plan: Plan, basis: Basis) -> list[Pace]:
     """By replica, the pace of the slowest of the workers that split its layers."""
     seats, mesh = basis.seats(plan.workers), Mesh.of(plan)
     crossing = basis.crossing(basis.whole, basis.fabric(plan, "dp" if plan.expert_parts else "tp"))
-    alike = basis.alike(plan.workers)
-    alone = updates_alone(plan) and not alike
-    updated = basis.whole.trainable_bytes if alone else 0  # tables whose gradients are rows included
+    # tables whose gradients are rows included
+    updated = basis.whole.trainable_bytes if basis.updates_apart(plan) else 0
 
     @cache
     def paced(seat: Seat) -> Pace:
@@ -164,7 +161,7 @@ def _paces(plan: Plan, basis: Basis) -> list[Pace]:
         updating = updated * pace.optimizer_seconds_per_byte
         return replace(pace, crossing=crossing, dispatch_seconds=adding, update_seconds=updating)
 
-    if alike:
+    if basis.alike(plan.workers):
         return [paced(seats[0])] * plan.dp
 
     @cache
@@ -184,7 +181,7 @@ def _copying(plan: Plan, basis: Basis) -> float:
     paces = [
         (basis.pace(basis.whole, seat).optimizer_seconds_per_byte, seat) for seat in basis.seating.kinds(plan.workers)
     ]
-    took, seat = (min if updates_alone(plan) else max)(paces, key=lambda one: one[0])
+    took, seat = (min if basis.updates_apart(plan) else max)(paces, key=lambda one: one[0])
     return basis.stepping(seat, 0.0).copying / took
 
 

@@ -16,7 +16,6 @@ from sheaf.cost.step import StepTimes
 from sheaf.graph.facts import ModelFacts, ParameterFact, TableFact
 from sheaf.plans import Plan
 from sheaf.plans.rows import ANSWERS, ROWS, SPARSE
-from sheaf.plans.shares import updates_alone
 
 ID_BYTES, COUNT_BYTES = 4, 8
 WORTH = 0.9  # of what all-reduce takes; rows that take more are not worth another plan
@@ -81,7 +80,7 @@ def add_rows(times: StepTimes, plan: Plan, basis: Basis, sizes: Sequence[int]) -
             passes = _PASSES * share.size_bytes / basis.cluster.hosts[0].device.memory_bytes_per_second
             times.seconds["rows"] += passes
     times.seconds["rows"] += fabric.seconds(ALL_TO_ALL, COUNT_BYTES * len(found) * plan.dp)
-    if basis.alike(plan.workers) or not updates_alone(plan):  # elsewhere paces have it
+    if not basis.updates_apart(plan):  # where they are, paces have it
         pace = basis.pace(basis.whole, basis.seats(plan.workers)[0])
         times.seconds["optimizer"] += stepped * pace.optimizer_seconds_per_byte
 

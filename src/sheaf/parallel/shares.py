@@ -177,8 +177,8 @@ class Stolen(AbstractDealer):
         if self._worker == 0:
             self._counter.delete_key(f"{self._name}/{self._deals}")
 
-    def learn(self, seconds: Sequence[float], counts: Sequence[int], updates: Sequence[float] = ()) -> None:
-        self._paces.learn(seconds, counts, updates)
+    def learn(self, seconds: Sequence[float], counts: Sequence[int], updates: Sequence[float] = ()) -> None:  # noqa: ARG002
+        self._paces.learn(seconds, counts)
         if (paces := self._paces.least_seconds) is not None:
             self._leaves = left_to_others(paces[self._worker], paces)
 

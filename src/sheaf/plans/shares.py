@@ -1,6 +1,8 @@
 """Who has how much of a batch, and of the state that ZeRO shards: equal parts, weights, or by how fast workers are."""
 
+import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 EQUAL = "equal"
@@ -15,6 +17,16 @@ def weights_of(written: str, replicas: int) -> tuple[int, ...]:
     ((11, 5), (1, 1, 1))
     """
     return tuple(int(part) for part in written.split(":")) if ":" in written else (1,) * replicas
+
+
+def weights_text(counts: Sequence[int]) -> str:
+    """Weights, as a plan writes them, in proportion to how much each replica has.
+
+    >>> weights_text((8, 4)), weights_text((11, 5))
+    ('2:1', '11:5')
+    """
+    common = math.gcd(*counts)
+    return ":".join(str(count // common) for count in counts)
 
 
 def updates_alone(plan: Any) -> bool:

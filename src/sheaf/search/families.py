@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from sheaf.cost import begin_seconds, update_rates, worker_seconds
+from sheaf.cost import update_rates, worker_seconds
 from sheaf.cost.pipeline import measured_stages
 from sheaf.plans import Plan
 from sheaf.plans.shares import BALANCED
@@ -168,8 +168,8 @@ def _staged(question: Question, plan: Plan) -> Plan:
 
 def _weighted(question: Question, plan: Plan) -> Plan | None:
     basis, size = question.basis(plan), question.size(plan)
-    count, begins = -(-question.batch // size), begin_seconds(plan, basis)
-    shares = space.weighted_shares(worker_seconds(plan, basis, size), count, begins)
+    seconds, begins = worker_seconds(plan, basis, size)
+    shares = space.weighted_shares(seconds, -(-question.batch // size), begins)
     return replace(plan, shares=shares) if shares else None
 
 

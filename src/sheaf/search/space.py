@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import reduce
 
 from sheaf.errors import PlanError
 from sheaf.graph.facts import ModelFacts
@@ -11,7 +10,7 @@ from sheaf.plans import Plan
 from sheaf.plans.layout import soonest
 from sheaf.plans.plan import DEFAULT_SCHEDULE, RECOMPUTE, SCHEDULES
 from sheaf.plans.server import APART
-from sheaf.plans.shares import STOLEN
+from sheaf.plans.shares import STOLEN, weights_text
 from sheaf.plans.stages import placed
 
 ALL_DEGREES_UP_TO = 16  # workers; beyond, powers of two, divisors of the batch, and all of them
@@ -245,8 +244,7 @@ def weighted_shares(seconds: Sequence[float], num_microbatches: int, begins: Seq
     counts = soonest(num_microbatches, seconds, begins)
     if not all(counts) or len(set(counts)) == 1:
         return None
-    common = reduce(math.gcd, counts)
-    return ":".join(str(count // common) for count in counts)
+    return weights_text(counts)
 
 
 def _powers(largest: int) -> list[int]:
